@@ -1,0 +1,160 @@
+"""Attention as it began: a decoder that looks back over the encoder's states.
+
+Source: Bahdanau, Cho and Bengio 2014 (1409.0473), sections 3.1 and A.1.2; the multiplicative scores: Luong, Pham and
+Manning 2015 (1508.04025), section 3.1, and Vaswani et al. 2017 (1706.03762), section 3.2.1.
+
+Symbols, with the paper's in brackets where they differ: s decoder states (B, N, S) [s_{i-1}], h encoder states (B, M, H)
+[h_j], A the width in which they are compared [n'], scores (B, N, M) [e_ij], weights (B, N, M) [alpha_ij],
+context (B, N, H) [c_i], w_s [W_a], w_h [U_a], v [v_a].
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nondual.ops.attention import masked_softmax
+
+
+# --8<-- [start:scores]
+def additive_scores(
+    s: Float[Tensor, "b n s"],
+    h: Float[Tensor, "b m h"],
+    w_s: Float[Tensor, "a s"],
+    w_h: Float[Tensor, "a h"],
+    v: Float[Tensor, " a"],
+) -> Float[Tensor, "b n m"]:
+    """e_ij = vᵀ tanh(W_s s_i + W_h h_j): a small network is asked about every pair.
+
+    Args:
+        s: decoder states (B, N, S).
+        h: encoder states (B, M, H).
+        w_s: (A, S).
+        w_h: (A, H).
+        v: (A,).
+
+    Returns:
+        Scores (B, N, M).
+
+    Source: 1409.0473, section A.1.2.
+    """
+    asked, found = s @ w_s.mT, h @ w_h.mT  # (B, N, A), (B, M, A): the second is computed once a sentence
+    return torch.tanh(asked[:, :, None] + found[:, None]) @ v
+# --8<-- [end:scores]
+
+
+def dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
+    """e_ij = s_i · h_j: no network at all, the two must live in one space. Source: 1508.04025, equation 8 ("dot")."""
+    if s.shape[-1] != h.shape[-1]:
+        raise ValueError(f"s and h must have one width for a dot product, got {s.shape[-1]} and {h.shape[-1]}")
+    return s @ h.mT
+
+
+def scaled_dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
+    """e_ij = s_i · h_j / √D, so that the spread of a score does not grow with the width D. Source: 1706.03762, 3.2.1."""
+    return dot_scores(s, h) / math.sqrt(s.shape[-1])
+
+
+# --8<-- [start:attend]
+def attend(
+    scores: Float[Tensor, "b n m"], h: Float[Tensor, "b m h"], mask: Bool[Tensor, "..."] | None = None
+) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n m"]]:
+    """Scores to weights to context: α = softmax(e) over the encoder's positions, c_i = Σ_j α_ij h_j.
+
+    Args:
+        scores: (B, N, M).
+        h: encoder states (B, M, H).
+        mask: bool, broadcastable to (B, N, M), True where attending is allowed; (B, 1, M) for padding.
+
+    Returns:
+        (context (B, N, H), weights (B, N, M)). A row with nothing to attend gives 0.
+
+    Raises:
+        ValueError: a mask that is not boolean or does not fit.
+
+    Source: 1409.0473, equations 5 and 6.
+    """
+    if mask is not None:
+        fits = mask.ndim <= 3 and all(a in (1, b) for a, b in zip(mask.shape[::-1], scores.shape[::-1]))
+        if mask.dtype != torch.bool or not fits:
+            raise ValueError(
+                f"mask must be torch.bool and broadcast to (B, N, M) = {tuple(scores.shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+    weights = masked_softmax(scores, mask)
+    return weights @ h, weights
+# --8<-- [end:attend]
+
+
+class AdditiveAttention(nn.Module):
+    """Bahdanau attention: learned W_s, W_h and v, compared in a hidden layer of `d_attention` units.
+
+    Args:
+        d_state: width S of the decoder's state.
+        d_memory: width H of the encoder's states.
+        d_attention: width A of the comparison.
+    """
+
+    def __init__(self, d_state: int, d_memory: int, d_attention: int):
+        super().__init__()
+        self.w_s = nn.Linear(d_state, d_attention, bias=False)
+        self.w_h = nn.Linear(d_memory, d_attention, bias=False)
+        self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
+
+    def forward(
+        self, s: Float[Tensor, "b n s"], h: Float[Tensor, "b m h"], mask: Bool[Tensor, "..."] | None = None
+    ) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n m"]]:
+        """Decoder states s (B, N, S) look over encoder states h (B, M, H): (context (B, N, H), weights (B, N, M)).
+
+        Raises:
+            ValueError: wrong rank, width or batch.
+        """
+        for name, x, width in (("s", s, self.w_s.in_features), ("h", h, self.w_h.in_features)):
+            if x.ndim != 3 or x.shape[-1] != width:
+                raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
+        if s.shape[0] != h.shape[0]:
+            raise ValueError(f"s and h must have one batch, got {s.shape[0]} and {h.shape[0]}")
+        return attend(additive_scores(s, h, self.w_s.weight, self.w_h.weight, self.v), h, mask)
+
+
+# --8<-- [start:decoder]
+class AttentionDecoder(nn.Module):
+    """One GRU cell that, before each step, asks the encoder's states a question with its own previous state.
+
+        c_i = attend(s_{i-1}, h),   s_i = GRU([y_{i-1}; c_i], s_{i-1})
+
+    Args:
+        d_input: width of the embedded previous output y.
+        d_state: width S of the decoder's state.
+        d_memory: width H of the encoder's states.
+        d_attention: width A of the comparison.
+
+    Source: 1409.0473, sections 3.1 and A.1.2, with torch's GRU cell.
+    """
+
+    def __init__(self, d_input: int, d_state: int, d_memory: int, d_attention: int):
+        super().__init__()
+        self.attention = AdditiveAttention(d_state, d_memory, d_attention)
+        self.cell = nn.GRUCell(d_input + d_memory, d_state)
+
+    def step(
+        self, y: Float[Tensor, "b y"], s: Float[Tensor, "b s"], h: Float[Tensor, "b m h"], mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b m"]]:
+        """From the previous output y (B, Y) and state s (B, S) to (the next state, the weights (B, M) it read with)."""
+        context, weights = self.attention(s[:, None], h, mask)
+        return self.cell(torch.cat([y, context[:, 0]], dim=-1), s), weights[:, 0]
+
+    def forward(
+        self, y: Float[Tensor, "b n y"], s: Float[Tensor, "b s"], h: Float[Tensor, "b m h"], mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n s"], Float[Tensor, "b n m"]]:
+        """Teacher-forced: outputs y (B, N, Y), first state s (B, S), encoder states h -> (states, weights (B, N, M))."""
+        states, weights = [], []
+        for i in range(y.shape[1]):
+            s, row = self.step(y[:, i], s, h, mask)
+            states.append(s)
+            weights.append(row)
+        if not states:
+            raise ValueError("y must hold one step or more, got length 0")
+        return torch.stack(states, 1), torch.stack(weights, 1)
+# --8<-- [end:decoder]

@@ -1,0 +1,96 @@
+"""Which query may attend to which key.
+
+A mask is boolean and True where attending is allowed, as in torch's scaled_dot_product_attention and opposite to
+nn.MultiheadAttention, whose boolean masks are True where attending is forbidden. Masks combine with `&`.
+
+Symbols: N queries, M keys. Where N != M the queries are the last N of the M positions, as in decoding with a cache:
+the last query sees every key. (torch's `is_causal` aligns the first query with the first key instead.)
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def _positions(n: int, m: int | None, device) -> tuple[Tensor, Tensor]:
+    """The position of each query (N, 1) and of each key (M,), counted from the first key."""
+    m = n if m is None else m
+    if n < 0 or m < 0:
+        raise ValueError(f"n and m must be 0 or more, got n={n}, m={m}")
+    return torch.arange(m - n, m, device=device)[:, None], torch.arange(m, device=device)
+
+
+def causal(n: int, m: int | None = None, *, device: torch.device | str | None = None) -> Bool[Tensor, "n m"]:
+    """Each query sees its own position and those before it.
+
+        causal(3)     causal(2, 4)
+        1 0 0         1 1 1 0
+        1 1 0         1 1 1 1
+        1 1 1
+
+    Args:
+        n: number of queries.
+        m: number of keys; `n` where left out.
+        device: where the mask is made.
+
+    Returns:
+        Bool (N, M), True where attending is allowed. With N > M the first N - M rows are all False.
+
+    Raises:
+        ValueError: a negative length.
+    """
+    query, key = _positions(n, m, device)
+    return key <= query
+
+
+def sliding_window(
+    n: int, m: int | None = None, *, window: int, device: torch.device | str | None = None
+) -> Bool[Tensor, "n m"]:
+    """Each query sees the last `window` keys, its own included (fewer at the start, where there are no more).
+
+        sliding_window(4, window=2)
+        1 0 0 0
+        1 1 0 0
+        0 1 1 0
+        0 0 1 1
+
+    Args:
+        n: number of queries.
+        m: number of keys; `n` where left out.
+        window: how many keys a query sees, 1 or more.
+        device: where the mask is made.
+
+    Returns:
+        Bool (N, M), True where attending is allowed.
+
+    Raises:
+        ValueError: a window below 1, or a negative length.
+
+    Source: Beltagy, Peters and Cohan 2020 (2004.05150), section 3.1, its causal half.
+    """
+    if window < 1:
+        raise ValueError(f"window must be 1 or more (the query's own key counts), got {window}")
+    query, key = _positions(n, m, device)
+    return (key <= query) & (key > query - window)
+
+
+def padding(lengths: Int[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
+    """Sequence b of a batch has `lengths[b]` real keys; what follows them is padding.
+
+        padding(torch.tensor([2, 3]), 3)[:, 0, 0]
+        1 1 0
+        1 1 1
+
+    Args:
+        lengths: integers (B,), each from 0 to M.
+        m: number of keys, the padded length.
+
+    Returns:
+        Bool (B, 1, 1, M), True on real keys; broadcasts over heads and queries.
+
+    Raises:
+        ValueError: `lengths` is not a vector of integers.
+    """
+    if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers (B,), got {lengths.dtype} {tuple(lengths.shape)}")
+    return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]

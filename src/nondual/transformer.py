@@ -1,0 +1,201 @@
+"""The transformer block: mix positions, then think at each one; add what was there before, and normalise.
+
+Source: Vaswani et al. 2017 (1706.03762), sections 3.1 and 3.3; pre-norm: Xiong et al. 2020 (2002.04745); the text
+encoder: Devlin et al. 2018 (1810.04805), section 3. Symbols: x (B, N, E), F the feed-forward width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nondual.positional_encoding import LearnedPositions
+from nondual.self_attention import MultiHeadAttention
+
+
+class FeedForward(nn.Module):
+    """The same two-layer network at every position: E -> F -> E.
+
+    Args:
+        d_model: width E.
+        d_ff: width F, usually 4 E.
+        activation: what stands between the two layers.
+        dropout: probability of dropping a hidden unit while training.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, dropout: float = 0.0):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_ff)
+        self.linear2 = nn.Linear(d_ff, d_model)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
+        """x (B, N, E) -> (B, N, E)."""
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+# --8<-- [start:layer]
+class TransformerLayer(nn.Module):
+    """A mixer of positions and a feed-forward network, each with a residual path around it.
+
+        post-norm (2017):  x = norm1(x + mixer(x)),   x = norm2(x + feed_forward(x))
+        pre-norm:          x = x + mixer(norm1(x)),   x = x + feed_forward(norm2(x))
+
+    Args:
+        mixer: any module x -> x over (B, N, E); what `forward` is given besides x goes to it.
+        feed_forward: any module x -> x, position by position.
+        d_model: width E.
+        norm_first: pre-norm if True, as torch's nn.TransformerEncoderLayer names it.
+        eps: added to the variance in the norms.
+        dropout: probability of dropping a unit of either branch while training.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        feed_forward: nn.Module,
+        d_model: int,
+        *,
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.mixer, self.feed_forward, self.norm_first = mixer, feed_forward, norm_first
+        self.norm1, self.norm2 = nn.LayerNorm(d_model, eps=eps), nn.LayerNorm(d_model, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b n e"], *, return_weights: bool = False, **mixing):
+        """x (B, N, E) -> (B, N, E), or with the mixer's weights (B, H, N, N) if asked for."""
+        mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing, **_only(return_weights=return_weights))
+        mixed, weights = mixed if return_weights else (mixed, None)
+        x = x + self.dropout(mixed)
+        if self.norm_first:
+            x = x + self.dropout(self.feed_forward(self.norm2(x)))
+        else:
+            x = self.norm1(x)
+            x = self.norm2(x + self.dropout(self.feed_forward(x)))
+        return (x, weights) if return_weights else x
+# --8<-- [end:layer]
+
+
+class Encoder(nn.Module):
+    """A stack of attention layers, each position free to see every other.
+
+    Args:
+        d_model: width E.
+        n_heads: heads H of each layer.
+        d_ff: feed-forward width F.
+        n_layers: how many layers.
+        norm_first: pre-norm if True; a last norm then follows the stack.
+        activation: of the feed-forward networks.
+        eps: added to the variance in the norms.
+        dropout: of the weights and of both branches.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        n_layers: int,
+        *,
+        norm_first: bool = False,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                MultiHeadAttention(d_model, n_heads, dropout=dropout),
+                FeedForward(d_model, d_ff, activation=activation, dropout=dropout),
+                d_model,
+                norm_first=norm_first,
+                eps=eps,
+                dropout=dropout,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = nn.LayerNorm(d_model, eps=eps) if norm_first else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "b n e"], *, mask: Tensor | None = None, return_weights: bool = False
+    ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n n"]]:
+        """x (B, N, E) -> (B, N, E), and the weights (layers, B, H, N, N) if asked for.
+
+        Args:
+            x: (B, N, E).
+            mask: as in `nondual.ops.attention.attention`; `masks.padding` for a padded batch.
+            return_weights: also return every layer's weights.
+        """
+        weights = []
+        for layer in self.layers:
+            x = layer(x, mask=mask, return_weights=return_weights)
+            if return_weights:
+                x, rows = x
+                weights.append(rows)
+        x = self.norm(x)
+        return (x, torch.stack(weights)) if return_weights else x
+
+
+class TextEncoder(nn.Module):
+    """Token ids to contextual vectors: BERT's encoder, with its embeddings of token, position and segment.
+
+    Args:
+        vocabulary: how many token ids there are.
+        max_len: the longest input.
+        d_model: width E.
+        n_heads: heads H of each layer.
+        d_ff: feed-forward width F.
+        n_layers: how many layers.
+        n_segments: how many segment ids there are.
+        eps: added to the variance in the norms.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        max_len: int,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        n_layers: int,
+        *,
+        n_segments: int = 2,
+        eps: float = 1e-12,
+    ):
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, d_model)
+        self.position = LearnedPositions(max_len, d_model)
+        self.segment = nn.Embedding(n_segments, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=eps)
+        self.encoder = Encoder(d_model, n_heads, d_ff, n_layers, eps=eps)
+
+    def embed(self, ids: Int[Tensor, "b n"], segments: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n e"]:
+        """The input of the first layer: what each token is, where it stands, which segment it is of.
+
+        Raises:
+            ValueError: ids that are not integers (B, N), or an id outside the vocabulary.
+        """
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"ids must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.token.num_embeddings:
+            raise ValueError(
+                f"ids must lie in 0 to {self.token.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
+        segments = torch.zeros_like(ids) if segments is None else segments
+        return self.norm(self.token(ids) + self.position(ids.shape[1]) + self.segment(segments))
+
+    def forward(
+        self, ids: Int[Tensor, "b n"], *, mask: Bool[Tensor, "..."] | None = None, return_weights: bool = False
+    ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n n"]]:
+        """ids (B, N) -> vectors (B, N, E), and the weights (layers, B, H, N, N) if asked for."""
+        return self.encoder(self.embed(ids), mask=mask, return_weights=return_weights)
+
+
+def _only(**given) -> dict:
+    """The arguments that were asked for: a mixer without weights is never told of them."""
+    return {name: value for name, value in given.items() if value}

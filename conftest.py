@@ -1,0 +1,136 @@
+"""What every test and every snippet of a page gets, wherever it lies: at the root, so that README and docs have it too.
+
+1. A failing snippet names its page, the line of that page, and the exception.
+2. A snippet leaves nothing behind: it runs in an empty folder, and random state, dtype and figures are put back.
+3. A skip is not a pass: evidence for a claim may never be skipped, and in CI nothing may, but for the tests of a GPU.
+4. A test marked `gpu` is skipped where torch sees no CUDA device.
+
+Nothing here imports a plugin: `nox -s gpu_tests --no-venv` needs torch and pytest alone.
+"""
+
+import contextlib
+import os
+import random
+import sys
+import tempfile
+import traceback
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def is_snippet(item: pytest.Item) -> bool:
+    return type(item).__module__ == "pytest_codeblocks.plugin"
+
+
+# --- 1. a failing snippet's report ---------------------------------------------------------------------------------
+
+
+def report_of(item: pytest.Item, error: BaseException) -> str:
+    """'docs/x.md:31: ValueError: heads must divide …', the lines around it, and where in the library it was raised."""
+    page = os.path.relpath(item.path, item.config.rootpath)
+    fence = item.obj.lineno
+    if "Expected output" in str(error) and error.__context__ is None:
+        said = "".join(str(error).partition("```\n")[2:]).replace("```\n", "", 1)
+        return f"{page}:{fence}: AssertionError: the snippet does not print what the page shows\n{said}"
+    cause = error.__context__ if type(error) is RuntimeError and error.__context__ is not None else error
+    frames = list(traceback.walk_tb(cause.__traceback__))
+    own = [
+        line for frame, line in frames if "__MODULE__" in frame.f_globals
+    ]  # pytest-codeblocks runs it with that name
+    at = own[-1] if own else getattr(cause, "lineno", None) or 0  # a SyntaxError has no frame, and a line
+    lines = [f"{page}:{fence + at}: {''.join(traceback.format_exception_only(cause)).strip()}", ""]
+    source = item.obj.code.splitlines()
+    for number in range(max(1, at - 2), min(len(source), at + 1) + 1):
+        lines.append(f"{'>' if number == at else ' '} {fence + number:4} | {source[number - 1]}")
+    if own and "__MODULE__" not in frames[-1][0].f_globals:
+        code = frames[-1][0].f_code
+        lines += ["", f"raised in {code.co_filename}:{frames[-1][1]}, in {code.co_name}"]
+    return "\n".join(lines)
+
+
+# --- 2. nothing left behind ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Run something in an empty folder, and put back what it may change for those after it."""
+    import torch  # here, so that the fences can be counted on a machine without it
+
+    dtype, gradients, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    environment, folder, path = dict(os.environ), os.getcwd(), list(sys.path)
+    states = random.getstate(), torch.get_rng_state()
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        random.seed(1)
+        torch.manual_seed(1)  # not the seed a fresh process has: a snippet that sets none should not pass by luck
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            torch.set_default_device(None)
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(False)
+            torch.set_rng_state(states[1])
+            random.setstate(states[0])
+            sys.path[:] = path
+            os.environ.clear()
+            os.environ.update(environment)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(None)
+            if "matplotlib.pyplot" in sys.modules:
+                sys.modules["matplotlib.pyplot"].close("all")
+                sys.modules["matplotlib"].rcdefaults()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if not is_snippet(item):
+        return (yield)
+    with undisturbed():
+        return (yield)
+
+
+# --- 3. a skip is not a pass ---------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None and report.failed and call.when == "call" and is_snippet(item):
+        report.longrepr = report_of(item, call.excinfo.value)
+    if report.skipped and (refusal := refused(item)):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: {refusal} ({reason(report)})"
+    return report
+
+
+def refused(item: pytest.Item) -> str | None:
+    """Why this test may not be skipped, or None where it may."""
+    if claim := item.get_closest_marker("claim"):
+        return f"the evidence for claim {claim.args[0]} was not run: it may not be skipped"
+    if os.environ.get("CI") and not item.get_closest_marker("gpu"):
+        return "in CI a skip is a failure"
+    return None
+
+
+def reason(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xfail: " + report.wasxfail
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+# --- 4. tests of a GPU ---------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: nox -s gpu_tests"))

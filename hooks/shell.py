@@ -1,0 +1,37 @@
+"""What a page says that Markdown cannot: the word on a box, the fold under a figure, and a notebook that stays at home."""
+
+import re
+
+KINDS = ("claim", "measured", "verdict", "limit", "exercise", "source")
+
+_BOX = re.compile(
+    r'(<(?:div class="admonition|details class=")[^"]*\b(?P<kind>' + "|".join(KINDS) + r')\b[^>]*>\s*'
+    r'<(?P<tag>p class="admonition-title"|summary)>)(?P<title>.*?)(?=</(?:p|summary)>)',
+    re.S,
+)  # fmt: skip
+_DRAWN = re.compile(r'(</figure>)\s*(?:<p></p>\s*)?(<div class="language-python highlight">.*?</pre></div>)', re.S)
+_FOREIGN_SCRIPT = re.compile(r'<script\b[^>]*\bsrc="(?:https?:)?//[^"]*"[^>]*>\s*</script>')
+
+
+def on_page_content(html, page, config, files):
+    """Give the page its boxes and folds."""
+    html = fold_drawings(name_boxes(html))
+    if page.file.src_uri.endswith(".ipynb"):
+        html = _FOREIGN_SCRIPT.sub("", html)
+    return html
+
+
+def name_boxes(html: str) -> str:
+    """Put the kind's own word before a box's title: `!!! claim "A1.4"` is headed "Claim A1.4", `!!! claim` is headed "Claim"."""
+
+    def head(match: re.Match) -> str:
+        word, title = match["kind"].capitalize(), match["title"].strip()
+        rest = "" if title == word else f" {title}"
+        return f'{match[1]}<span class="kind">{word}</span>{rest}'
+
+    return _BOX.sub(head, html)
+
+
+def fold_drawings(html: str) -> str:
+    """Fold the code that drew a figure under it."""
+    return _DRAWN.sub(r'\1<details class="drawn"><summary>The code that drew this</summary>\2</details>', html)

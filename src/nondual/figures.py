@@ -1,0 +1,156 @@
+"""Figures for a page: inline SVG whose text is real text, in the page's own colours and type, the same at every build.
+
+A chapter draws with matplotlib and ends with `print(show(fig, ...))`. Black becomes `currentColor`, so one drawing serves the light page and
+the dark one; every id is made the figure's own, so many figures share a page.
+
+Palettes: Okabe and Ito (2008) for categories, cividis (Nuñez et al., 2018) for magnitudes, `SIGNED` for values about zero.
+matplotlib is imported when a function is called; `pip install 'nondual[figures]'` brings it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
+"""Colours that a colour-blind reader can tell apart, in the order in which lines take them."""
+
+SIGNED = "RdBu_r"
+"""The colour map for signed values; give it limits that are symmetric about zero."""
+
+_INK = "#010101"  # stands for the page's text colour until `show` writes the SVG
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("nondual.figures draws with matplotlib: pip install 'nondual[figures]'.") from error
+    return matplotlib
+
+
+def style() -> None:
+    """Set matplotlib's defaults for a figure about 7 inches wide, which a page shows at its own size.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    matplotlib = _matplotlib()
+    from cycler import cycler
+
+    matplotlib.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=OKABE_ITO),
+            "image.cmap": "cividis",
+            "image.interpolation": "none",
+            "figure.figsize": (7.0, 3.6),
+            "figure.constrained_layout.use": True,
+            "font.family": "sans-serif",
+            "font.sans-serif": ["Source Sans 3", "DejaVu Sans"],
+            "font.size": 11,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 11,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "legend.fontsize": 10,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.8,
+            "lines.linewidth": 1.8,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "svg.fonttype": "none",
+            **dict.fromkeys(
+                ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
+            ),
+        }
+    )
+
+
+def attention(
+    ax: Axes, weights, queries: Sequence[str], keys: Sequence[str] | None = None, *, vmax: float | None = None
+) -> AxesImage:
+    """Draw an attention matrix: queries as rows, keys as columns, the first of each at the top left.
+
+    Args:
+        ax: Where to draw.
+        weights: (N, M) attention weights, a tensor or an array, each row summing to one.
+        queries: N labels, one a row.
+        keys: M labels, one a column; the queries' own when left out.
+        vmax: The weight shown as the brightest colour; the largest weight when left out.
+
+    Returns:
+        The image, for a colour bar.
+
+    Raises:
+        ValueError: If there are not as many labels as rows and columns.
+    """
+    weights = weights.detach().cpu().numpy() if hasattr(weights, "detach") else weights
+    keys = queries if keys is None else keys
+    if weights.shape != (len(queries), len(keys)):
+        raise ValueError(f"weights must be (queries, keys) = {(len(queries), len(keys))}, got {tuple(weights.shape)}.")
+    image = ax.imshow(weights, cmap="cividis", vmin=0.0, vmax=vmax, interpolation="none")
+    ax.set_xticks(range(len(keys)), keys, rotation=90)
+    ax.set_yticks(range(len(queries)), queries)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return image
+
+
+def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) -> str:
+    """`fig` as an HTML figure; closes it. A fence with `exec="on" html="on"` puts on the page what it prints, so print this.
+
+    Args:
+        fig: The figure, drawn after `style()`.
+        name: Its id on the page, and the seed of the ids inside it: letters, digits and hyphens.
+        alt: The finding in a sentence, for a reader who cannot see it.
+        caption: The finding, for all; may hold HTML.
+        wide: Whether it may use the page's margin.
+
+    Returns:
+        A `<figure>` with inline SVG and a caption, the same text at every build.
+
+    Raises:
+        ValueError: If `name` is not an id, or if `alt` or `caption` is empty.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"name must be lower-case letters, digits and hyphens, got {name!r}.")
+    if not alt.strip() or not caption.strip():
+        raise ValueError("a figure needs its finding in words: give alt and caption.")
+    matplotlib = _matplotlib()
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    matplotlib.pyplot.close(fig)
+    kind = "drawn wide" if wide else "drawn"
+    svg = _inline(buffer.getvalue(), name, alt)
+    return f'<figure class="{kind}" id="{name}">{svg}<figcaption>{caption}</figcaption></figure>'
+
+
+def _inline(svg: str, name: str, alt: str) -> str:
+    """An SVG file as an element of a page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"#010101|#000000", "currentColor", svg)
+    width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    opening = (
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{width * 4 / 3:.0f}px" fill="currentColor" role="img" '
+        f'aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    svg = re.sub(r"<svg\b[^>]*>", opening, svg, count=1)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag[0]), svg)
+    return " ".join(line.strip() for line in svg.splitlines() if line.strip())

@@ -46,6 +46,7 @@ class Fence:
     kind: str = "other"  # snippet | figure | include | output | html | other
     marks: tuple[str, ...] = ()  # the pytest directives above it
     hidden: bool = False  # inside an HTML comment
+    end: int = 0  # of the closing line; one past the page where there is none
     closed: bool = True
 
     @property
@@ -77,8 +78,12 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 def fences(page: str | Path) -> list[Fence]:
     """The fences of a page in order: backticks or tildes, three or more, at any depth of list, tab, box or quote."""
-    page = Path(page)
-    lines = page.read_text(encoding="utf-8").splitlines()
+    return fences_of(Path(page).read_text(encoding="utf-8"), Path(page))
+
+
+def fences_of(text: str, page: Path) -> list[Fence]:
+    """The same, of a text in hand."""
+    lines = text.splitlines()
     found: list[Fence] = []
     marks: list[str] = []
     comment = awaiting_output = False
@@ -92,7 +97,7 @@ def fences(page: str | Path) -> list[Fence]:
         elif opening := OPENING.match(line):
             body, end = block(lines, i, opening)
             fence = Fence(page, i + 1, opening["info"].rstrip(), body, marks=tuple(marks), hidden=comment)
-            fence.closed = end < len(lines)
+            fence.end, fence.closed = end + 1, end < len(lines)
             if awaiting_output:
                 fence.kind = "output"
                 if found and found[-1].output is None:

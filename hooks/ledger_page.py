@@ -1,0 +1,217 @@
+"""The two generated pages: the table of docs/ledger.md, with its count and its filters, and the table of docs/map.md.
+
+Each is made where the page has its placeholder, from what is in docs/ledger.yml and on disk at that moment. The filters
+are docs/assets/js/ledger.js; without it the whole table shows.
+"""
+
+import re
+from html import escape
+from pathlib import Path
+
+from ledger import ESSAYS, OPEN, VERDICTS, Claim, counts, load, root_of
+
+LEDGER_HERE, MAP_HERE = "<!-- ledger -->", "<!-- map -->"
+PATHS = [  # the essay's 'Codebase References', without their folder ml_research/attention/
+    "attention_mechanism", "self_attention", "transformer", "positional_encoding",
+    "efficient_attention/flash_attention", "efficient_attention/sparse_attention",
+    "efficient_attention/linear_attention", "efficient_attention/mamba", "vision_transformers/vit",
+    "multimodal/clip", "multimodal/flamingo", "multimodal/llava", "language_models/gpt_family",
+]  # fmt: skip
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Put each table in its place."""
+    root, link = root_of(config), linker(page, files)
+    if LEDGER_HERE in markdown:
+        markdown = markdown.replace(LEDGER_HERE, ledger_html(load(root), link))
+    if MAP_HERE in markdown:
+        markdown = markdown.replace(MAP_HERE, map_html(root, link))
+    return markdown
+
+
+def linker(page, files):
+    """A function from a page's path under docs to its address as seen from this page, or None where there is none."""
+    from mkdocs.utils import get_relative_url
+
+    def link(uri: str) -> str | None:
+        path, _, anchor = uri.partition("#")
+        file = files.get_file_from_path(path)
+        if file is None:
+            return None
+        return get_relative_url(file.url, page.file.url) + (f"#{anchor}" if anchor else "")
+
+    return link
+
+
+# --- the ledger page -----------------------------------------------------------------------------------------------
+
+
+def sentence(claims: list[Claim]) -> str:
+    """'106 claims, 9 of them answered: 5 hold, 1 does not hold, …; 97 are not reached yet.'"""
+    many = {
+        "holds": ("holds", "hold"),
+        "holds if": ("holds on conditions", "hold on conditions"),
+        "does not hold": ("does not hold", "do not hold"),
+        "contested": ("is contested", "are contested"),
+        "reading": ("is a reading", "are readings"),
+        "slip": ("is a slip", "are slips"),
+    }
+    n = counts(claims)
+    answered = len(claims) - n[OPEN]
+    parts = [f"{n[v]} {one if n[v] == 1 else more}" for v, (one, more) in many.items() if n[v]]
+    listed = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + (parts[-1] if parts else "")
+    open_ = f"{n[OPEN]} {'is' if n[OPEN] == 1 else 'are'} not reached yet"
+    if not answered:
+        return f"{len(claims)} claims, none of them answered yet."
+    if not n[OPEN]:
+        return f"{len(claims)} claims, all of them answered: {listed}."
+    return f"{len(claims)} claims, {answered} of them answered: {listed}; {open_}."
+
+
+def text_html(text: str) -> str:
+    """Plain text with `code` in it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
+
+
+def ledger_html(claims: list[Claim], link) -> str:
+    """The count, its bar, the filters and the table. One block of HTML without an empty line, as Markdown wants it."""
+    n = counts(claims)
+    bar = "".join(
+        f'<span class="{VERDICTS.get(name, "verdict-open")}" style="flex-grow:{count}" title="{count} {name}"></span>'
+        for name, count in n.items()
+        if count
+    )
+    essays = "".join(f'<option value="{key}">{key}. {escape(title)}</option>' for key, title in ESSAYS.items())
+    verdicts = "".join(f"<option>{name}</option>" for name in VERDICTS)
+    rows = []
+    for key, title in ESSAYS.items():
+        rows += ['<tbody role="rowgroup">', '<tr role="row" class="ledger-essay">']
+        rows.append(f'<th role="columnheader" colspan="3" scope="colgroup">Essay {key}. {escape(title)}</th></tr>')
+        rows += [row_html(claim, link) for claim in claims if claim.essay == key]
+        rows.append("</tbody>")
+    return "\n".join(
+        [
+            '<div class="ledger">',
+            f'<p class="ledger-count">{sentence(claims)}</p>',
+            f'<div class="ledger-bar" role="img" aria-label="{escape(sentence(claims))}">{bar}</div>',
+            '<form class="ledger-filter" hidden>',
+            f'<label>Essay <select name="essay"><option value="">all five</option>{essays}</select></label>',
+            '<label>Verdict <select name="verdict"><option value="">any or none</option>'
+            f'<option value="answered">answered</option><option value="{OPEN}">{OPEN}</option>'
+            f"{verdicts}</select></label>",
+            '<output class="ledger-shown" aria-live="polite"></output>',
+            "</form>",
+            '<table class="ledger-table" role="table" data-search-exclude>',
+            '<thead role="rowgroup"><tr role="row"><th role="columnheader" scope="col">Claim</th>'
+            '<th role="columnheader" scope="col">What the essay says</th>'
+            '<th role="columnheader" scope="col">What came of it</th></tr></thead>',
+            *rows,
+            "</table>",
+            "</div>",
+        ]
+    )
+
+
+def row_html(claim: Claim, link) -> str:
+    verdict = claim.verdict or OPEN
+    kind = VERDICTS.get(verdict, "verdict-open")
+    if claim.verdict:
+        told = f'<span class="ledger-finding">{text_html(claim.finding or "")}</span>' + evidence_html(claim, link)
+    else:
+        told = f"<details><summary>one way to test it</summary>{text_html(claim.how)}</details>"
+        if claim.guess == "reading":
+            told = told.replace("one way to test it", "what to look up")
+    return (
+        f'<tr role="row" id="{claim.id}" data-essay="{claim.essay}" data-verdict="{verdict}">'
+        f'<td role="cell" class="ledger-id"><a href="#{claim.id}">{claim.id}</a></td>'
+        f'<td role="cell" class="ledger-gist">{text_html(claim.gist)}</td>'
+        f'<td role="cell" class="ledger-told"><strong class="{kind}">{verdict}</strong> {told}</td></tr>'
+    )
+
+
+def evidence_html(claim: Claim, link) -> str:
+    out = []
+    chapter = link(f"{claim.chapter}#verdict-{claim.id}")
+    if chapter:
+        out.append(f'<a href="{chapter}">chapter</a>')
+    if claim.figure:
+        out.append(f'<a href="{link(f"{claim.chapter}#{claim.figure}")}">figure</a>')
+    for node in claim.test:
+        file, _, name = node.partition("::")
+        out.append(f"test <code>{file.rpartition('/')[2]}::<wbr>{name}</code>")
+    if claim.source:
+        out.append(f"source: {text_html(claim.source)}")
+    return f'<span class="ledger-evidence">{" · ".join(out)}</span>'
+
+
+# --- the map page --------------------------------------------------------------------------------------------------
+
+
+def map_rows(root: Path) -> list[dict]:
+    """For each path that the essay names: our module, chapter and test, each None until it exists."""
+    rows = []
+    for path in PATHS:
+        stem = path.rpartition("/")[2]
+        module, chapter = root / "src" / "nondual" / f"{path}.py", root / "docs" / "essay" / f"{stem}.md"
+        tests = sorted((root / "tests").rglob(f"test_{stem}.py"))
+        rows.append(
+            {
+                "essay": f"ml_research/attention/{path}.py",
+                "module": f"src/nondual/{path}.py" if module.exists() else None,
+                "chapter": f"essay/{stem}.md" if chapter.exists() else None,
+                "test": tests[0].relative_to(root).as_posix() if tests else None,
+            }
+        )
+    return rows
+
+
+def map_html(root: Path, link) -> str:
+    rows = map_rows(root)
+    built = sum(all(row.values()) for row in rows)
+    open_ = '<span class="verdict-open">not built yet</span>'
+
+    def cells(row: dict) -> list[tuple[str, str]]:
+        stem = row["essay"].removeprefix("ml_research/attention/").removesuffix(".py")
+        module = f"<code>{broken(row['module'])}</code>" if row["module"] else open_
+        if row["module"] and (page := link(f"reference/{stem}.md")):
+            module = f'<a href="{page}">{module}</a>'
+        title = (title_of(root / "docs" / row["chapter"])) if row["chapter"] else None
+        chapter = f'<a href="{link(row["chapter"])}">{escape(title)}</a>' if title else open_
+        test = f"<code>{broken(row['test'])}</code>" if row["test"] else open_
+        essay = f"<code>{broken(row['essay'])}</code>"
+        return [("The essay names", essay), ("Module", module), ("Chapter", chapter), ("Test", test)]
+
+    heads = [name for name, _ in cells(rows[0])]
+    body = []
+    for row in rows:
+        body.append(
+            '<tr role="row">'
+            + "".join(f'<td role="cell" data-label="{name}">{cell}</td>' for name, cell in cells(row))
+            + "</tr>"
+        )
+    return "\n".join(
+        [
+            '<div class="ledger">',
+            f'<p class="ledger-count">The essay names {len(rows)} files of code; '
+            f"{built} of them {'has' if built == 1 else 'have'} a module, a chapter and a test here.</p>",
+            '<table class="ledger-table ledger-map" role="table">',
+            '<thead role="rowgroup"><tr role="row">'
+            + "".join(f'<th role="columnheader" scope="col">{name}</th>' for name in heads)
+            + "</tr></thead>",
+            '<tbody role="rowgroup">',
+            *body,
+            "</tbody>",
+            "</table>",
+            "</div>",
+        ]
+    )
+
+
+def broken(path: str) -> str:
+    """A path that may wrap at its slashes."""
+    return escape(path).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
+def title_of(page: Path) -> str:
+    found = re.search(r"^# (.+?)\s*(?:\{.*\})?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else page.stem

@@ -136,7 +136,7 @@ def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) 
     matplotlib.pyplot.close(fig)
     kind = "drawn wide" if wide else "drawn"
     svg = _inline(buffer.getvalue(), name, alt)
-    return f'<figure class="{kind}" id="{name}">{svg}<figcaption>{caption}</figcaption></figure>'
+    return f'<figure class="{kind}" id="{name}"><div class="plate">{svg}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
@@ -147,7 +147,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r"#010101|#000000", "currentColor", svg)
     width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     opening = (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{width * 4 / 3:.0f}px" fill="currentColor" role="img" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="--natural:{width * 4 / 3:.0f}px" fill="currentColor" role="img" '
         f'aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )

@@ -10,7 +10,7 @@
   };
 
   const reachScrollable = () => {
-    for (const node of document.querySelectorAll(".md-typeset__scrollwrap, div.arithmatex, .md-typeset pre > code, .md-typeset pre")) {
+    for (const node of document.querySelectorAll(".md-typeset__scrollwrap, .plate, div.arithmatex, .md-typeset pre > code, .md-typeset pre")) {
       if (node.scrollWidth > node.clientWidth + 1) node.tabIndex = 0;
       else if (node.tabIndex === 0) node.removeAttribute("tabindex");
     }

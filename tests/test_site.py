@@ -1,0 +1,476 @@
+"""The built site, as a reader's browser and a reader's keyboard meet it.
+
+The first half reads the files in site/ and needs no browser: links, what a page would fetch, what it weighs. The second half
+loads every page in Chromium at two widths and in both palettes. The last shows that each check fails when it should.
+"""
+
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import threading
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SITE = Path(os.environ.get("SITE_DIR", ROOT / "site"))
+AXE = Path(__file__).parent / "assets" / "axe.min.js"
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
+
+# What a page says and what it would fetch
+
+
+@dataclass(repr=False)
+class Document(HTMLParser):
+    """One page, read once: its ids, its links, and the addresses a browser would fetch on its own."""
+
+    text: str
+    ids: list = field(default_factory=list)
+    links: list = field(default_factory=list)
+    fetched: list = field(default_factory=list)
+    title: str = ""
+    description: str = ""
+    canonical: str = ""
+
+    def __post_init__(self):
+        super().__init__(convert_charrefs=True)
+        self._in_title = False
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        given = {name: value or "" for name, value in attrs}
+        if "id" in given:
+            self.ids.append(given["id"])
+        if tag == "title" and not self.title:
+            self._in_title = True
+        if tag == "meta" and given.get("name") == "description":
+            self.description = given.get("content", "")
+        if tag in ("a", "area") and "href" in given:
+            self.links.append(given["href"])
+        elif tag == "link":
+            rel = given.get("rel", "")
+            if rel == "canonical":
+                self.canonical = given["href"]
+            elif rel in ("prev", "next"):
+                self.links.append(given["href"])
+            elif rel != "alternate":
+                self.fetched.append(given.get("href", ""))
+        else:
+            self.fetched += [given[name] for name in ("src", "data", "poster", "href", "xlink:href") if name in given]
+            self.fetched += [part.split()[0] for part in given.get("srcset", "").split(",") if part.strip()]
+        self.fetched += addresses_in_css(given.get("style", ""))
+
+    handle_startendtag = handle_starttag
+
+    def handle_data(self, data):
+        if self._in_title:
+            self.title += data
+        if self.lasttag == "style":
+            self.fetched += addresses_in_css(data)
+
+    def handle_endtag(self, tag):
+        self._in_title = self._in_title and tag != "title"
+
+
+def addresses_in_css(css: str) -> list[str]:
+    """What `url()` and `@import` name, less the data that a sheet holds itself."""
+    found = re.findall(r"""url\(\s*(["']?)(.*?)\1\s*\)""", css) + re.findall(r"""@import\s+(["'])(.*?)\1""", css)
+    return [address for _, address in found if not address.startswith(("data:", "#"))]
+
+
+def is_foreign(address: str) -> bool:
+    return bool(urlsplit(address).netloc)
+
+
+def read_site(site: Path) -> dict[str, Document]:
+    """Every page of the site by its path from the root: `notation/index.html`."""
+    return {
+        path.relative_to(site).as_posix(): Document(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))
+    }
+
+
+def base_of(pages: dict[str, Document]) -> str:
+    """The path under which the site is published: `/`, or `/nondual/`."""
+    home = pages.get("index.html")
+    return urlsplit(home.canonical).path if home and home.canonical else "/"
+
+
+def foreign(pages: dict[str, Document], site: Path) -> list[str]:
+    """What would be fetched from another host, by pages and by style sheets."""
+    faults = [f"{name}: {address}" for name, page in pages.items() for address in page.fetched if is_foreign(address)]
+    for sheet in sorted(site.rglob("*.css")):
+        css = sheet.read_text(encoding="utf-8")
+        faults += [f"{sheet.relative_to(site)}: {address}" for address in addresses_in_css(css) if is_foreign(address)]
+    return faults
+
+
+def broken(pages: dict[str, Document], site: Path) -> list[str]:
+    """Links, anchors, images and other files that a page names and the site does not have."""
+    base, faults = base_of(pages), []
+    for name, page in pages.items():
+        here = base + ("" if name == "404.html" else name)
+        for address in [*page.links, *(a for a in page.fetched if not a.startswith("data:"))]:
+            parts = urlsplit(urljoin(here, address))
+            if parts.scheme or parts.netloc:
+                continue
+            target = unquote(parts.path).removeprefix(base)
+            target = target + "index.html" if target == "" or target.endswith("/") else target
+            if name == target or (site / target).is_file():
+                known = pages[target].ids if target in pages else None
+                anchor = unquote(parts.fragment)
+                if anchor and known is not None and anchor not in known and not anchor.startswith(":~:"):
+                    faults.append(f"{name}: no #{anchor} in {target}")
+            else:
+                faults.append(f"{name}: {address}")
+    for sheet in sorted(site.rglob("*.css")):
+        for address in addresses_in_css(sheet.read_text(encoding="utf-8")):
+            if not is_foreign(address) and not (sheet.parent / urlsplit(address).path).is_file():
+                faults.append(f"{sheet.relative_to(site)}: {address}")
+    return faults
+
+
+def twice(page: Document) -> list[str]:
+    """Ids that a page uses more than once."""
+    return sorted({name for name in page.ids if page.ids.count(name) > 1})
+
+
+def weight(name: str, page: Document, site: Path) -> int:
+    """Bytes of the page and of the scripts, sheets and images that it names (fonts come as the text needs them)."""
+    total = len(page.text.encode())
+    for address in set(page.fetched):
+        if address and not address.startswith(("data:", "#")) and not is_foreign(address):
+            path = site / unquote(urlsplit(urljoin("/" + name, address)).path).lstrip("/")
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+@pytest.fixture(scope="module")
+def pages():
+    if not SITE.exists():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("site checks skipped: no site/; run `nox -s docs`")
+    return read_site(SITE)
+
+
+def test_nothing_is_fetched_from_another_host(pages):
+    assert not foreign(pages, SITE)
+
+
+def test_every_link_anchor_and_image_is_there(pages):
+    assert not broken(pages, SITE)
+
+
+def test_every_page_has_a_title_and_a_description(pages):
+    assert not [name for name, page in pages.items() if not page.title.strip() or not page.description.strip()]
+
+
+def test_an_id_is_used_once_a_page(pages):
+    assert not {name: twice(page) for name, page in pages.items() if twice(page)}
+
+
+@pytest.mark.parametrize("name", ["404.html", "sitemap.xml", "llms.txt", "claims.json", "search/search_index.json"])
+def test_the_site_has(pages, name):
+    assert (SITE / name).stat().st_size > 100
+
+
+def test_llms_txt_lists_every_page_with_a_line(pages):
+    listed = re.findall(r"^- \[.+\]\((.+)\): .+$", (SITE / "llms.txt").read_text(encoding="utf-8"), re.M)
+    wanted = [page.canonical for name, page in pages.items() if name != "404.html" and page.canonical]
+    assert sorted(listed) == sorted(wanted)
+
+
+def test_plain_letters_are_in_the_search_index(pages):
+    index = json.loads((SITE / "search" / "search_index.json").read_text(encoding="utf-8"))
+    glossary = " ".join(entry["text"] for entry in index["docs"] if entry["location"].startswith("glossary/"))
+    assert "saṃskāra" in glossary and "samskara" in glossary
+
+
+def test_no_page_is_heavy(pages):
+    weights = {name: weight(name, page, SITE) / 1024 for name, page in pages.items()}
+    for name, kib in sorted(weights.items(), key=lambda item: -item[1]):
+        print(f"{kib:8.0f} KiB  {name}")  # shown with -s, and when the check fails
+    limit = {name: 2048 if "notebooks/" in name else 1024 for name in weights}
+    assert not [name for name, kib in weights.items() if kib > limit[name]]
+
+
+# In a browser
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """The site as a host would serve it: its own 404 page, and the path it is published under."""
+
+    base = "/"
+
+    def translate_path(self, path):
+        return super().translate_path("/" + path.removeprefix(self.base))
+
+    def send_error(self, code, message=None, explain=None):
+        page = Path(self.directory, "404.html")
+        if code != 404 or not page.is_file():
+            return super().send_error(code, message, explain)
+        body = page.read_bytes()
+        self.send_response(404)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def serve(folder: Path, base: str = "/"):
+    """A server of `folder` on a free port, running; `shutdown()` stops it."""
+    handler = functools.partial(type("Handler", (Quiet,), {"base": base}), directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}{base}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    def without(what):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"browser checks skipped: {what}")
+
+    program = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if not program:
+        without("no Chromium; apt install chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        without("no playwright; pip install playwright")
+    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=program, args=quiet)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def site(pages):
+    server, address = serve(SITE, base_of(pages))
+    yield address
+    server.shutdown()
+
+
+@pytest.fixture
+def home(browser, site):
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
+    page = context.new_page()
+    page.goto(site)
+    yield page
+    context.close()
+
+
+LOOK = r"""() => {
+  const faults = [];
+  for (const image of document.images) if (!image.naturalWidth) faults.push("missing image " + image.src);
+  for (const node of document.querySelectorAll(".katex-error")) faults.push("KaTeX: " + node.textContent);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (/\\[(\[]|\$\$/.test(node.data) && !node.parentElement.closest("pre, code, script, style, .katex"))
+      faults.push("mathematics not set: " + node.data.trim().slice(0, 60));
+  }
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth > width) {
+    const wide = [...document.querySelectorAll("body *")].filter((n) => n.getBoundingClientRect().right > width + 1).pop();
+    faults.push("scrolls sideways, for one: " + (wide ? wide.outerHTML.slice(0, 90) : "?"));
+  }
+  return faults;
+}"""
+
+AXE_RUN = """() => axe.run(document, {resultTypes: ["violations"]}).then((found) => found.violations
+  .filter((v) => ["serious", "critical"].includes(v.impact))
+  .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
+
+
+def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
+    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, and what LOOK and axe see."""
+    faults, host = [], urlsplit(address).netloc
+
+    def on_request(request):
+        if urlsplit(request.url).scheme in ("http", "https") and urlsplit(request.url).netloc != host:
+            faults.append(f"asks another host: {request.url}")
+
+    def on_response(response):
+        if response.status >= 400:
+            faults.append(f"{response.status}: {response.url}")
+
+    def on_failure(request):
+        if "ERR_ABORTED" not in (request.failure or ""):
+            faults.append(f"failed: {request.url}")
+
+    heard = {
+        "request": on_request,
+        "response": on_response,
+        "requestfailed": on_failure,
+        "pageerror": lambda error: faults.append(f"script: {error}"),
+        "console": lambda message: faults.append(f"console: {message.text}") if message.type == "error" else None,
+    }
+    for event, listener in heard.items():
+        page.on(event, listener)
+    page.goto(address)
+    page.evaluate("document.fonts.ready")
+    faults += page.evaluate(LOOK)
+    if axe:
+        page.evaluate(AXE.read_text(encoding="utf-8"))
+        faults += page.evaluate(AXE_RUN)
+    for event, listener in heard.items():
+        page.remove_listener(event, listener)
+    return faults
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("palette", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_page_reads_well(browser, site, pages, size, palette):
+    width, height = SIZES[size]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=palette, reduced_motion="reduce", service_workers="block"
+    )
+    page, faults = context.new_page(), {}
+    for name in pages:
+        found = faults_of(page, site + name.removesuffix("index.html"), axe=True)
+        if found:
+            faults[name] = found
+    context.close()
+    assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("typed, marked", [("pratyabhijna", "pratyabhijñā"), ("samskara", "saṃskāra")])
+def test_search_finds_marked_words_by_plain_letters(home, pages, typed, marked):
+    home.keyboard.press("/")
+    home.locator(".md-search__input").press_sequentially(typed, delay=20)
+    first = home.locator(".md-search-result__item a").first
+    first.wait_for(state="visible", timeout=15_000)
+    target = urlsplit(first.get_attribute("href")).path.removeprefix(base_of(pages)).lstrip("/")
+    name = target + "index.html" if target in ("",) or target.endswith("/") else target
+    assert marked in pages[name].text.lower()
+
+
+@pytest.mark.browser
+def test_a_glossary_term_explains_itself(home, site, pages):
+    name = next(name for name, page in pages.items() if "<abbr title" in page.text)
+    home.goto(site + name)
+    term = home.locator("abbr").first
+    term.scroll_into_view_if_needed()
+    term.hover()
+    tip = home.locator(".md-tooltip2--active, .md-tooltip--active").first
+    tip.wait_for(state="visible", timeout=5_000)
+    assert len(tip.inner_text()) > 20
+
+
+@pytest.mark.browser
+def test_the_palette_turns_from_system_to_light_to_dark(home):
+    seen = []
+    for _ in range(3):
+        seen.append(home.evaluate("document.body.dataset.mdColorScheme"))
+        home.locator("form[data-md-component=palette] label:not([hidden])").click()
+        home.wait_for_timeout(50)
+    assert seen == ["default", "default", "slate"]
+
+
+@pytest.mark.browser
+def test_a_lost_reader_finds_the_way_home(home, site):
+    answer = home.goto(site + "no/such/page/")
+    assert answer.status == 404
+    assert home.locator("h1").inner_text() == "No such page"
+    home.locator(".md-content a", has_text="Home").click()
+    home.wait_for_url(site)
+
+
+# The checks themselves
+
+
+PAGE = '<!doctype html><html lang="en"><head><title>t</title></head><body><main><h1 id="top">t</h1>{}</main></body></html>'
+NOWHERE = "http://nowhere.invalid/x.js"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A site of one page with the given body."""
+
+    def make(body, **files):
+        (tmp_path / "index.html").write_text(PAGE.format(body), encoding="utf-8")
+        for name, text in files.items():
+            (tmp_path / name.replace("_", ".")).write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "body, check, fault",
+    [
+        (f'<script src="{NOWHERE}"></script>', foreign, NOWHERE),
+        ('<img src="//nowhere.invalid/x.png">', foreign, "nowhere.invalid"),
+        ('<p style="background: url(https://nowhere.invalid/x.png)">', foreign, "nowhere.invalid"),
+        ("<style>@import 'https://nowhere.invalid/x.css';</style>", foreign, "nowhere.invalid"),
+        ('<a href="gone.html">', broken, "gone.html"),
+        ('<a href="#gone">', broken, "#gone"),
+        ('<img src="gone.png">', broken, "gone.png"),
+    ],
+)
+def test_a_faulty_file_is_caught(small, body, check, fault):
+    folder = small(body)
+    assert [found for found in check(read_site(folder), folder) if fault in found]
+
+
+def test_a_faulty_style_sheet_is_caught(small):
+    folder = small("", a_css="a { background: url(gone.woff2) } b { background: url(https://nowhere.invalid/x) }")
+    pages = read_site(folder)
+    assert foreign(pages, folder) and broken(pages, folder)
+
+
+def test_a_sound_file_passes(small):
+    folder = small('<a href="#top">top</a> <a href="https://example.org">a plain link out is the reader\'s own step</a>')
+    pages = read_site(folder)
+    assert not foreign(pages, folder) and not broken(pages, folder)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "body, fault",
+    [
+        (f'<script src="{NOWHERE}"></script>', "asks another host"),
+        ('<script>fetch("http://nowhere.invalid/x").catch(() => 0)</script>', "asks another host"),
+        ("<script>console.error('x')</script>", "console: x"),
+        ("<script>undefined.x</script>", "script: "),
+        ('<script src="gone.js"></script>', "404: "),
+        ('<img alt="" src="data:image/png;base64,AAAA">', "missing image"),
+        ('<p class="katex-error">\\frac</p>', "KaTeX"),
+        ("<p>\\(x\\)</p>", "mathematics not set"),
+        ('<p style="width: 900px">wide</p>', "scrolls sideways"),
+        ('<p style="color: #999; background: #fff">faint</p>', "axe color-contrast"),
+        ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">', "axe image-alt"),
+    ],
+)
+def test_a_faulty_page_is_caught(browser, small, body, fault):
+    server, address = serve(small(body))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    try:
+        assert [found for found in faults_of(page, address, axe=True) if fault in found]
+    finally:
+        page.close()
+        server.shutdown()
+
+
+@pytest.mark.browser
+def test_a_sound_page_passes(browser, small):
+    server, address = serve(small("<p>All is well, <code>\\(x\\)</code> too.</p>"))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    try:
+        assert faults_of(page, address, axe=True) in ([], [f"404: {address}favicon.ico"])
+    finally:
+        page.close()
+        server.shutdown()

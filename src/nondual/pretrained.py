@@ -159,8 +159,17 @@ class SentenceEncoder:
     @torch.no_grad()
     def vectors(self, sentences: Sequence[str]) -> tuple[Float[Tensor, "b n e"], Tensor]:
         """The last layer's vector of every token (B, N, E), and which of the N are real tokens, bool (B, N)."""
+        layers, mask = self.layers(sentences)
+        return layers[-1], mask
+
+    @torch.no_grad()
+    def layers(self, sentences: Sequence[str]) -> tuple[Float[Tensor, "layers b n e"], Tensor]:
+        """Every token's vector on its way up: (layers + 1, B, N, E), the embeddings first; and the mask (B, N)."""
         ids, mask = self._batch(sentences)
-        return self.model(ids, mask=mask[:, None, None]), mask
+        states = [self.model.embed(ids)]
+        for layer in self.model.encoder.layers:
+            states.append(layer(states[-1], mask=mask[:, None, None]))
+        return torch.stack(states), mask
 
     @torch.no_grad()
     def attention(self, sentence: str) -> tuple[list[str], Float[Tensor, "layers h n n"]]:

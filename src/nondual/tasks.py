@@ -1,0 +1,37 @@
+"""Small real tasks: each asks a mechanism one question that it can get right or wrong."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+RING = (1, 2, 0)
+"""Who looks at whom among rock, paper and scissors: 0 at 1, 1 at 2, 2 at 0. Nobody is looked at by the one it looks at."""
+
+PAIRS = (1, 0, 3, 2)
+"""Who looks at whom among two couples: 0 and 1 at each other, 2 and 3 at each other."""
+
+
+# --8<-- [start:relation]
+def relation(
+    looks_at: tuple[int, ...], batch: int, *, payloads: int = 8, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Everyone stands in a random order holding a random card; each must name the card of the one it looks at.
+
+    Order says nothing, so no positions are needed: who looks at whom is in the characters alone.
+
+    Args:
+        looks_at: for each of N characters, the character it looks at.
+        batch: B.
+        payloads: how many cards there are.
+        generator: where the randomness comes from.
+
+    Returns:
+        (characters (B, N), cards (B, N), answers (B, N)), integers.
+    """
+    n = len(looks_at)
+    characters = torch.rand(batch, n, generator=generator).argsort(1)
+    cards = torch.randint(payloads, (batch, n), generator=generator)
+    place = characters.argsort(1)  # where each character stands
+    seen = torch.tensor(looks_at)[characters]  # whom each place looks at
+    return characters, cards, cards.gather(1, place.gather(1, seen))
+# --8<-- [end:relation]

@@ -1,0 +1,270 @@
+"""Attention against torch, against a loop, and at its edges. Every dimension is its own prime."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nondual.ops import masks
+from nondual.ops.attention import attention, masked_softmax
+
+B, H, G, N, M, D, DV = 2, 6, 3, 5, 11, 7, 13
+ENGINES = ["reference", "sdpa"]
+
+
+def qkv(n=N, m=M, h=H, g=H, dv=DV, dtype=torch.float64, seed=0, grad=True):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(B, h, n, D), (B, g, m, D), (B, g, m, dv)]
+    return [torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_(grad) for s in shapes]
+
+
+def gradients(out, inputs, seed=1):
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def literal(q, k, v, allowed, scale):
+    """The definition as loops over batch, head, query and key."""
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h // (q.shape[1] // k.shape[1])
+            for i in range(q.shape[2]):
+                keys = [j for j in range(k.shape[2]) if allowed[i, j]]
+                if keys:
+                    e = [math.exp(scale * float(q[b, h, i] @ k[b, g, j])) for j in keys]
+                    out[b, h, i] = sum(x / sum(e) * v[b, g, j] for x, j in zip(e, keys))
+    return out
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("g", [1, 2, 3, 6])
+def test_equals_a_literal_loop_with_grouped_heads(impl, g):
+    q, k, v = qkv(g=g, grad=False)
+    allowed = masks.causal(N, M)
+    expected = literal(q, k, v, allowed, 1 / math.sqrt(D))
+    torch.testing.assert_close(attention(q, k, v, causal=True, impl=impl), expected)
+
+
+def test_by_hand():
+    q = torch.tensor([[[[1.0, 0.0]]]])
+    k = torch.tensor([[[[math.log(3.0), 0.0], [0.0, 5.0]]]])
+    v = torch.tensor([[[[4.0], [8.0]]]])
+    out, weights = attention(q, k, v, scale=1.0, return_weights=True)
+    torch.testing.assert_close(weights, torch.tensor([[[[0.75, 0.25]]]]))
+    torch.testing.assert_close(out, torch.tensor([[[[5.0]]]]))
+
+
+@pytest.mark.parametrize("n, m", [(N, M), (M, N), (1, M), (M, 1), (1, 1), (N, N)])
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "padding", "per head", "added", "added and causal"])
+def test_engines_agree_forward_and_backward(n, m, kind):
+    q, k, v = inputs = qkv(n, m)
+    draw = torch.Generator().manual_seed(3)
+    added = torch.randn(B, 1, n, m, generator=draw, dtype=torch.float64)
+    options = {
+        "none": {},
+        "causal": {"causal": True},
+        "window": {"mask": masks.sliding_window(n, m, window=3)},
+        "padding": {"mask": masks.padding(torch.tensor([m, max(1, m - 2)]), m)},
+        "per head": {"mask": torch.rand(1, H, n, m, generator=draw) < 0.7},
+        "added": {"mask": added},
+        "added and causal": {"mask": added, "causal": True},
+    }[kind]
+    ours, fused = (attention(q, k, v, impl=impl, **options) for impl in ENGINES)
+    torch.testing.assert_close(ours, fused)
+    for name, a, b in zip("qkv", gradients(ours, inputs), gradients(fused, inputs)):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", ENGINES)
+def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, impl):
+    """Against float64: at most twice the error of the textbook formula in the same dtype, gradients three times."""
+    inputs = qkv(37, 41, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+
+    def textbook(q, k, v):
+        return F.softmax(q @ k.mT / math.sqrt(D), -1) @ v
+
+    truth, plain, ours = textbook(*exact), textbook(*inputs), attention(*inputs, impl=impl)
+    assert ours.dtype == dtype
+    assert (ours - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-7
+    for g_truth, g_plain, g_ours in zip(gradients(truth, exact), gradients(plain, inputs), gradients(ours, inputs)):
+        assert (g_ours - g_truth).abs().max() <= 3 * (g_plain - g_truth).abs().max() + 1e-6
+
+
+def test_rows_of_weights_sum_to_one_and_rebuild_the_output():
+    q, k, v = qkv(g=G, grad=False)
+    out, weights = attention(q, k, v, mask=masks.sliding_window(N, M, window=4), return_weights=True)
+    assert weights.shape == (B, H, N, M)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, N, dtype=torch.float64))
+    torch.testing.assert_close(weights @ v.repeat_interleave(H // G, 1), out)
+
+
+def test_gradcheck_and_second_derivative():
+    q, k, v = (x[:1, :2, :3].detach().requires_grad_() for x in qkv())
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+
+    def run(q, k, v):
+        return attention(q, k, v, mask=mask, impl="reference")
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+    assert torch.autograd.gradgradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["boolean", "added", "causal, more queries than keys"])
+def test_a_row_with_nothing_to_attend_is_zero_with_zero_gradient(impl, dtype, form):
+    if form.startswith("causal"):
+        q, k, v = inputs = qkv(M, N, dtype=dtype)
+        options, empty = {"causal": True}, slice(0, M - N)
+    else:
+        q, k, v = inputs = qkv(dtype=dtype)
+        mask = torch.ones(N, M, dtype=torch.bool)
+        mask[2] = False
+        added = torch.zeros(N, M, dtype=dtype).masked_fill(~mask, -torch.inf)
+        options, empty = {"mask": mask if form == "boolean" else added}, slice(2, 3)
+    out = attention(q, k, v, impl=impl, **options)
+    assert (out[:, :, empty] == 0).all()
+    grads = gradients(out, inputs)
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
+    assert (grads[0][:, :, empty] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("b, n, m", [(2, 5, 0), (2, 0, 5), (2, 0, 0), (0, 5, 5)])
+def test_nothing_there_gives_zeros_or_nothing(impl, causal, b, n, m):
+    q, k, v = (torch.randn(b, H, x, D, requires_grad=True) for x in (n, m, m))
+    out = attention(q, k, v, causal=causal, impl=impl)
+    assert out.shape == (b, H, n, D)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert all(x.grad is None or (x.grad == 0).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_extreme_scores_stay_finite_and_right(impl, dtype):
+    q, k, v = (x.to(dtype) for x in qkv(grad=False))
+    for factor in (1e4, -1e4):
+        out = attention(q, k, v, scale=factor, impl=impl)
+        truth = attention(q.double(), k.double(), v.double(), scale=factor, impl="reference")
+        torch.testing.assert_close(out.double(), truth, atol=2e-2 if dtype == torch.float16 else 1e-3, rtol=1e-2)
+    low = torch.full((N, M), -6e4, dtype=dtype)
+    assert torch.isfinite(attention(q, k, v, mask=low, impl=impl)).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_any_layout_of_inputs_and_of_the_incoming_gradient(impl, layout):
+    def laid(x):
+        if layout == "transposed":
+            return x.mT.contiguous().mT
+        if layout == "sliced":
+            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+        return x[:1, :1, :, :1].expand(x.shape)
+
+    q, k, v = ([laid(x.detach()).requires_grad_() for x in qkv()])
+    plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    out, expected = attention(q, k, v, impl=impl), attention(*plain, impl=impl)
+    torch.testing.assert_close(out, expected)
+    incoming = laid(torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    ours = torch.autograd.grad(out, (q, k, v), incoming)
+    theirs = torch.autograd.grad(expected, plain, incoming.contiguous())
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_nan_in_a_masked_value_reaches_every_row_as_in_torch(poison):
+    q, k, v = qkv(N, N, grad=False)
+    v[:, :, -1] = poison
+    torch_says = F.scaled_dot_product_attention(q, k, v, attn_mask=masks.causal(N)).isfinite()
+    assert not torch_says.any()
+    for impl in ENGINES:
+        assert torch.equal(attention(q, k, v, mask=masks.causal(N), impl=impl).isfinite(), torch_says)
+
+
+def test_nan_in_a_query_stays_in_its_row():
+    q, k, v = qkv(grad=False)
+    q[:, :, 1] = torch.inf
+    for impl in ENGINES:
+        bad = attention(q, k, v, impl=impl).isnan().any(-1)
+        assert bad[:, :, 1].all() and bad.sum() == B * H
+
+
+def test_mask_and_causal_combine():
+    q, k, v = qkv(grad=False)
+    kept = torch.rand(N, M, generator=torch.Generator().manual_seed(2)) < 0.5
+    both = attention(q, k, v, mask=kept & masks.causal(N, M))
+    torch.testing.assert_close(attention(q, k, v, mask=kept, causal=True), both)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_dropout_keeps_the_mean(impl):
+    torch.manual_seed(0)
+    q, k, v = (x[:1, :1].float() for x in qkv(grad=False))
+    mean = torch.stack([attention(q, k, v, dropout=0.3, impl=impl) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, attention(q, k, v, impl=impl), atol=0.06, rtol=0)
+
+
+def test_masked_softmax_is_softmax_where_nothing_is_masked():
+    scores = torch.randn(3, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(masked_softmax(scores), scores.softmax(-1))
+
+
+def test_weights_are_asked_of_the_engine_that_forms_them():
+    q, k, v = qkv(grad=False)
+    with pytest.raises(ValueError, match="never forms the weights"):
+        attention(q, k, v, return_weights=True, impl="sdpa")
+
+
+def test_runs_on_meta_tensors_and_compiles_whole():
+    q, k, v = (x.float().detach() for x in qkv())
+    assert attention(q.to("meta"), k.to("meta"), v.to("meta"), causal=True).shape == (B, H, N, DV)
+    compiled = torch.compile(lambda *a: attention(*a, causal=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_autocast(impl):
+    q, k, v = (x.float().detach() for x in qkv())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, impl=impl)
+    torch.testing.assert_close(out.float(), attention(q, k, v), atol=5e-2, rtol=5e-2)
+
+
+def made(**shapes):
+    shape = {"q": (B, H, N, D), "k": (B, H, M, D), "v": (B, H, M, DV)} | shapes
+    return [torch.zeros(shape[name]) for name in "qkv"]
+
+
+@pytest.mark.parametrize(
+    "inputs, options, says",
+    [
+        (made(q=(B, N, D)), {}, r"q must be 4-dimensional .* got \(2, 5, 7\)"),
+        (made(k=(B, H, M, D + 1)), {}, "k must have q's width D=7, got 8"),
+        (made(q=(B, H, N, 0), k=(B, H, M, 0)), {}, "width D of 1 or more"),
+        (made(v=(B, H, M + 1, DV)), {}, r"v must have k's batch, heads and length \(2, 6, 11\), got \(2, 6, 12\)"),
+        (made(k=(1, H, M, D), v=(1, H, M, DV)), {}, "batch B=2, got 1"),
+        (made(k=(B, 4, M, D), v=(B, 4, M, DV)), {}, "multiple of k's, got 6 and 4"),
+        (made(k=(B, 0, M, D), v=(B, 0, M, DV)), {}, "multiple of k's, got 6 and 0"),
+        ([x.long() for x in made()], {}, r"q must be floating point, got torch.int64; .* q.float\(\)"),
+        ([made()[0], made()[1].double(), made()[2]], {}, "k must have q's dtype and device, torch.float32 on cpu, got torch.float64"),
+        ([made()[0], made()[1], made()[2].to("meta")], {}, "v must have q's dtype and device, .* on meta"),
+        (made(), {"mask": torch.ones(N, M, dtype=torch.long)}, "mask must be torch.bool"),
+        (made(), {"mask": torch.ones(N, M, dtype=torch.float64)}, "mask must be torch.bool"),
+        (made(), {"mask": torch.ones(B, M, dtype=torch.bool)}, "a padding mask"),
+        (made(), {"mask": torch.ones(H, N, M, dtype=torch.bool)}, r"got \(6, 5, 11\)"),
+        (made(), {"mask": torch.ones(N, M, dtype=torch.bool, device="meta")}, "mask must be on q's device cpu, got meta"),
+        (made(), {"dropout": 1.5}, "dropout must be in"),
+        (made(), {"impl": "magic"}, "impl must be one of .* got 'magic'"),
+    ],
+)
+def test_bad_input_is_named(inputs, options, says):
+    with pytest.raises(ValueError, match=says):
+        attention(*inputs, **options)

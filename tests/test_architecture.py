@@ -1,0 +1,180 @@
+"""The shape of the library: imports point inward, nothing needs triton or a GPU to be imported, and it is quick to."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src"
+
+# Inward is down: a module imports from its own rank or from lower ones.
+RANKS = {
+    "ops": 0,
+    "attention_mechanism": 1,
+    "self_attention": 1,
+    "positional_encoding": 1,
+    "recurrent": 1,
+    "efficient_attention": 1,
+    "transformer": 2,
+    "vision_transformers": 3,
+    "multimodal": 3,
+    "language_models": 3,
+    "recent": 3,
+    "pretrained": 3,
+    "extensions": 4,
+}
+ASIDE = {"data", "tasks", "figures"}  # what experiments and pages use: they import none of the above, nor does it them
+NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}
+TESTED_IN = {"figures": "test_site.py", "impl": "test_attention.py"}  # those without a test of their own stem
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its dotted name."""
+    names = {}
+    for file in sorted((SRC / "nondual").rglob("*.py")):
+        parts = file.relative_to(SRC).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return names
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> list[tuple[str, int]]:
+    """What a module imports anywhere in it, by absolute dotted name, with the line."""
+    file, found = MODULES[name], []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name.split(".") if file.stem == "__init__" else name.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                found.append((whole if whole in MODULES else base, node.lineno))
+    return found
+
+
+def part(name: str) -> str:
+    """The part of the library that a module belongs to: nondual.ops.masks belongs to ops."""
+    return name.split(".")[1] if "." in name else ""
+
+
+# --- the arrows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_inward(name):
+    assert part(name) in {*RANKS, *ASIDE, ""}, f"give {name} its rank in {Path(__file__).name}"
+    for other, line in imports(name):
+        where = f"{MODULES[name].relative_to(ROOT)}:{line}: {name} imports {other}"
+        assert other.split(".")[0] not in NOT_OURS, where
+        if other.split(".")[0] != "nondual" or not part(name) or not part(other):
+            continue
+        if part(name) in RANKS:
+            assert part(other) in RANKS, f"{where}, which stands aside"
+            assert RANKS[part(other)] <= RANKS[part(name)], f"{where}, which lies further out"
+        else:
+            assert part(other) in ASIDE, where
+
+
+def test_no_two_modules_import_each_other():
+    edges = {name: {other for other, _ in imports(name) if other in MODULES and other != name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " imports ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in edges[name]:
+                if not name.startswith(other + "."):  # a package may import its parts
+                    visit(other, (*trail, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_a_kernel_imports_torch_and_triton_alone():
+    for name in MODULES:
+        if name.endswith(".triton"):
+            for other, line in imports(name):
+                assert other.split(".")[0] in {"torch", "triton", "math"}, f"{name}:{line} imports {other}"
+
+
+# --- importing -----------------------------------------------------------------------------------------------------
+
+BLOCK_TRITON = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("triton is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, **more: str) -> str:
+    env = os.environ | {"PYTHONPATH": str(SRC)} | more
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_everything_imports_without_triton_and_without_a_gpu():
+    names = [name for name in MODULES if not name.endswith(".triton")]
+    code = BLOCK_TRITON + f"import importlib\nfor name in {names}:\n    importlib.import_module(name)\n"
+    python(code + "assert 'triton' not in sys.modules\n", CUDA_VISIBLE_DEVICES="")
+
+
+def test_importing_takes_under_twice_the_time_of_torch():
+    code = (
+        "from time import perf_counter as now\na = now()\nimport torch\nb = now()\nimport nondual\nc = now()\n"
+        "print((c - a) / (b - a))"
+    )
+    python(code)  # once, so that bytecode and the disk's cache are warm
+    assert min(float(python(code)) for _ in range(3)) < 2
+
+
+# --- what a reader finds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_public_says_what_it_is(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    if tree.body:
+        assert ast.get_docstring(tree), f"{name} does not say what it is"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), (
+                f"{MODULES[name].relative_to(ROOT)}:{node.lineno}: {node.name} has no docstring"
+            )
+
+
+def stems() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in MODULES:
+        if MODULES[name].stem != "__init__":
+            found.setdefault(MODULES[name].stem, []).append(name)
+    return found
+
+
+def test_a_chapter_shares_its_stem_with_a_module_and_a_test():
+    for chapter in sorted((ROOT / "docs/essay").glob("*.md")):
+        stem = chapter.stem
+        assert any(part(name) != "ops" for name in stems().get(stem, [])), f"{chapter.name}: no module of that stem"
+        assert list((ROOT / "tests").rglob(f"test_{stem}.py")), f"{chapter.name}: no tests/test_{stem}.py"
+
+
+@pytest.mark.parametrize("stem", sorted(stems()))
+def test_a_module_has_a_test_of_its_stem(stem):
+    folder = MODULES[stems()[stem][0]].parent.name  # ops/flash_attention/reference.py: test_flash_attention.py
+    names = (f"test_{stem}.py", f"test_{folder}.py", TESTED_IN.get(stem, ""))
+    assert any(path.name in names for path in (ROOT / "tests").rglob("test_*.py")), f"there is no test_{stem}.py"

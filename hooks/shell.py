@@ -35,3 +35,16 @@ def name_boxes(html: str) -> str:
 def fold_drawings(html: str) -> str:
     """Fold the code that drew a figure under it."""
     return _DRAWN.sub(r'\1<details class="drawn"><summary>The code that drew this</summary>\2</details>', html)
+
+
+_SEARCH = 'data-md-component="search" role="dialog"'
+
+
+def on_post_page(output, page, config):
+    """Tell a screen reader what the search dialog is; the theme leaves it nameless."""
+    return output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
+
+
+def on_post_template(output_content, template_name, config):
+    """The same for 404.html, which is no page."""
+    return output_content.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')

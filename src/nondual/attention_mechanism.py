@@ -56,7 +56,6 @@ def scaled_dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> F
     return dot_scores(s, h) / math.sqrt(s.shape[-1])
 
 
-# --8<-- [start:attend]
 def attend(
     scores: Float[Tensor, "b n m"], h: Float[Tensor, "b m h"], mask: Bool[Tensor, "..."] | None = None
 ) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n m"]]:
@@ -84,7 +83,6 @@ def attend(
             )
     weights = masked_softmax(scores, mask)
     return weights @ h, weights
-# --8<-- [end:attend]
 
 
 class AdditiveAttention(nn.Module):
@@ -118,7 +116,6 @@ class AdditiveAttention(nn.Module):
         return attend(additive_scores(s, h, self.w_s.weight, self.w_h.weight, self.v), h, mask)
 
 
-# --8<-- [start:decoder]
 class AttentionDecoder(nn.Module):
     """One GRU cell that, before each step, asks the encoder's states a question with its own previous state.
 
@@ -157,4 +154,3 @@ class AttentionDecoder(nn.Module):
         if not states:
             raise ValueError("y must hold one step or more, got length 0")
         return torch.stack(states, 1), torch.stack(weights, 1)
-# --8<-- [end:decoder]

@@ -198,7 +198,6 @@ class SentenceEncoder:
         return ids, masks.padding(lengths, longest)[:, 0, 0]
 
 
-# --8<-- [start:minilm]
 def minilm(device: torch.device | str | None = None) -> SentenceEncoder:
     """The MiniLM sentence encoder: 6 layers, 12 heads, width 384, at most 256 tokens, float32.
 
@@ -258,7 +257,6 @@ def from_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 name = name.replace(theirs, our)
             renamed[name] = tensor
     return renamed
-# --8<-- [end:minilm]
 
 
 def _say_sentence_only() -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nondual.ops.attention import attention
 
 
-# --8<-- [start:self_attention]
 class SelfAttention(nn.Module):
     """One head: Q = X W_Q, K = X W_K, V = X W_V, out = softmax(Q Kᵀ / √d_k) V.
 
@@ -52,15 +51,14 @@ class SelfAttention(nn.Module):
             ValueError: x of another rank or width.
         """
         _check_width("x", x, self.q_proj.in_features)
-        q, k, v = (project(x)[:, None] for project in (self.q_proj, self.k_proj, self.v_proj))
-        if return_weights:
-            out, weights = attention(q, k, v, mask=mask, causal=causal, return_weights=True)
-            return out[:, 0], weights[:, 0]
-        return attention(q, k, v, mask=mask, causal=causal)[:, 0]
-# --8<-- [end:self_attention]
+        # --8<-- [start:one_head]
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, N, d_k), (B, N, d_k), (B, N, d_v)
+        q, k, v = q[:, None], k[:, None], v[:, None]  # one head: (B, 1, N, ·)
+        out = attention(q, k, v, mask=mask, causal=causal, return_weights=return_weights)
+        # --8<-- [end:one_head]
+        return (out[0][:, 0], out[1][:, 0]) if return_weights else out[:, 0]
 
 
-# --8<-- [start:multi_head]
 class MultiHeadAttention(nn.Module):
     """H heads side by side in subspaces of width D, joined by W_O: self-attention, or cross-attention over a memory.
 
@@ -143,6 +141,7 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
         elif self.k_proj.in_features != self.q_proj.in_features:
             raise ValueError(f"memory must be given: its width d_memory={self.k_proj.in_features} is not that of x")
+        # --8<-- [start:many_heads]
         source = x if memory is None else memory
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
@@ -153,8 +152,8 @@ class MultiHeadAttention(nn.Module):
         out = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
         out, weights = out if return_weights else (out, None)
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+        # --8<-- [end:many_heads]
         return (out, weights) if return_weights else out
-# --8<-- [end:multi_head]
 
 
 class KVCache:

@@ -36,7 +36,6 @@ class FeedForward(nn.Module):
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
-# --8<-- [start:layer]
 class TransformerLayer(nn.Module):
     """A mixer of positions and a feed-forward network, each with a residual path around it.
 
@@ -78,7 +77,6 @@ class TransformerLayer(nn.Module):
             x = self.norm1(x)
             x = self.norm2(x + self.dropout(self.feed_forward(x)))
         return (x, weights) if return_weights else x
-# --8<-- [end:layer]
 
 
 class Encoder(nn.Module):

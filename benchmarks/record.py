@@ -1,0 +1,65 @@
+"""A measurement as a file: the figures, and everything one needs to take them again."""
+
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+MEASURED = Path(__file__).parent.parent / "docs" / "measured"
+
+
+def alternate(runs: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
+    """Seconds of each run in each round, the runs taking turns, so that a busy machine slows all alike."""
+    for run in runs.values():
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """The median of the rounds' ratios and their quartiles, rounded."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
+    quarter = len(ratios) // 4
+    return {
+        "median": round(median(ratios), 3),
+        "low": round(ratios[quarter], 3),
+        "high": round(ratios[-1 - quarter], 3),
+    }
+
+
+def write(name: str, command: str, figures: dict, **more) -> None:
+    """docs/measured/<name>.json: the figures, with device, versions, commit, command and date."""
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True)
+    record = {
+        "device": _processor(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        **more,
+        "figures": figures,
+    }
+    path = MEASURED / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    print(f"docs/measured/{name}.json")
+
+
+def _processor() -> str:
+    """The processor's own name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -4,6 +4,7 @@ A term is marked once a section, where a reader first meets it there, and never 
 """
 
 import re
+import unicodedata
 from html import escape
 from pathlib import Path
 
@@ -40,25 +41,29 @@ def as_tooltips(terms: list[dict]) -> str:
     lines = []
     for entry in terms:
         for form in dict.fromkeys((entry["term"], entry["term"][0].upper() + entry["term"][1:])):
-            lines.append(f"*[{form}]: {entry['gloss']}")
+            lines.append(f"*[{form}]: {curled(entry['gloss'])}")
     return "\n".join(lines)
 
 
 def as_list(terms: list[dict]) -> str:
-    """A definition list in the order of the Latin alphabet, with the script, the meaning and the place in the texts."""
-    out = ['<dl class="glossary">']
+    """A section for each term, in the order of the alphabet, with its script, its meaning and its place in the texts."""
+    out = ['<div class="glossary" markdown>', ""]
     for entry in sorted(terms, key=lambda entry: folded(entry["term"])):
-        script = f'<span class="native" lang="{entry["lang"]}">{entry["script"]}</span>' if "script" in entry else ""
-        out.append(f'<dt id="{anchor(entry["term"])}">{escape(entry["term"])} {script}</dt>')
-        locus = f' <span class="locus">{escape(entry["locus"])}</span>' if "locus" in entry else ""
-        out.append(f"<dd>{escape(entry['meaning'])}{locus}</dd>")
-    return "\n".join([*out, "</dl>"])
+        term = entry["term"]
+        script = f' <span class="native" lang="{entry["lang"]}">{entry["script"]}</span>' if "script" in entry else ""
+        out += [f'## {term}{script} {{ #{anchor(term)} data-toc-label="{term}" }}', "", entry["meaning"]]
+        out += ["", f'<p class="locus">{escape(entry["locus"], quote=False)}</p>'] if "locus" in entry else []
+        out += [""]
+    return "\n".join([*out, "</div>"])
+
+
+def curled(text: str) -> str:
+    """Typographic quotation marks, as the pages have them."""
+    return re.sub(r"'(?=\w)(?<!\w')", "‘", text).replace("'", "’")
 
 
 def folded(text: str) -> str:
     """Lower case, without marks."""
-    import unicodedata
-
     return "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
 
 

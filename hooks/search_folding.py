@@ -1,4 +1,7 @@
-"""Let plain letters find marked ones: `samskara` finds saṃskāra, `pratyabhijna` finds pratyabhijñā."""
+"""Let plain letters find marked ones: `samskara` finds saṃskāra, `pratyabhijna` finds pratyabhijñā.
+
+A result shows formulas without their delimiters.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 _WORD = re.compile(r"\w+")
+_DELIMITER = re.compile(r"\\[()\[\]]")
 _TAG = re.compile(r"<[^>]+>")
 
 
@@ -14,6 +18,7 @@ def on_post_build(config):
     path = Path(config.site_dir, "search", "search_index.json")
     index = json.loads(path.read_text(encoding="utf-8"))
     for entry in index["docs"]:
+        entry["text"] = _DELIMITER.sub("", entry["text"])
         plain = folded_words(entry["title"] + " " + _TAG.sub(" ", entry["text"]))
         if plain:
             entry["text"] += f"<p>{' '.join(plain)}</p>"

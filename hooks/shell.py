@@ -5,7 +5,7 @@ import re
 KINDS = ("claim", "measured", "verdict", "limit", "exercise", "source")
 
 _BOX = re.compile(
-    r'(<(?:div class="admonition|details class=")[^"]*\b(?P<kind>' + "|".join(KINDS) + r')\b[^>]*>\s*'
+    r'(<(?:div class="admonition |details class=")(?:[^"]* )?(?P<kind>' + "|".join(KINDS) + r')(?=[" ])[^>]*>\s*'
     r'<(?P<tag>p class="admonition-title"|summary)>)(?P<title>.*?)(?=</(?:p|summary)>)',
     re.S,
 )  # fmt: skip

@@ -16,7 +16,10 @@
     }
   };
 
-  const start = () => { setMathematics(); reachScrollable(); };
+  // A glossary term opens on hover; the keyboard and a finger get there by focus.
+  const reachTerms = () => { for (const node of document.querySelectorAll(".md-content abbr[title]")) node.tabIndex = 0; };
+
+  const start = () => { setMathematics(); reachScrollable(); reachTerms(); };
   if (typeof document$ === "undefined") start();
   else document$.subscribe(start);
   addEventListener("resize", reachScrollable, { passive: true });

@@ -1,16 +1,18 @@
 """One command for each thing a reader or an author does. All share one environment, .nox/nondual.
 
-    nox -s docs      build the site into site/ (strict)
-    nox -s serve     read it on http://127.0.0.1:8000
-    nox -s tests     unit tests, every snippet, and the site's checks
-    nox -s snippets  every fence alone, as `python file.py`
-    nox -s gpu_tests the kernels on a CUDA device (add --no-venv to use the torch you have)
-    nox -s bench     timings against peers; nox -s bench -- NAME for one
-    nox -s lint      ruff
+nox -s docs      build the site into site/ (strict)
+nox -s serve     read it on http://127.0.0.1:8000
+nox -s tests     unit tests, every snippet, and the site's checks
+nox -s snippets  every fence alone, as `python file.py`
+nox -s gpu_tests the kernels on a CUDA device (add --no-venv to use the torch you have)
+nox -s bench     timings against peers; nox -s bench -- NAME for one
+nox -s lint      ruff
 """
 
 import hashlib
 import os
+import re
+import socket
 import sys
 from pathlib import Path
 
@@ -29,15 +31,14 @@ os.environ["PYTHONUTF8"] = "1"
 
 
 def environment(session: nox.Session) -> str:
-    """The Python of the shared environment, made anew when pyproject.toml or constraints.txt changed."""
+    """The Python of the shared environment, made anew when what it holds has changed."""
     if BARE:
         return sys.executable
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         session.error(f"nondual is tested on Python 3.11 to 3.13; this nox runs on {sys.version.split()[0]}.")
     home = ROOT / ".nox" / "nondual"
     python = str(home / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-    recipe = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    stamp = hashlib.sha256(b"".join(file.read_bytes() for file in recipe) + sys.version.encode()).hexdigest()
+    stamp = recipe()
     if not (home / "stamp").exists() or (home / "stamp").read_text() != stamp:
         session.run(sys.executable, "-m", "virtualenv", "--clear", "--quiet", str(home))
         session.run(
@@ -46,6 +47,16 @@ def environment(session: nox.Session) -> str:
         )  # fmt: skip
         (home / "stamp").write_text(stamp)
     return python
+
+
+def recipe() -> str:
+    """A hash of all that decides what the environment holds: the dependencies, the pins and this Python."""
+    import tomllib  # not at the top: an older Python should get as far as the sentence above
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    parts = [project["build-system"], project["project"], project["dependency-groups"]]
+    text = repr(parts) + (ROOT / "constraints.txt").read_text(encoding="utf-8") + sys.version + str(ROOT)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build(session: nox.Session) -> str:
@@ -65,14 +76,19 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def serve(session: nox.Session) -> None:
-    """Serve the built site; `nox -s serve -- --live` rebuilds it as you write."""
+    """Serve the built site; `nox -s serve -- --live` rebuilds it as you write, `-- 8001` takes another port."""
     python = environment(session)
+    port = next((given for given in session.posargs if given.isdigit()), "8000")
+    with socket.socket() as knock:
+        if knock.connect_ex(("127.0.0.1", int(port))) == 0:
+            session.error(f"Port {port} is taken: nox -s serve -- {int(port) + 1}")
     if "--live" in session.posargs:
-        session.run(python, "-m", "mkdocs", "serve", "--dev-addr", "127.0.0.1:8000")
+        session.run(python, "-m", "mkdocs", "serve", "--dev-addr", f"127.0.0.1:{port}")
+        return
     if not SITE.exists():
         session.error("There is no site yet: run `nox -s docs` first.")
-    session.log("http://127.0.0.1:8000 (stop with Ctrl-C)")
-    session.run(python, "-m", "http.server", "8000", "--bind", "127.0.0.1", "--directory", str(SITE))
+    session.log(f"http://127.0.0.1:{port} (stop with Ctrl-C)")
+    session.run(python, "-m", "http.server", port, "--bind", "127.0.0.1", "--directory", str(SITE))
 
 
 @nox.session
@@ -94,10 +110,24 @@ def snippets(session: nox.Session) -> None:
 def gpu_tests(session: nox.Session) -> None:
     """The kernels on a CUDA device, in every dtype and at full size."""
     python = environment(session)
+    needed = ["torch", "triton", "einops", "jaxtyping", "pytest"]
+    probe = f"import importlib.util as u; print(*(name for name in {needed} if not u.find_spec(name)))"
+    if missing := session.run(python, "-c", probe, silent=True).strip():
+        session.error(f"gpu_tests needs {missing}: {python} -m pip install {missing}")
     probe = "import torch; print('CUDA' if torch.cuda.is_available() else 'none')"
     if "CUDA" not in session.run(python, "-c", probe, silent=True):
         session.error("gpu_tests needs a CUDA device, and torch sees none here: nothing was tested.")
-    session.run(python, "-m", "pytest", "-m", "gpu", "tests", *session.posargs)
+    files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py")) if on_gpu(file)]
+    if not files:
+        session.error("gpu_tests found no test marked `gpu`: nothing was tested.")
+    env = {"PYTHONPATH": str(ROOT / "src")} if BARE else {}  # a bare interpreter has no nondual installed
+    session.run(python, "-m", "pytest", "-m", "gpu", *files, *session.posargs, env=env)
+
+
+def on_gpu(file: Path) -> bool:
+    """Whether a file has tests for a GPU. Only these are collected: the others import more than a bare machine has."""
+    marked = r"^[ \t]*@pytest\.mark\.gpu\b|^pytestmark\b.*\bgpu\b|\bmarks=.*\bgpu\b"
+    return re.search(marked, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 @nox.session

@@ -7,7 +7,7 @@ reads the pages by itself and names every fence that looks like Python and would
     python exec="on" …  a figure: run by the site build, and alone by `main`
     py                  source shown by inclusion: one or more `--8<--` lines and nothing else; tested where it lives
 
-    python hooks/fences.py               run every snippet and figure alone, as `python snippet.py` in an empty folder
+    python hooks/fences.py               run every snippet and figure alone, as `python snippet.py`
     python hooks/fences.py docs/x.md     the same for some pages
 """
 
@@ -279,14 +279,18 @@ def reads_as_python(code: str) -> bool:
 
 
 def run_alone(fence: Fence) -> str | None:
-    """Run a fence as a file of its own in an empty folder. None, or what went wrong with page and line."""
+    """Run a fence as a file of its own. None, or what went wrong with page and line.
+
+    A snippet runs in an empty folder; a figure, as in the build, at the root of the project, where docs/measured is.
+    """
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "snippet.py"
         file.write_text(fence.code, encoding="utf-8")
+        place = ROOT if fence.kind == "figure" else folder
         try:
             ran = subprocess.run(
-                [sys.executable, file.name], cwd=folder, env=env, capture_output=True, encoding="utf-8",
+                [sys.executable, str(file)], cwd=place, env=env, capture_output=True, encoding="utf-8",
                 errors="replace", timeout=SECONDS, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

@@ -135,12 +135,13 @@ def test_everything_imports_without_triton_and_without_a_gpu():
 
 
 def test_importing_takes_under_twice_the_time_of_torch():
+    names = ["nondual", "nondual.self_attention", "nondual.transformer", "nondual.pretrained"]
     code = (
-        "from time import perf_counter as now\na = now()\nimport torch\nb = now()\nimport nondual\nc = now()\n"
-        "print((c - a) / (b - a))"
+        "from time import perf_counter as now\na = now()\nimport torch\nb = now()\n"
+        f"import {', '.join(names)}\nprint((now() - a) / (b - a))"
     )
     python(code)  # once, so that bytecode and the disk's cache are warm
-    assert min(float(python(code)) for _ in range(3)) < 2
+    assert min(float(python(code)) for _ in range(3)) < 2  # a ratio within one process, so that a busy machine is fair
 
 
 # --- what a reader finds -------------------------------------------------------------------------------------------

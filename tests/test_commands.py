@@ -1,0 +1,45 @@
+"""The commands that the README and CONTRIBUTING give are those that exist, and those that .ci/run runs."""
+
+import os
+import re
+from pathlib import Path
+
+import fences
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's console fences."""
+    found = [fence for fence in fences.fences(ROOT / page) if fence.info == "console"]
+    return [line for fence in found for line in fence.code.splitlines() if line.strip()]
+
+
+def sessions() -> set[str]:
+    return set(re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
+
+
+def test_ci_runs_what_the_readme_says():
+    run = [
+        line.strip().removeprefix("setsid ").removesuffix(" &") for line in (ROOT / ".ci/run").read_text().splitlines()
+    ]
+    assert commands("README.md") == ["pip install nox && nox -s docs", "nox -s serve", "nox -s tests"]
+    for command in commands("README.md"):
+        assert command in run, f".ci/run does not run `{command}`"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_every_session_that_a_page_names_exists():
+    assert sessions() == {"docs", "serve", "tests", "snippets", "gpu_tests", "bench", "lint"}
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for named in re.findall(r"nox (?:--no-venv )?-s ([a-z_ ]+)", (ROOT / page).read_text()):
+            assert set(named.split()) <= sessions(), f"{page}: nox -s {named}"
+
+
+def test_the_readme_lists_every_session():
+    table = re.findall(r"^\| `nox -s (\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(table) == sessions()
+
+
+def test_the_workflow_runs_the_same_script():
+    assert "run: .ci/run" in (ROOT / ".github/workflows/site.yml").read_text()

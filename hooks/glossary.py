@@ -46,7 +46,7 @@ def as_tooltips(terms: list[dict]) -> str:
 
 
 def as_list(terms: list[dict]) -> str:
-    """A section for each term, in the order of the alphabet, with its script, its meaning and its place in the texts."""
+    """A section for each term, in alphabetical order, with its script, its meaning and its place in the texts."""
     out = ['<div class="glossary" markdown>', ""]
     for entry in sorted(terms, key=lambda entry: folded(entry["term"])):
         term = entry["term"]

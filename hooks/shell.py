@@ -1,4 +1,4 @@
-"""What a page says that Markdown cannot: the word on a box, the fold under a figure, and a notebook that stays at home."""
+"""What a page says that Markdown cannot: the word on a box, the fold under a figure, the name of the search dialog."""
 
 import re
 
@@ -10,23 +10,19 @@ _BOX = re.compile(
     re.S,
 )  # fmt: skip
 _DRAWN = re.compile(r'(</figure>)\s*(?:<p></p>\s*)?(<div class="language-python highlight">.*?</pre></div>)', re.S)
-_FOREIGN_SCRIPT = re.compile(r'<script\b[^>]*\bsrc="(?:https?:)?//[^"]*"[^>]*>\s*</script>')
 
 
 def on_page_content(html, page, config, files):
     """Give the page its boxes and folds."""
-    html = fold_drawings(name_boxes(html))
-    if page.file.src_uri.endswith(".ipynb"):
-        html = _FOREIGN_SCRIPT.sub("", html)
-    return html
+    return fold_drawings(name_boxes(html))
 
 
 def name_boxes(html: str) -> str:
-    """Put the kind's own word before a box's title: `!!! claim "A1.4"` is headed "Claim A1.4", `!!! claim` is headed "Claim"."""
+    """Head a box with its kind's own word: `!!! claim "A1.4"` with "Claim A1.4", `!!! claim` with "Claim"."""
 
     def head(match: re.Match) -> str:
         word, title = match["kind"].capitalize(), match["title"].strip()
-        rest = "" if title == word else f" {title}"
+        rest = "" if title == word else f' <span class="title">{title}</span>'
         return f'{match[1]}<span class="kind">{word}</span>{rest}'
 
     return _BOX.sub(head, html)

@@ -1,6 +1,6 @@
 """The built site, as a reader's browser and a reader's keyboard meet it.
 
-The first half reads the files in site/ and needs no browser: links, what a page would fetch, what it weighs. The second half
+The first part reads the files in site/ and needs no browser: links, what a page would fetch, what it weighs. The second
 loads every page in Chromium at two widths and in both palettes. The last shows that each check fails when it should.
 """
 
@@ -91,7 +91,8 @@ def is_foreign(address: str) -> bool:
 def read_site(site: Path) -> dict[str, Document]:
     """Every page of the site by its path from the root: `notation/index.html`."""
     return {
-        path.relative_to(site).as_posix(): Document(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))
+        path.relative_to(site).as_posix(): Document(path.read_text(encoding="utf-8"))
+        for path in sorted(site.rglob("*.html"))
     }
 
 
@@ -186,7 +187,9 @@ def test_llms_txt_lists_every_page_with_a_line(pages):
 
 def test_plain_letters_are_in_the_search_index(pages):
     index = json.loads((SITE / "search" / "search_index.json").read_text(encoding="utf-8"))
-    glossary = " ".join(entry["text"] for entry in index["docs"] if entry["location"].startswith("glossary/"))
+    glossary = " ".join(
+        entry["title"] + entry["text"] for entry in index["docs"] if entry["location"].startswith("glossary/")
+    )
     assert "saṃskāra" in glossary and "samskara" in glossary
 
 
@@ -247,7 +250,13 @@ def browser():
         from playwright.sync_api import sync_playwright
     except ImportError:
         without("no playwright; pip install playwright")
-    quiet = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
     with sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=program, args=quiet)
         yield chromium
@@ -283,7 +292,8 @@ LOOK = r"""() => {
   }
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width) {
-    const wide = [...document.querySelectorAll("body *")].filter((n) => n.getBoundingClientRect().right > width + 1).pop();
+    const sticksOut = (node) => node.getBoundingClientRect().right > width + 1;
+    const wide = [...document.querySelectorAll("body *")].filter(sticksOut).pop();
     faults.push("scrolls sideways, for one: " + (wide ? wide.outerHTML.slice(0, 90) : "?"));
   }
   return faults;
@@ -336,7 +346,10 @@ def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
 def test_every_page_reads_well(browser, site, pages, size, palette):
     width, height = SIZES[size]
     context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=palette, reduced_motion="reduce", service_workers="block"
+        viewport={"width": width, "height": height},
+        color_scheme=palette,
+        reduced_motion="reduce",
+        service_workers="block",
     )
     page, faults = context.new_page(), {}
     for name in pages:
@@ -437,7 +450,9 @@ def test_a_faulty_style_sheet_is_caught(small):
 
 
 def test_a_sound_file_passes(small):
-    folder = small('<a href="#top">top</a> <a href="https://example.org">a plain link out is the reader\'s own step</a>')
+    folder = small(
+        '<a href="#top">top</a> <a href="https://example.org">a plain link out is the reader\'s own step</a>'
+    )
     pages = read_site(folder)
     assert not foreign(pages, folder) and not broken(pages, folder)
 

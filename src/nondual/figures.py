@@ -1,10 +1,10 @@
 """Figures for a page: inline SVG whose text is real text, in the page's own colours and type, the same at every build.
 
-A chapter draws with matplotlib and ends with `print(show(fig, ...))`. Black becomes `currentColor`, so one drawing serves the light page and
-the dark one; every id is made the figure's own, so many figures share a page.
+A chapter draws with matplotlib and ends with `print(show(fig, ...))`. Black becomes `currentColor`, so one drawing serves
+the light page and the dark one; every id is made the figure's own, so many figures share a page.
 
-Palettes: Okabe and Ito (2008) for categories, cividis (Nuñez et al., 2018) for magnitudes, `SIGNED` for values about zero.
-matplotlib is imported when a function is called; `pip install 'nondual[figures]'` brings it.
+Palettes: Okabe and Ito (2008) for categories, cividis (Nuñez et al., 2018) for magnitudes, `SIGNED` for values about
+zero. matplotlib is imported when a function is called; `pip install 'nondual[figures]'` brings it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def style() -> None:
             "savefig.facecolor": "none",
             "svg.fonttype": "none",
             **dict.fromkeys(
-                ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
+                ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"),
+                _INK,
             ),
         }
     )
@@ -110,7 +111,7 @@ def attention(
 
 
 def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) -> str:
-    """`fig` as an HTML figure; closes it. A fence with `exec="on" html="on"` puts on the page what it prints, so print this.
+    """`fig` as an HTML figure; closes it. Print it: a fence with `exec="on" html="on"` puts what it prints on the page.
 
     Args:
         fig: The figure, drawn after `style()`.
@@ -136,14 +137,18 @@ def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) 
     matplotlib.pyplot.close(fig)
     kind = "drawn wide" if wide else "drawn"
     svg = _inline(buffer.getvalue(), name, alt)
-    return f'<figure class="{kind}" id="{name}"><div class="plate">{svg}</div><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure class="{kind}" id="{name}"><div class="plate">{svg}</div><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    named = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda given: f' id="{name}-{given[1]}"' if given[1] in named else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"#010101|#000000", "currentColor", svg)
     width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     opening = (
@@ -152,5 +157,5 @@ def _inline(svg: str, name: str, alt: str) -> str:
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     svg = re.sub(r"<svg\b[^>]*>", opening, svg, count=1)
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag[0]), svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda x: f"{float(x[0]):.2f}", tag[0]), svg)
     return " ".join(line.strip() for line in svg.splitlines() if line.strip())

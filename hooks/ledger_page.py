@@ -138,7 +138,7 @@ def evidence_html(claim: Claim, link) -> str:
         out.append(f'<a href="{link(f"{claim.chapter}#{claim.figure}")}">figure</a>')
     for node in claim.test:
         file, _, name = node.partition("::")
-        out.append(f"test <code>{file.rpartition('/')[2]}::<wbr>{name}</code>")
+        out.append(f"test <code>{broken(file.rpartition('/')[2])}::<wbr>{broken(name)}</code>")
     if claim.source:
         out.append(f"source: {text_html(claim.source)}")
     return f'<span class="ledger-evidence">{" · ".join(out)}</span>'

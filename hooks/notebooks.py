@@ -1,7 +1,7 @@
 """A notebook as a page of this site: its cells in the site's own blocks.
 
-mkdocs-jupyter runs the notebook. What it writes carries half a megabyte of styles, and scripts that ask another host; this
-takes out the cells and leaves the rest. Mathematics, quotation marks and links to pages come out as on any page.
+mkdocs-jupyter runs the notebook. What it writes carries half a megabyte of styles, and scripts that ask another host;
+this takes out the cells and leaves the rest. Mathematics, quotation marks and links to pages come out as on any page.
 """
 
 import posixpath

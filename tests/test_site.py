@@ -11,12 +11,17 @@ import os
 import re
 import shutil
 import threading
+import unicodedata
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
+import glossary
+import notebooks
 import pytest
+import search_folding
+import shell
 
 ROOT = Path(__file__).parent.parent
 SITE = Path(os.environ.get("SITE_DIR", ROOT / "site"))
@@ -493,3 +498,44 @@ def test_a_sound_page_passes(browser, small):
     finally:
         page.close()
         server.shutdown()
+
+
+# The hooks that make a page
+
+
+def test_a_box_is_headed_by_its_word():
+    box = '<div class="admonition claim">\n<p class="admonition-title">{}</p>\n</div>'
+    assert '<span class="kind">Claim</span></p>' in shell.name_boxes(box.format("Claim"))
+    assert '<span class="kind">Claim</span> <span class="title">A1.4</span></p>' in shell.name_boxes(box.format("A1.4"))
+    other = '<details class="mkdocstrings-source"><summary>Source code</summary></details>'
+    assert shell.name_boxes(other) == other
+
+
+def test_the_code_of_a_figure_is_folded_and_other_code_is_not():
+    code = '<div class="language-python highlight"><pre><code>x</code></pre></div>'
+    assert shell.fold_drawings(f"<figure></figure>\n{code}\n{code}").count("<details") == 1
+    assert "<details" not in shell.fold_drawings(f"<p></p>{code}")
+
+
+def test_a_term_is_marked_once_a_section_and_never_in_a_heading():
+    term = '<abbr title="x">spanda</abbr>'
+    html = f"<h1>{term}</h1><p>{term} {term}</p><h2>{term}</h2><p>{term} {term}</p>"
+    assert glossary.on_page_content(html, None, None, None).count("<abbr") == 2
+
+
+def test_every_term_has_a_gloss_and_a_meaning_and_stands_in_NFC():
+    for entry in glossary.terms(ROOT / "docs"):
+        assert set(entry) <= {"term", "script", "lang", "gloss", "meaning", "locus"}
+        assert entry["gloss"] and entry["meaning"] and ("script" in entry) == ("lang" in entry)
+        assert unicodedata.is_normalized("NFC", entry["term"])
+
+
+def test_marked_words_fold_to_plain_letters():
+    assert search_folding.folded_words("Saṃskāra, plain, pratyabhijñā प्रकाश") == ["pratyabhijna", "samskara"]
+
+
+def test_a_notebook_keeps_its_formulas_and_mends_its_quotes():
+    assert notebooks.curled("""it's "so": $f'(x)$""") == "it’s “so”: $f'(x)$"
+    assert (
+        notebooks._MATHS.sub(notebooks.as_maths, "$x$ costs $5") == '<span class="arithmatex">\\(x\\)</span> costs $5'
+    )

@@ -1,7 +1,7 @@
 """Figures for a page: inline SVG whose text is real text, in the page's own colours and type, the same at every build.
 
-A chapter draws with matplotlib and ends with `print(show(fig, ...))`. Black becomes `currentColor`, so one drawing serves
-the light page and the dark one; every id is made the figure's own, so many figures share a page.
+A chapter draws with matplotlib and ends with `print(show(fig, ...))`. Black becomes `currentColor`, so one drawing
+serves the light page and the dark one; every id is made the figure's own, so many figures share a page.
 
 Palettes: Okabe and Ito (2008) for categories, cividis (Nuñez et al., 2018) for magnitudes, `SIGNED` for values about
 zero. matplotlib is imported when a function is called; `pip install 'nondual[figures]'` brings it.
@@ -152,8 +152,8 @@ def _inline(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r"#010101|#000000", "currentColor", svg)
     width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     opening = (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="--natural:{width * 4 / 3:.0f}px" fill="currentColor" role="img" '
-        f'aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="--natural:{width * 4 / 3:.0f}px" fill="currentColor" '
+        f'role="img" aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     svg = re.sub(r"<svg\b[^>]*>", opening, svg, count=1)

@@ -1,0 +1,83 @@
+"""nondual.figures: what a page needs of a drawing."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib").use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from nondual import figures  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_style():
+    with plt.rc_context():
+        figures.style()
+        yield
+    plt.close("all")
+
+
+def drawn(name="heads", **given):
+    fig, (left, right) = plt.subplots(1, 2)
+    figures.attention(left, torch.eye(3), ["a", "b", "c"])
+    right.plot([0, 1], [1, 0], color="black")
+    right.scatter([0.5], [0.5])
+    right.set_title("saṃskāra & co")
+    return figures.show(fig, **{"name": name, "alt": 'a "diagonal"', "caption": "A diagonal."} | given)
+
+
+def test_the_same_drawing_gives_the_same_bytes():
+    assert drawn() == drawn()
+
+
+def test_text_is_text_and_black_is_the_ink_of_the_page():
+    html = drawn()
+    assert ">saṃskāra &amp; co</text>" in html
+    assert "currentColor" in html and not re.search("#000000|#010101|<metadata|<!DOCTYPE", html)
+
+
+def test_it_is_named_and_described():
+    html = drawn()
+    assert 'id="heads"' in html and 'role="img"' in html
+    assert 'aria-label="a &quot;diagonal&quot;"' in html and "<figcaption>A diagonal.</figcaption>" in html
+
+
+def test_two_figures_of_a_page_share_no_id_and_every_reference_has_its_own():
+    first, second = drawn("first"), drawn("second")
+    ids = re.findall(r' id="([^"]+)"', first + second)
+    assert len(ids) == len(set(ids))
+    for html in (first, second):
+        referenced = re.findall(r'(?:url\(#|href="#)([^")]+)', html)
+        assert referenced and set(referenced) <= set(re.findall(r' id="([^"]+)"', html))
+
+
+def test_queries_are_rows_and_keys_are_columns_from_the_top_left():
+    _, ax = plt.subplots()
+    figures.attention(ax, torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]), ["q0", "q1"], ["k0", "k1", "k2"])
+    assert ax.yaxis_inverted() and not ax.xaxis_inverted()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["q0", "q1"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["k0", "k1", "k2"]
+
+
+def test_labels_must_match_the_weights():
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match=r"\(queries, keys\) = \(2, 2\), got \(3, 3\)"):
+        figures.attention(ax, torch.eye(3), ["a", "b"])
+
+
+@pytest.mark.parametrize("given, told", [({"name": "Bad name"}, "name must be"), ({"alt": " "}, "finding in words")])
+def test_a_figure_without_name_or_words_is_refused(given, told):
+    with pytest.raises(ValueError, match=told):
+        drawn(**given)
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install():
+    program = "import sys; sys.modules['matplotlib'] = None; from nondual import figures; figures.style()"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: nondual.figures draws with matplotlib: pip install 'nondual[figures]'." in run.stderr

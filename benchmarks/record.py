@@ -21,10 +21,17 @@ def alternate(runs: dict[str, Callable[[], object]], rounds: int = 15) -> dict[s
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = _now()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_now() - start)
     return times
+
+
+def _now() -> float:
+    """The clock, once all that a GPU was told to do is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -38,12 +45,12 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     }
 
 
-def write(name: str, command: str, figures: dict, **more) -> None:
-    """docs/measured/<name>.json: the figures, with device, versions, commit, command and date."""
+def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:
+    """docs/measured/<name>.json (<name>_cuda.json on a GPU): the figures, with device, versions, commit, command, date."""
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True)
     record = {
-        "device": _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
         "command": command,
@@ -51,9 +58,9 @@ def write(name: str, command: str, figures: dict, **more) -> None:
         **more,
         "figures": figures,
     }
-    path = MEASURED / f"{name}.json"
+    path = MEASURED / f"{name}{'_cuda' if device == 'cuda' else ''}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print(f"docs/measured/{name}.json")
+    print(path.relative_to(MEASURED.parent.parent))
 
 
 def _processor() -> str:

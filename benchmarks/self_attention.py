@@ -1,7 +1,8 @@
 """Where the time of an attention layer goes as N grows: the projections, or the N x N table?
 
 Counting multiply-adds of one layer of width E: four projections cost 4 N E², scores and mixing 2 N² E. So the table's
-share is N / (N + 2E), one half at N = 2E. Measured at the width of MiniLM, on one thread, for both engines.
+share is N / (N + 2E), one half at N = 2E. Measured at the width of MiniLM for both engines, in float32: on one thread of
+the CPU, or with --device=cuda on a GPU.
 """
 
 import torch
@@ -14,14 +15,15 @@ E, HEADS, LENGTHS = 384, 12, (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def main(options: list[str]) -> None:
+    device = "cuda" if "--device=cuda" in options else "cpu"
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    layer = MultiHeadAttention(E, HEADS)
+    layer = MultiHeadAttention(E, HEADS).to(device)
     rows = []
     with torch.inference_mode():
         for n in LENGTHS:
-            x = torch.randn(1, n, E)
-            q, k, v = (torch.randn(1, HEADS, n, E // HEADS) for _ in range(3))
+            x = torch.randn(1, n, E, device=device)
+            q, k, v = (torch.randn(1, HEADS, n, E // HEADS, device=device) for _ in range(3))
             runs = {
                 "projections": lambda x=x: [p(x) for p in (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)],
                 "sdpa": lambda q=q, k=k, v=v: attention(q, k, v, impl="sdpa"),
@@ -35,4 +37,5 @@ def main(options: list[str]) -> None:
             row["reference_over_sdpa"] = ratio(times["reference"], times["sdpa"])
             rows.append(row)
             print(row)
-    write("self_attention", "nox -s bench -- self_attention", {"rows": rows}, d_model=E, n_heads=HEADS, threads=1)
+    command = " ".join(["nox -s bench -- self_attention", *options])
+    write("self_attention", command, {"rows": rows}, device=device, d_model=E, n_heads=HEADS, threads=1)

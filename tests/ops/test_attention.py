@@ -268,3 +268,45 @@ def made(**shapes):
 def test_bad_input_is_named(inputs, options, says):
     with pytest.raises(ValueError, match=says):
         attention(*inputs, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n, m", [(1025, 1025), (1, 4097), (257, 1031), (1031, 257)])
+@pytest.mark.parametrize("kind", ["none", "causal", "padding"])
+@pytest.mark.parametrize("g", [2, 6])
+def test_on_a_gpu_both_engines_are_as_near_to_float64_as_plain_pytorch(dtype, n, m, kind, g):
+    """Output at most twice plain PyTorch's error in the same dtype, gradients three times; nothing NaN."""
+    inputs = [x.detach().to("cuda").requires_grad_() for x in qkv(n, m, g=g, dv=D, dtype=dtype)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    allowed = {
+        "none": torch.ones(n, m, dtype=torch.bool, device="cuda"),
+        "causal": masks.causal(n, m, device="cuda"),
+        "padding": masks.padding(torch.tensor([m, m // 3], device="cuda"), m),
+    }[kind]
+    options = {"none": {}, "causal": {"causal": True}, "padding": {"mask": allowed}}[kind]
+
+    def textbook(q, k, v):
+        k, v = (x.repeat_interleave(H // g, 1) for x in (k, v))
+        scores = (q @ k.mT / math.sqrt(D)).masked_fill(~allowed, torch.finfo(q.dtype).min)
+        return scores.softmax(-1).masked_fill(~allowed, 0) @ v
+
+    truth, plain = attention(*exact, impl="reference", **options), textbook(*inputs)
+    incoming = torch.randn(truth.shape, dtype=torch.float64, device="cuda")
+    g_truth = torch.autograd.grad(truth, exact, incoming)
+    g_plain = torch.autograd.grad(plain, inputs, incoming.to(dtype))
+    for impl in ENGINES:
+        out = attention(*inputs, impl=impl, **options)
+        assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6
+        for t, p, o in zip(g_truth, g_plain, torch.autograd.grad(out, inputs, incoming.to(dtype))):
+            assert o.isfinite().all()
+            assert (o - t).abs().max() <= 3 * (p - t).abs().max() + 1e-5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_mask_left_on_the_cpu_is_named():
+    q, k, v = (x.detach().cuda() for x in qkv())
+    with pytest.raises(ValueError, match="mask must be on q's device cuda:0, got cpu"):
+        attention(q, k, v, mask=masks.causal(N, M))
+    with pytest.raises(ValueError, match="k must have q's dtype and device"):
+        attention(q, k.cpu(), v)

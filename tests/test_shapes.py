@@ -1,0 +1,57 @@
+"""The shapes in the signatures are true: every public call runs once with jaxtyping and beartype looking on.
+
+In a process of its own, since the check must be there before the package is imported; at run time it is not.
+"""
+
+import subprocess
+import sys
+
+CALLS = """
+from jaxtyping import install_import_hook
+
+with install_import_hook("nondual", "beartype.beartype"):
+    import torch
+    from nondual import attention_mechanism, positional_encoding, pretrained, self_attention, tasks, transformer
+    from nondual.ops import masks
+    from nondual.ops.attention import attention, masked_softmax
+
+q, k, v = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 11, 7), torch.randn(2, 3, 11, 13)
+attention(q, k, v, causal=True)
+attention(q, k, v, mask=masks.padding(torch.tensor([11, 4]), 11), return_weights=True)
+attention(q, k, v, mask=torch.randn(1, 6, 5, 11))
+masked_softmax(torch.randn(3, 5), masks.causal(3, 5))
+masks.sliding_window(5, 11, window=3)
+
+s, h = torch.randn(2, 3, 7), torch.randn(2, 5, 11)
+attention_mechanism.AdditiveAttention(7, 11, 13)(s, h, torch.ones(2, 1, 5, dtype=torch.bool))
+attention_mechanism.scaled_dot_scores(s, torch.randn(2, 5, 7))
+attention_mechanism.AttentionDecoder(17, 7, 11, 13)(torch.randn(2, 3, 17), torch.randn(2, 7), h)
+
+x, memory = torch.randn(2, 5, 12), torch.randn(2, 11, 17)
+self_attention.SelfAttention(12, 3, 5)(x, return_weights=True)
+self_attention.MultiHeadAttention(12, 4, n_kv_heads=2)(x, causal=True, return_weights=True)
+self_attention.MultiHeadAttention(12, 4, d_memory=17)(x, memory)
+cache = self_attention.KVCache(2, 4, 8, 3)
+with torch.no_grad():
+    self_attention.MultiHeadAttention(12, 4)(x, cache=cache, causal=True)
+
+positional_encoding.LearnedPositions(9, 12)(4, start=2)
+transformer.Encoder(12, 4, 48, n_layers=2, norm_first=True)(x, return_weights=True)
+encoder = transformer.TextEncoder(31, 9, 12, 4, 48, n_layers=2)
+encoder(torch.zeros(2, 5, dtype=torch.long), mask=masks.padding(torch.tensor([5, 2]), 5), return_weights=True)
+tasks.relation(tasks.RING, 4)
+
+minilm = pretrained.minilm()
+minilm.encode(["two", "sentences here"]), minilm.layers(["one"]), minilm.attention("one")
+
+try:
+    self_attention.SelfAttention(12)(x[0])
+except Exception as error:
+    print("refused:", type(error).__name__)
+"""
+
+
+def test_every_public_call_has_the_shapes_that_its_signature_states():
+    ran = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout == "refused: TypeCheckError\n"  # so the check was really on

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ledger import ESSAYS, OPEN, VERDICTS, Claim, counts, load, root_of
 
-LEDGER_HERE, MAP_HERE = "<!-- ledger -->", "<!-- map -->"
+LEDGER_HERE, MAP_HERE, COUNT_HERE = "<!-- ledger -->", "<!-- map -->", "<!-- ledger count -->"
 PATHS = [  # the essay's 'Codebase References', without their folder ml_research/attention/
     "attention_mechanism", "self_attention", "transformer", "positional_encoding",
     "efficient_attention/flash_attention", "efficient_attention/sparse_attention",
@@ -24,6 +24,8 @@ def on_page_markdown(markdown, page, config, files):
     root, link = root_of(config), linker(page, files)
     if LEDGER_HERE in markdown:
         markdown = markdown.replace(LEDGER_HERE, ledger_html(load(root), link))
+    if COUNT_HERE in markdown:
+        markdown = markdown.replace(COUNT_HERE, sentence(load(root)))
     if MAP_HERE in markdown:
         markdown = markdown.replace(MAP_HERE, map_html(root, link))
     return markdown

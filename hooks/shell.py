@@ -1,4 +1,5 @@
-"""What a page says that Markdown cannot: the word on a box, the fold under a figure, the name of the search dialog."""
+"""What a page says that Markdown cannot: the word on a box, the fold under a figure, a comma that stays with its formula,
+the name of the search dialog."""
 
 import re
 
@@ -13,8 +14,8 @@ _DRAWN = re.compile(r'(</figure>)\s*(?:<p></p>\s*)?(<div class="language-python 
 
 
 def on_page_content(html, page, config, files):
-    """Give the page its boxes and folds."""
-    return fold_drawings(name_boxes(html))
+    """Give the page its boxes and folds, and keep punctuation with short formulas."""
+    return hold_punctuation(fold_drawings(name_boxes(html)))
 
 
 def name_boxes(html: str) -> str:
@@ -31,6 +32,15 @@ def name_boxes(html: str) -> str:
 def fold_drawings(html: str) -> str:
     """Fold the code that drew a figure under it."""
     return _DRAWN.sub(r'\1<details class="drawn"><summary>The code that drew this</summary>\2</details>', html)
+
+
+_FORMULA = re.compile(r'([(“‘]?)(<span class="arithmatex">\\\(.{1,24}?\\\)</span>)([,.;:!?)”’]*)')
+
+
+def hold_punctuation(html: str) -> str:
+    """Keep what touches a short formula on its line: typeset, it is a box, and a browser may break on either side of it."""
+    held = '<span class="held">{}</span>'.format
+    return _FORMULA.sub(lambda m: held(m[0]) if m[1] or m[3] else m[0], html)
 
 
 _SEARCH = 'data-md-component="search" role="dialog"'

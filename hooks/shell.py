@@ -1,7 +1,10 @@
 """What a page says that Markdown cannot: the word on a box, the fold under a figure, a comma that stays with its formula,
 the name of the search dialog."""
 
+import os
 import re
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the pages run is small: more threads only wait for each other
 
 KINDS = ("claim", "measured", "verdict", "limit", "exercise", "source")
 
@@ -31,7 +34,9 @@ def name_boxes(html: str) -> str:
 
 def fold_drawings(html: str) -> str:
     """Fold the code that drew a figure under it."""
-    return _DRAWN.sub(r'\1<details class="drawn"><summary>The code that drew this</summary>\2</details>', html)
+    return _DRAWN.sub(
+        r'\1<details class="drawn" data-search-exclude><summary>The code that drew this</summary>\2</details>', html
+    )
 
 
 _FORMULA = re.compile(r'([(“‘]?)(<span class="arithmatex">\\\(.{1,24}?\\\)</span>)([,.;:!?)”’]*)')

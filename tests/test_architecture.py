@@ -29,7 +29,7 @@ RANKS = {
 }
 ASIDE = {"data", "tasks", "figures"}  # what experiments and pages use: they import none of the above, nor does it them
 NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}
-TESTED_IN = {"figures": "test_site.py", "impl": "test_attention.py"}  # those without a test of their own stem
+TESTED_IN = {"data": "test_self_attention.py", "impl": "test_attention.py"}  # those without a test of their own stem
 
 
 def modules() -> dict[str, Path]:

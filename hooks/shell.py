@@ -1,5 +1,5 @@
-"""What a page says that Markdown cannot: the word on a box, the fold under a figure, a comma that stays with its formula,
-the name of the search dialog."""
+"""What a page says that Markdown cannot: the word on a box, the fold under a figure, the search dialog's name; and a
+comma that stays with its formula."""
 
 import os
 import re
@@ -43,7 +43,7 @@ _FORMULA = re.compile(r'([(“‘]?)(<span class="arithmatex">\\\(.{1,24}?\\\)</
 
 
 def hold_punctuation(html: str) -> str:
-    """Keep what touches a short formula on its line: typeset, it is a box, and a browser may break on either side of it."""
+    """Keep what touches a short formula on its line: typeset, it is a box, and a line may break beside it."""
     held = '<span class="held">{}</span>'.format
     return _FORMULA.sub(lambda m: held(m[0]) if m[1] or m[3] else m[0], html)
 

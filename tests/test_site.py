@@ -518,7 +518,9 @@ def test_the_code_of_a_figure_is_folded_and_other_code_is_not():
 
 
 def test_a_comma_stays_with_its_short_formula():
-    short, long = (f'<span class="arithmatex">\\({formula}\\)</span>' for formula in ("N", "s_{01} > s_{02} = s_{20} > s_{21}"))
+    short, long = (
+        f'<span class="arithmatex">\\({formula}\\)</span>' for formula in ("N", "s_{01} > s_{02} = s_{20} > s_{21}")
+    )
     assert shell.hold_punctuation(f"of {short}, and") == f'of <span class="held">{short},</span> and'
     assert shell.hold_punctuation(f"of {short} and {long}.") == f"of {short} and {long}."
 

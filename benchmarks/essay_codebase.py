@@ -1,7 +1,7 @@
 """What the essay's own files hold: how much is text, and whether anything is computed.
 
-`python -m benchmarks essay_codebase --checkout=DIR`, DIR a clone of github.com/r-baldridge/consciousness. Without it the
-benchmark is passed over: nothing is fetched.
+`python -m benchmarks essay_codebase --checkout=DIR`, DIR a clone of github.com/r-baldridge/consciousness. Without it
+the benchmark is passed over: nothing is fetched.
 """
 
 import ast

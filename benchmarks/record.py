@@ -46,7 +46,7 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:
-    """docs/measured/<name>.json (<name>_cuda.json on a GPU): the figures, with device, versions, commit, command, date."""
+    """docs/measured/<name>.json: the figures, with device, versions, commit, command and date."""
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True)
     record = {
@@ -58,7 +58,7 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
         **more,
         "figures": figures,
     }
-    path = MEASURED / f"{name}{'_cuda' if device == 'cuda' else ''}.json"
+    path = MEASURED / f"{name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(path.relative_to(MEASURED.parent.parent))
 

@@ -1,8 +1,8 @@
 """Where the time of an attention layer goes as N grows: the projections, or the N x N table?
 
 Counting multiply-adds of one layer of width E: four projections cost 4 N E², scores and mixing 2 N² E. So the table's
-share is N / (N + 2E), one half at N = 2E. Measured at the width of MiniLM for both engines, in float32: on one thread of
-the CPU, or with --device=cuda on a GPU.
+share is N / (N + 2E), one half at N = 2E. Measured at the width of MiniLM for both engines, in float32: on one thread
+of the CPU, or with --device=cuda on a GPU.
 """
 
 import torch
@@ -38,4 +38,5 @@ def main(options: list[str]) -> None:
             rows.append(row)
             print(row)
     command = " ".join(["nox -s bench -- self_attention", *options])
-    write("self_attention", command, {"rows": rows}, device=device, d_model=E, n_heads=HEADS, threads=1)
+    name = "self_attention" if device == "cpu" else "self_attention_cuda"
+    write(name, command, {"rows": rows}, device=device, d_model=E, n_heads=HEADS, threads=1)

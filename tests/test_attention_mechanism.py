@@ -106,7 +106,7 @@ def test_questioner_and_answerer_are_separate_networks_trained_together():
     s0 = torch.randn(1, S, dtype=torch.float64, requires_grad=True)
 
     h = encoder(x)[0]
-    states, weights = decoder(y, s0, h)
+    states, _ = decoder(y, s0, h)
     assert torch.autograd.grad(h.sum(), s0, allow_unused=True)[0] is None  # the answerers never hear the question
     by_memory = torch.autograd.functional.jacobian(lambda h: decoder(y, s0, h)[0], h)
     assert (by_memory.abs().amax((0, 2, 3, 5)) > 0).all()  # every decoder state hears every encoder state
@@ -121,11 +121,20 @@ def test_questioner_and_answerer_are_separate_networks_trained_together():
     "call, says",
     [
         (lambda: AdditiveAttention(S, H, A)(torch.zeros(B, S), torch.zeros(B, M, H)), r"s must be \(B, length, 7\)"),
-        (lambda: AdditiveAttention(S, H, A)(torch.zeros(B, N, S), torch.zeros(B, M, S)), r"h must be \(B, length, 11\)"),
+        (
+            lambda: AdditiveAttention(S, H, A)(torch.zeros(B, N, S), torch.zeros(B, M, S)),
+            r"h must be \(B, length, 11\)",
+        ),
         (lambda: AdditiveAttention(S, H, A)(torch.zeros(1, N, S), torch.zeros(B, M, H)), "one batch, got 1 and 2"),
         (lambda: attend(torch.zeros(B, N, M), torch.zeros(B, M, H), torch.ones(B, M)), "mask must be torch.bool"),
-        (lambda: attend(torch.zeros(B, N, M), torch.zeros(B, M, H), torch.ones(7, M, dtype=bool)), "mask must be torch.bool"),
-        (lambda: AttentionDecoder(Y, S, H, A)(torch.zeros(B, 0, Y), torch.zeros(B, S), torch.zeros(B, M, H)), "length 0"),
+        (
+            lambda: attend(torch.zeros(B, N, M), torch.zeros(B, M, H), torch.ones(7, M, dtype=bool)),
+            "mask must be torch.bool",
+        ),
+        (
+            lambda: AttentionDecoder(Y, S, H, A)(torch.zeros(B, 0, Y), torch.zeros(B, S), torch.zeros(B, M, H)),
+            "length 0",
+        ),
     ],
 )
 def test_bad_input_is_named(call, says):

@@ -35,7 +35,9 @@ def test_a_path_of_the_essay_that_stands_here_computes(path):
 @pytest.mark.claim("A0.3", "does not hold")
 def test_not_every_claim_can_be_checked_in_the_files_that_the_essay_names():
     """Eight of the thirteen hold no arithmetic; and what a text means is settled by no file of code."""
-    assert [Path(row["path"]).with_suffix("").as_posix() for row in COUNTED] == [f"ml_research/attention/{p}" for p in PATHS]
+    assert [Path(row["path"]).with_suffix("").as_posix() for row in COUNTED] == [
+        f"ml_research/attention/{p}" for p in PATHS
+    ]
     silent = [row["path"] for row in COUNTED if row["arithmetic"] == 0]
     assert len(COUNTED) == 13 and len(silent) == 8
     assert all(row["text_share"] > 0.5 for row in COUNTED)

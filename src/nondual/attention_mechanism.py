@@ -3,8 +3,8 @@
 Source: Bahdanau, Cho and Bengio 2014 (1409.0473), sections 3.1 and A.1.2; the multiplicative scores: Luong, Pham and
 Manning 2015 (1508.04025), section 3.1, and Vaswani et al. 2017 (1706.03762), section 3.2.1.
 
-Symbols, with the paper's in brackets where they differ: s decoder states (B, N, S) [s_{i-1}], h encoder states (B, M, H)
-[h_j], A the width in which they are compared [n'], scores (B, N, M) [e_ij], weights (B, N, M) [alpha_ij],
+Symbols, with the paper's in brackets where they differ: s decoder states (B, N, S) [s_{i-1}], h encoder states
+(B, M, H) [h_j], A the width in which they are compared [n'], scores (B, N, M) [e_ij], weights (B, N, M) [alpha_ij],
 context (B, N, H) [c_i], w_s [W_a], w_h [U_a], v [v_a].
 """
 
@@ -41,6 +41,8 @@ def additive_scores(
     """
     asked, found = s @ w_s.mT, h @ w_h.mT  # (B, N, A), (B, M, A): the second is computed once a sentence
     return torch.tanh(asked[:, :, None] + found[:, None]) @ v
+
+
 # --8<-- [end:scores]
 
 
@@ -52,7 +54,7 @@ def dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Te
 
 
 def scaled_dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
-    """e_ij = s_i · h_j / √D, so that the spread of a score does not grow with the width D. Source: 1706.03762, 3.2.1."""
+    """e_ij = s_i · h_j / √D, so that the spread of a score does not grow with the width. Source: 1706.03762, 3.2.1."""
     return dot_scores(s, h) / math.sqrt(s.shape[-1])
 
 
@@ -145,7 +147,7 @@ class AttentionDecoder(nn.Module):
     def forward(
         self, y: Float[Tensor, "b n y"], s: Float[Tensor, "b s"], h: Float[Tensor, "b m h"], mask: Tensor | None = None
     ) -> tuple[Float[Tensor, "b n s"], Float[Tensor, "b n m"]]:
-        """Teacher-forced: outputs y (B, N, Y), first state s (B, S), encoder states h -> (states, weights (B, N, M))."""
+        """Teacher-forced: outputs y (B, N, Y), first state s (B, S), encoder states h -> states, weights (B, N, M)."""
         states, weights = [], []
         for i in range(y.shape[1]):
             s, row = self.step(y[:, i], s, h, mask)

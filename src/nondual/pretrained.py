@@ -129,7 +129,9 @@ def read(package: Package, name: str) -> bytes:
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != package.files[name]:
-        raise RuntimeError(f"{path} has sha256 {found}, not the pinned {package.files[name]}: delete it and fetch again")
+        raise RuntimeError(
+            f"{path} has sha256 {found}, not the pinned {package.files[name]}: delete it and fetch again"
+        )
     return data
 
 

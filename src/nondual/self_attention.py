@@ -95,7 +95,9 @@ class MultiHeadAttention(nn.Module):
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         d_memory = d_model if d_memory is None else d_memory
         if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(f"n_heads must be a multiple of n_kv_heads, both 1 or more, got {n_heads} and {n_kv_heads}")
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads, both 1 or more, got {n_heads} and {n_kv_heads}"
+            )
         if d_head is None and d_model % n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}; or give d_head")
         if not 0 <= dropout < 1:
@@ -189,7 +191,8 @@ class KVCache:
                 raise ValueError(f"{name} must be {expected} for this cache, got {tuple(x.shape)}")
             if x.dtype != self.keys.dtype or x.device != self.keys.device:
                 raise ValueError(
-                    f"{name} must be {self.keys.dtype} on {self.keys.device} for this cache, got {x.dtype} on {x.device}"
+                    f"{name} must be {self.keys.dtype} on {self.keys.device} for this cache, "
+                    f"got {x.dtype} on {x.device}"
                 )
         if end > capacity:
             raise ValueError(f"cache holds {capacity} positions, and {end} were asked of it: make it larger or reset()")

@@ -25,7 +25,9 @@ class FeedForward(nn.Module):
         dropout: probability of dropping a hidden unit while training.
     """
 
-    def __init__(self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, dropout: float = 0.0
+    ):
         super().__init__()
         self.linear1 = nn.Linear(d_model, d_ff)
         self.linear2 = nn.Linear(d_ff, d_model)

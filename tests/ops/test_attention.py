@@ -168,7 +168,7 @@ def test_any_layout_of_inputs_and_of_the_incoming_gradient(impl, layout):
             return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
         return x[:1, :1, :, :1].expand(x.shape)
 
-    q, k, v = ([laid(x.detach()).requires_grad_() for x in qkv()])
+    q, k, v = [laid(x.detach()).requires_grad_() for x in qkv()]
     plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
     out, expected = attention(q, k, v, impl=impl), attention(*plain, impl=impl)
     torch.testing.assert_close(out, expected)
@@ -254,13 +254,21 @@ def made(**shapes):
         (made(k=(B, 4, M, D), v=(B, 4, M, DV)), {}, "multiple of k's, got 6 and 4"),
         (made(k=(B, 0, M, D), v=(B, 0, M, DV)), {}, "multiple of k's, got 6 and 0"),
         ([x.long() for x in made()], {}, r"q must be floating point, got torch.int64; .* q.float\(\)"),
-        ([made()[0], made()[1].double(), made()[2]], {}, "k must have q's dtype and device, torch.float32 on cpu, got torch.float64"),
+        (
+            [made()[0], made()[1].double(), made()[2]],
+            {},
+            "k must have q's dtype and device, torch.float32 on cpu, got torch.float64",
+        ),
         ([made()[0], made()[1], made()[2].to("meta")], {}, "v must have q's dtype and device, .* on meta"),
         (made(), {"mask": torch.ones(N, M, dtype=torch.long)}, "mask must be torch.bool"),
         (made(), {"mask": torch.ones(N, M, dtype=torch.float64)}, "mask must be torch.bool"),
         (made(), {"mask": torch.ones(B, M, dtype=torch.bool)}, "a padding mask"),
         (made(), {"mask": torch.ones(H, N, M, dtype=torch.bool)}, r"got \(6, 5, 11\)"),
-        (made(), {"mask": torch.ones(N, M, dtype=torch.bool, device="meta")}, "mask must be on q's device cpu, got meta"),
+        (
+            made(),
+            {"mask": torch.ones(N, M, dtype=torch.bool, device="meta")},
+            "mask must be on q's device cpu, got meta",
+        ),
         (made(), {"dropout": 1.5}, "dropout must be in"),
         (made(), {"impl": "magic"}, "impl must be one of .* got 'magic'"),
     ],

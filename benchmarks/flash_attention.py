@@ -1,8 +1,8 @@
 """Flash attention on a GPU, against torch's FLASH, CUDNN and EFFICIENT backends and FlexAttention, in one run.
 
 Every case times ours and each peer in turn, round by round, and keeps the ratio of the rounds: the card is shared and
-its clock moves. Beside each case stands its share of this card's own ceiling, taken in the same run: a large bf16 matrix
-product or, for decoding, a large copy. A peer that refuses a case is written down with its reason.
+its clock moves. Beside each case stands its share of this card's own ceiling, taken in the same run: a large bf16
+matrix product or, for decoding, a large copy. A peer that refuses a case is written down with its reason.
 """
 
 import torch

@@ -57,7 +57,11 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; an unknown engine; weights asked of "sdpa".
     """
-    _check(q, k, v, mask, dropout)
+    check_qkv(q, k, v)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:3], k.shape[2]), q)
     if return_weights and impl == "sdpa":
         raise ValueError("impl='sdpa' never forms the weights; with return_weights=True use impl='reference' or 'auto'")
     engine = choose(impl, {"reference": _reference, "sdpa": _sdpa}, auto="reference" if return_weights else "sdpa")
@@ -119,8 +123,12 @@ def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:
     return mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, -torch.inf)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> None:
-    """Refuse what does not fit, once, at the door: what was expected, what was got."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse q, k and v that do not fit together, once, at the door of an op: what was expected, what was got.
+
+    Raises:
+        ValueError: a rank, dtype, device, width, length, batch or number of heads that does not fit.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be 4-dimensional (B, heads, length, width), got {tuple(x.shape)}")
@@ -128,7 +136,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
             raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
-    (b, h, n, d), (bk, g, m, dk) = q.shape, k.shape
+    (b, h, _, d), (bk, g, _, dk) = q.shape, k.shape
     if dk != d:
         raise ValueError(f"k must have q's width D={d}, got {dk}")
     if d == 0:
@@ -139,10 +147,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         raise ValueError(f"k and v must have q's batch B={b}, got {bk}")
     if h != g and (g == 0 or h % g):
         raise ValueError(f"q's heads must be a multiple of k's, got {h} and {g}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if mask is not None:
-        _check_mask(mask, (b, h, n, m), q)
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:

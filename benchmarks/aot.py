@@ -1,0 +1,80 @@
+"""Triton kernels compiled ahead of time, for chips that are not here, and what the compiler made of them.
+
+In a process that does not interpret: TRITON_INTERPRET must be unset before triton is imported.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes for a block
+
+
+def compile_for(target: str, kernel, types: dict[str, str], constants: dict, num_warps: int = 4, num_stages: int = 2):
+    """The kernel as the JIT would compile it for well-aligned tensors.
+
+    Args:
+        target: a key of TARGETS.
+        kernel: a triton.jit function.
+        types: Triton's type of each argument that is not a constant: "*bf16", "fp32", "i32".
+        constants: the constexpr arguments.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+    """
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    free = set(kernel.do_not_specialize or ())
+    aligned = [[ "tt.divisibility", 16]]
+    attributes = {
+        (i,): aligned
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("s_") and name not in free)
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def report(kernel) -> dict[str, int]:
+    """Registers, spills, shared memory and tensor-core instructions of a compiled kernel.
+
+    `serial` is the share of warpgroup matrix instructions (HGMMA) that wait for their operands one by one
+    (WARPGROUP.ARRIVE before each), which ptxas does where it cannot keep several in flight: near 1 is bad.
+    """
+    facts = {"shared": kernel.metadata.shared}
+    if "cubin" not in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        count = {
+            name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+            for name, key in (("registers", "vgpr_count"), ("spills", "vgpr_spill_count"))
+        }
+        return facts | count | {"tensor": text.count("v_mfma")}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (_dump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ptx, wgmma = kernel.asm["ptx"], len(re.findall(r"\bHGMMA\b", sass))
+    facts |= {
+        "registers": int(registers),
+        "stack": int(stack),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "tensor": sum(ptx.count(word) for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")),
+    }
+    if wgmma:
+        facts |= {"wgmma": wgmma, "serial": round(sass.count("WARPGROUP.ARRIVE") / wgmma, 2)}
+    return facts
+
+
+def _dump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout

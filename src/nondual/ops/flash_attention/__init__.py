@@ -1,0 +1,149 @@
+"""Flash attention: softmax(q kᵀ · scale) v exactly, without ever holding the N x M scores.
+
+Source: Dao et al. 2022 (2205.14135); Dao 2023 (2307.08691); splitting the keys in decoding: Dao et al. 2023
+("Flash-Decoding"). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width.
+
+Three engines:
+
+- "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating dtype.
+- "sdpa": torch's scaled_dot_product_attention. Where N != M is causal, and for a window, torch is handed a mask (N, M).
+- "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide. On CUDA tensors; on CPU tensors only
+  in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+
+"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "sdpa" for all others; with
+return_lse=True it takes "reference" where it would take "sdpa", which keeps that number to itself.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nondual.ops import masks
+from nondual.ops.attention import attention, check_qkv
+from nondual.ops.flash_attention import reference
+from nondual.ops.impl import choose
+
+WIDEST = 256  # the widest head that the kernels hold on the chip
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def flash_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m dv"],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Float[Tensor, "b h n dv"] | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
+    """Each query's weighted mean of the values, as `nondual.ops.attention.attention` gives it, in memory linear in N.
+
+        out[i] = Σ_j exp(s_ij - lse_i) v[j],   lse_i = log Σ_j exp(s_ij),   s_ij = scale · q[i] · k[j]
+
+        causal, N=3, M=5     window=2, N=3, M=5
+        1 1 1 0 0            0 1 1 0 0
+        1 1 1 1 0            0 0 1 1 0
+        1 1 1 1 1            0 0 0 1 1
+
+    A query with nothing to attend to gives 0 with lse = -inf, and passes back no gradient. NaN or inf in a key or value
+    that is masked is not held back: it can reach other rows, as in torch; what lies in a tile never visited cannot.
+    Under autocast q, k and v are cast as torch casts those of its own attention.
+
+    Args:
+        q: queries (B, H, N, D), any floating dtype that the engine knows, in any layout.
+        k: keys (B, G, M, D), of the dtype and device of q. H must be a multiple of G.
+        v: values (B, G, M, Dv); Dv may differ from D.
+        causal: each query sees its own position and those before, aligned at the end where N != M (torch's is_causal
+            aligns at the start).
+        window: each query sees the last `window` keys, its own included: the mask `masks.sliding_window`. It looks back
+            only, so it implies causal, said or not.
+        scale: factor on q · k; 1/√D where left out.
+        return_lse: also return the log-sum-exp of each row, which joins two results over different keys into one. It
+            is differentiable too.
+        impl: "auto", "reference", "sdpa" or "triton".
+
+    Returns:
+        out (B, H, N, Dv) in q's dtype, or (out, lse (B, H, N)). lse is natural, in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
+            engine; a window below 1; lse asked of "sdpa".
+        RuntimeError: "triton" asked for where triton is missing. A second derivative through "reference" or "triton".
+    """
+    q, k, v = _autocast(q, k, v)
+    check_qkv(q, k, v)
+    n, m = q.shape[2], k.shape[2]
+    if v.shape[-1] == 0:
+        raise ValueError("v must have a width of 1 or more, got 0")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
+    if return_lse and impl == "sdpa":
+        raise ValueError("impl='sdpa' keeps its log-sum-exp; with return_lse=True use 'reference', 'triton' or 'auto'")
+    engines = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": _triton}
+    engine = choose(impl, engines, auto=_auto(q, v, return_lse))
+    causal = causal or window is not None
+    if window is not None and window >= m:  # it reaches past the first key: all that came before is seen
+        window = None
+    if n == 1 and window is None:  # the last query sees every key
+        causal = False
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out, lse = engine(q, k, v, causal=causal, window=window, scale=scale)
+    return (out, lse) if return_lse else out
+
+
+def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
+    """The engine that "auto" means: the rule at the top of this file."""
+    if q.device.type == "cuda" and q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= WIDEST:
+        try:
+            import triton  # noqa: F401
+
+            return "triton"
+        except ImportError:
+            pass
+    return "reference" if return_lse else "sdpa"
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+    """torch's fused kernels, which keep the log-sum-exp to themselves."""
+    mask = masks.sliding_window(q.shape[2], k.shape[2], window=window, device=q.device) if window else None
+    return attention(q, k, v, mask=mask, causal=causal and not window, scale=scale, impl="sdpa"), None
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+    """Our kernels, where they can run."""
+    if q.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}; impl='reference' takes any"
+        )
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > WIDEST:
+            raise ValueError(
+                f"{name} must be at most {WIDEST} wide for impl='triton', got {x.shape[-1]}; impl='reference' takes any"
+            )
+    try:
+        from nondual.ops.flash_attention import triton
+    except ImportError as error:
+        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+    if triton.INTERPRETED and q.dtype == torch.bfloat16:
+        raise ValueError(
+            "q must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
+        )
+    if q.device.type != "cuda" and q.device.type != "meta" and not triton.INTERPRETED:
+        raise ValueError(
+            f"q must be on a CUDA device for impl='triton', got {q.device}; on a CPU use impl='auto', or set "
+            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
+        )
+    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors in its dtype, all but float64: what torch does for scaled_dot_product_attention."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

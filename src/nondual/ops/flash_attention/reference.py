@@ -1,0 +1,256 @@
+"""Flash attention in plain torch: exact attention one tile at a time, slow, in any dtype, wherever torch runs.
+
+Source: Dao 2023 (2307.08691), Algorithm 1 (forward) and Algorithm 2 (backward); the numbers in the code are theirs. They
+refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and so
+rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
+
+Symbols: B batch, H query heads, G key/value heads, N queries, M keys, D head width; a tile of queries is Q_i, a tile of
+keys K_j; S scores, P their softmax, m a row's highest score so far, l (the papers' ℓ) its sum of exponentials so far,
+L = m + log l their log-sum-exp. Where we differ: M may differ from N, heads may be grouped, tiles that causality or a
+window leaves empty are never visited, and a row with nothing to attend gives 0 with L = -inf.
+
+N x M is never held: beyond input and output, memory is one tile of scores and a few rows.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass
+class Count:
+    """What a run did: pass one in, and read it afterwards. Forward and backward add to the same numbers.
+
+    Attributes:
+        tiles: tiles of scores visited, for each batch and head.
+        scores: scores computed, masked ones in a visited tile included.
+        multiplications: those of the matrix products alone: D + Dv for a score forward, 3 D + 2 Dv backward.
+        loaded: numbers read from the large memory: tiles of q, k, v and, backward, of the output and its gradient.
+        stored: numbers written to it.
+    """
+
+    tiles: int = 0
+    scores: int = 0
+    multiplications: int = 0
+    loaded: int = 0
+    stored: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is on the chip after one tile of the forward pass.
+
+    Attributes:
+        queries, keys: which rows and columns the tile covers.
+        scores: S, (B, H, queries, keys), -inf where masked.
+        highest: m, (B, H, queries).
+        total: l, (B, H, queries).
+        accumulator: the output before its division by l, (B, H, queries, Dv).
+    """
+
+    queries: range
+    keys: range
+    scores: Tensor
+    highest: Tensor
+    total: Tensor
+    accumulator: Tensor
+
+
+def flash_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g m d"],
+    v: Float[Tensor, "b g m dv"],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float = 1.0,
+    tile: tuple[int, int] = (128, 128),
+    count: Count | None = None,
+    trace: Callable[[Step], None] | None = None,
+) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
+    """Attention and its log-sum-exp, tile by tile; the input is taken as `nondual.ops.flash_attention` has checked it.
+
+    Args:
+        q: queries (B, H, N, D), any floating dtype; computed in float32 or better.
+        k: keys (B, G, M, D).
+        v: values (B, G, M, Dv).
+        causal: each query sees its own position and those before, aligned at the end.
+        window: each query sees the last `window` keys, its own included; implies causal.
+        scale: factor on q · k.
+        tile: how many queries and how many keys a tile has.
+        count: is told what was computed, forward and backward.
+        trace: called after every tile of the forward pass with what is on the chip then.
+
+    Returns:
+        out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32 or better.
+
+    Raises:
+        RuntimeError: when differentiated twice; `nondual.ops.attention.attention(impl="reference")` can be.
+    """
+    n, m = q.shape[2], k.shape[2]
+    visible = Visible(n, m, causal or window is not None, window, q.device)
+    return _FlashAttention.apply(q, k, v, visible, scale, tile, count or Count(), trace)
+
+
+# --8<-- [start:visible]
+@dataclass(frozen=True)
+class Visible:
+    """Which keys a query sees: 0 ≤ i + (M - N) - j, and < window. Asked for one tile at a time."""
+
+    n: int
+    m: int
+    causal: bool
+    window: int | None
+    device: torch.device
+
+    def span(self, queries: range) -> range:
+        """From the first to the last key that any of these queries sees."""
+        first, last = 0, self.m
+        if self.causal:
+            last = max(0, min(self.m, queries[-1] + self.m - self.n + 1))
+        if self.window is not None:
+            first = max(0, queries[0] + self.m - self.n - self.window + 1)
+        return range(first, last)
+
+    def mask(self, queries: range, keys: range) -> Tensor:
+        """(queries, keys), True where allowed."""
+        i = torch.arange(queries.start, queries.stop, device=self.device)[:, None] + self.m - self.n
+        j = torch.arange(keys.start, keys.stop, device=self.device)
+        allowed = torch.ones(len(queries), len(keys), dtype=torch.bool, device=self.device)
+        if self.causal:
+            allowed &= j <= i
+        if self.window is not None:
+            allowed &= j > i - self.window
+        return allowed
+
+
+def tiles(of: range, size: int) -> Iterator[range]:
+    """Tiles of `size`, aligned to its multiples and cut at the end, that cover a range."""
+    for start in range(of.start // size * size, of.stop, size):
+        yield range(start, min(start + size, of.stop))
+# --8<-- [end:visible]
+
+
+def _exactly(method: Callable) -> Callable:
+    """Out of autocast's reach, in whichever context a pass is run: a tile is as wide as it was made."""
+
+    @functools.wraps(method)
+    def run(ctx, x, *rest):
+        if not torch.amp.is_autocast_available(x.device.type):
+            return method(ctx, x, *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *rest)
+
+    return run
+
+
+class _FlashAttention(torch.autograd.Function):
+    # --8<-- [start:forward]
+    @staticmethod
+    @_exactly
+    def forward(ctx, q, k, v, visible, scale, tile, count, trace):
+        """Algorithm 1: for each tile of queries, past all tiles of keys, O and L."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+        for queries in tiles(range(visible.n), tile[0]):  # 3: for each Q_i
+            q_i = _load(q, queries, wide, count)  # 4
+            o = q_i.new_zeros(*q_i.shape[:3], v.shape[-1])  # 5: O_i, l_i and m_i start at 0, 0 and -inf
+            l = q_i.new_zeros(q_i.shape[:3])
+            m = torch.full_like(l, -torch.inf)
+            for keys in tiles(visible.span(queries), tile[1]):  # 6: for each K_j
+                k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
+                s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 8: S = Q_i K_jᵀ
+                m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
+                shift = m_new.masked_fill(m_new == -torch.inf, 0)  # so far nothing seen: exp(-inf - 0) = 0
+                p = torch.exp(s - shift[..., None])
+                forget = torch.exp(m - shift)  # what is held was measured from the old m
+                l = forget * l + p.sum(-1)
+                o = forget[..., None] * o + p @ v_j  # 10
+                m = m_new
+                count.multiplications += s.numel() * v.shape[-1]
+                if trace is not None:
+                    trace(Step(queries, keys, s, m, l, o))
+            o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
+            _store(out, queries, o, count)  # 14
+            _store(lse, queries, m + torch.log(l), count)  # 13, 15: L = m + log l, -inf where nothing was seen
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.run = visible, scale, tile, count
+        return out, lse
+    # --8<-- [end:forward]
+
+    # --8<-- [start:backward]
+    @staticmethod
+    @once_differentiable
+    @_exactly
+    def backward(ctx, d_out, d_lse):
+        """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L."""
+        q, k, v, out, lse = ctx.saved_tensors
+        visible, scale, tile, count = ctx.run
+        wide = lse.dtype
+        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
+        # 4: D = rowsum(dO ∘ O). L has a gradient of its own here: dL/dS = P, which joins dS below with D's sign turned.
+        delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that saw nothing: P = exp(S - inf) = 0
+        count.loaded += out.numel() + d_out.numel()
+        count.stored += delta.numel()
+        for keys in tiles(range(visible.m), tile[1]):  # 5: for each K_j
+            k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 6
+            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)  # 7
+            for queries in tiles(range(visible.n), tile[0]):  # 8: for each Q_i
+                seen = visible.span(queries)
+                if seen.start >= keys.stop or seen.stop <= keys.start:
+                    continue
+                q_i, do_i = (_load(x, queries, wide, count) for x in (q, d_out))  # 9
+                l_i, d_i = (_load(x, queries, wide, count)[..., None] for x in (lse, delta))
+                s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 10: S = Q_i K_jᵀ, again
+                p = torch.exp(s - l_i)  # 11: the softmax itself, no division
+                dv_j += p.mT @ do_i  # 12
+                dp = do_i @ v_j.mT  # 13
+                ds = p * (dp - d_i)  # 14
+                dq[:, :, queries.start : queries.stop] += scale * ds @ k_j  # 15
+                dk_j += scale * ds.mT @ q_i  # 16
+                count.multiplications += s.numel() * 2 * (q.shape[-1] + v.shape[-1])
+                count.loaded += q_i.numel()  # dQ_i is read and written at every visit
+                count.stored += q_i.numel()
+            _store(dk, keys, _gather(dk_j, k), count)  # 18
+            _store(dv, keys, _gather(dv_j, v), count)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+    # --8<-- [end:backward]
+
+
+def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Count) -> Tensor:
+    """S of one tile, -inf where not allowed."""
+    s = (scale * q_i @ k_j.mT).masked_fill(~allowed, -torch.inf)
+    count.tiles += 1
+    count.scores += s.numel()
+    count.multiplications += s.numel() * q_i.shape[-1]
+    return s
+
+
+def _load(x: Tensor, rows: range, dtype: torch.dtype, count: Count) -> Tensor:
+    """Some rows of x, as on the chip."""
+    tile = x[:, :, rows.start : rows.stop]
+    count.loaded += tile.numel()
+    return tile.to(dtype)
+
+
+def _store(x: Tensor, rows: range, tile: Tensor, count: Count) -> None:
+    """Write some rows of x."""
+    x[:, :, rows.start : rows.stop] = tile
+    count.stored += tile.numel()
+
+
+def _share(tile: Tensor, q: Tensor) -> Tensor:
+    """A tile of keys or values for each query head: (B, G, ·, D) to (B, H, ·, D)."""
+    return tile.repeat_interleave(q.shape[1] // tile.shape[1], dim=1) if tile.shape[1] != q.shape[1] else tile
+
+
+def _gather(tile: Tensor, k: Tensor) -> Tensor:
+    """The sum over the query heads that share a key head: (B, H, ·, D) to (B, G, ·, D)."""
+    return tile.unflatten(1, (k.shape[1], -1)).sum(2) if tile.shape[1] != k.shape[1] else tile

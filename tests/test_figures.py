@@ -81,3 +81,26 @@ def test_without_matplotlib_one_sentence_says_what_to_install():
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 1
     assert "ImportError: nondual.figures draws with matplotlib: pip install 'nondual[figures]'." in run.stderr
+
+
+def frames(count):
+    made = []
+    for number in range(count):
+        fig, ax = plt.subplots()
+        ax.plot([0, number])
+        made.append((f"tile {number + 1}", fig))
+    return made
+
+
+def test_steps_show_one_plate_a_button_and_the_first_is_chosen():
+    html = figures.steps(frames(3), name="walk", alt="It grows.", caption="It grows.")
+    assert html.count('type="radio" name="walk"') == html.count("<svg") == html.count("<label") == 3
+    assert html.count(" checked") == 1 and html.index(" checked") < html.index("walk-2")
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("count", [0, 13])
+def test_steps_are_one_to_twelve(count):
+    with pytest.raises(ValueError, match=f"frames must be 1 to 12, got {count}"):
+        figures.steps(frames(count), name="walk", alt="It grows.", caption="It grows.")

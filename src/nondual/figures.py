@@ -126,20 +126,61 @@ def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) 
     Raises:
         ValueError: If `name` is not an id, or if `alt` or `caption` is empty.
     """
+    _check_words(name, alt, caption)
+    kind = "drawn wide" if wide else "drawn"
+    plate = f'<div class="plate">{_svg(fig, name, alt)}</div>'
+    return f'<figure class="{kind}" id="{name}">{plate}<figcaption>{caption}</figcaption></figure>'
+
+
+def steps(frames: Sequence[tuple[str, Figure]], *, name: str, alt: str, caption: str, wide: bool = False) -> str:
+    """Figures of which one shows at a time, each under a button of its own: a thing to step through, without a script.
+
+    Args:
+        frames: For each step a word for its button and the figure, drawn after `style()`; 12 at most. All are closed.
+        name: As in `show`.
+        alt: The finding in a sentence.
+        caption: The finding, for all; may hold HTML.
+        wide: Whether it may use the page's margin.
+
+    Returns:
+        A `<figure>` with one radio button and one inline SVG a step; the first shows.
+
+    Raises:
+        ValueError: If there are no frames or more than 12, or as in `show`.
+    """
+    if not 1 <= len(frames) <= 12:
+        raise ValueError(f"frames must be 1 to 12, got {len(frames)}.")
+    _check_words(name, alt, caption)
+    buttons, plates = [], []
+    for number, (word, fig) in enumerate(frames, 1):
+        checked = " checked" if number == 1 else ""
+        buttons.append(
+            f'<input type="radio" name="{name}" id="{name}-{number}"{checked}>'
+            f'<label for="{name}-{number}">{escape(word)}</label>'
+        )
+        plates.append(f'<div class="plate">{_svg(fig, f"{name}-{number}", f"{alt} {word}")}</div>')
+    return (
+        f'<figure class="{"drawn steps wide" if wide else "drawn steps"}" id="{name}"><fieldset>'
+        f"<legend>Step</legend>{''.join(buttons)}"
+        f'<div class="plates">{"".join(plates)}</div></fieldset><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _check_words(name: str, alt: str, caption: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"name must be lower-case letters, digits and hyphens, got {name!r}.")
     if not alt.strip() or not caption.strip():
         raise ValueError("a figure needs its finding in words: give alt and caption.")
+
+
+def _svg(fig: Figure, name: str, alt: str) -> str:
+    """The figure as inline SVG; closes it."""
     matplotlib = _matplotlib()
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     matplotlib.pyplot.close(fig)
-    kind = "drawn wide" if wide else "drawn"
-    svg = _inline(buffer.getvalue(), name, alt)
-    return (
-        f'<figure class="{kind}" id="{name}"><div class="plate">{svg}</div><figcaption>{caption}</figcaption></figure>'
-    )
+    return _inline(buffer.getvalue(), name, alt)
 
 
 def _inline(svg: str, name: str, alt: str) -> str:

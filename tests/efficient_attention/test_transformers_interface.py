@@ -1,0 +1,451 @@
+"""Hugging Face models on our attention against themselves in eager mode: outputs, gradients, caches, masks."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")  # a bare GPU machine may have torch alone
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from nondual.data import ALICE
+from nondual.efficient_attention import transformers_interface
+from nondual.efficient_attention.transformers_interface import CausalRule, make_mask, register_with_transformers
+from nondual.ops import masks
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 61,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 5}
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**SMALL, **WINDOW))
+
+
+def gemma():
+    """Layers with a window and layers without, by turns."""
+    layers = ["sliding_attention", "full_attention"]
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **WINDOW, head_dim=8, layer_types=layers))
+
+
+def qwen():
+    """Its layers do not tell the attention function of their window: only the mask does."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    experts["shared_expert_intermediate_size"] = 16
+    layers = {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **WINDOW, **experts, **layers))
+
+
+def gpt2():
+    no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=3, **no_dropout, **ids))
+
+
+def bert():
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return BertModel(BertConfig(**{key: SMALL[key] for key in keys}, **no_dropout))
+
+
+CAUSAL = [llama, mistral, gemma, qwen, gpt2]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    torch.manual_seed(0)
+    register_with_transformers()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which of the two functions were called, and how."""
+    seen = []
+    for name in ("flash_attention", "attention"):
+        own = getattr(transformers_interface, name)
+
+        def spy(*args, own=own, name=name, **kwargs):
+            seen.append((name, kwargs.get("causal"), kwargs.get("window")))
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(transformers_interface, name, spy)
+    return seen
+
+
+def ids(n: int = 37, batch: int = 2) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, n))
+
+
+def padded(n: int = 37) -> torch.Tensor:
+    """Two rows: one padded on the left, one on the right."""
+    real = torch.ones(2, n, dtype=torch.long)
+    real[0, :9] = real[1, -7:] = 0
+    return real
+
+
+def both(model, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first output, in eager mode and with ours."""
+    outputs = []
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        outputs.append(model(**inputs)[0])
+    return tuple(outputs)
+
+
+def close(pair, real=None, tolerance: float = 3e-6):
+    theirs, ours = (x if real is None else x[real.bool()] for x in pair)
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-5)
+
+
+# --- models of random weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [*CAUSAL, bert])
+def test_outputs_equal_eager_on_flash_attention_alone(make, calls):
+    close(both(make().eval(), input_ids=ids()))
+    assert {name for name, _, _ in calls} == {"flash_attention"}
+    assert {causal for _, causal, _ in calls} == {make is not bert}
+    assert {window for _, _, window in calls} == {
+        "mistral": {5}, "qwen": {5}, "gemma": {5, None}
+    }.get(make.__name__, {None})  # fmt: skip
+
+
+def test_vit_equals_eager(calls):
+    model = ViTModel(ViTConfig(**{k: SMALL[k] for k in ("hidden_size", "num_attention_heads")}, num_hidden_layers=2,
+                               intermediate_size=61, image_size=30, patch_size=6)).eval()  # fmt: skip
+    close(both(model, pixel_values=torch.randn(2, 3, 30, 30)))
+    assert set(calls) == {("flash_attention", False, None)}
+
+
+def test_t5_with_its_bias_on_positions_and_cross_attention_equals_eager():
+    config = T5Config(vocab_size=97, d_model=48, d_kv=16, d_ff=61, num_layers=2, num_heads=3, dropout_rate=0.0)
+    model = T5ForConditionalGeneration(config).eval()
+    close(both(model, input_ids=ids(), decoder_input_ids=ids(11)))
+    close(both(model, input_ids=ids(), attention_mask=padded(), decoder_input_ids=ids(11)))
+
+
+@pytest.mark.parametrize("make", [*CAUSAL, bert])
+def test_a_padded_batch_equals_eager_where_it_is_not_padding(make, calls):
+    close(both(make().eval(), input_ids=ids(), attention_mask=padded()), real=padded())
+    assert {name for name, _, _ in calls} == {"attention"}
+    model, whole = make().eval(), torch.ones(2, 37, dtype=torch.long)
+    calls.clear()
+    close(both(model, input_ids=ids(), attention_mask=whole))  # a mask without padding costs nothing
+    assert {name for name, _, _ in calls} == {"flash_attention"}
+
+
+@pytest.mark.parametrize("make", CAUSAL)
+def test_packed_sequences_equal_eager(make):
+    positions = torch.cat([torch.arange(20), torch.arange(17)])[None].expand(2, -1)
+    pair = both(make().eval(), input_ids=ids(), position_ids=positions, use_cache=False)
+    close(pair)
+
+
+@pytest.mark.parametrize("make", [*CAUSAL, bert])
+def test_gradients_equal_eager(make):
+    model, inputs, grads = make().train(), ids(), {}
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(inputs)[0].square().mean().backward()
+        grads[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert grads["eager"].keys() == grads["nondual"].keys()
+    for name, grad in grads["eager"].items():
+        torch.testing.assert_close(grads["nondual"][name], grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", CAUSAL)
+def test_chunks_and_single_tokens_with_a_cache_equal_eager_on_the_whole(make, calls):
+    model, inputs = make().eval(), ids(29)
+    model.set_attn_implementation("eager")
+    whole = model(inputs, use_cache=False).logits
+    model.set_attn_implementation("nondual")
+    cache, steps = None, []
+    for part in inputs.split([11, 7, *[1] * 11], dim=1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache, steps = out.past_key_values, [*steps, out.logits]
+    close((whole, torch.cat(steps, 1)))
+    assert {name for name, _, _ in calls} == {"flash_attention"}  # more keys than queries, aligned at the end
+
+
+@pytest.mark.parametrize("make", CAUSAL)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_generation_gives_the_same_tokens_as_eager(make, cache, pad):
+    model, inputs, tokens = make().eval(), ids(13), {}
+    real = torch.ones_like(inputs)
+    if pad:
+        real[0, :4] = 0
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        tokens[name] = model.generate(
+            inputs, attention_mask=real, max_new_tokens=17, min_new_tokens=17, do_sample=False, disable_compile=True,
+            cache_implementation=cache,
+        )  # fmt: skip
+    assert torch.equal(tokens["eager"], tokens["nondual"])
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_not_full_is_masked(calls):
+    """Its prompt stands at the start of the keys, not at their end."""
+    model, inputs = llama().eval(), ids(11)
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        out = model(inputs, past_key_values=StaticCache(model.config, max_cache_len=23)).logits
+        first = out if name == "eager" else first
+    close((first, out))
+    assert {name for name, _, _ in calls} == {"attention"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_mask_of_the_user_s_own_equals_eager(kind):
+    allowed = torch.rand(2, 1, 37, 37) < 0.5
+    allowed |= torch.eye(37, dtype=torch.bool)
+    added = torch.zeros(2, 1, 37, 37).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    model, inputs = llama().eval(), ids()
+    model.set_attn_implementation("eager")
+    theirs = model(inputs, attention_mask=added).logits
+    model.set_attn_implementation("nondual")
+    close((theirs, model(inputs, attention_mask=allowed if kind == torch.bool else added).logits))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [llama, mistral, bert])
+def test_compiled_whole_it_equals_eager(make):
+    model, inputs = make().eval(), ids()
+    model.set_attn_implementation("eager")
+    theirs = model(inputs)[0]
+    model.set_attn_implementation("nondual")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close((theirs, compiled(inputs)[0]))
+
+
+def test_half_precision_and_checkpointing_of_gradients_run():
+    model = llama().to(torch.bfloat16).train()
+    model.set_attn_implementation("nondual")
+    model.gradient_checkpointing_enable()
+    loss = model(ids(), labels=ids(), use_cache=False).loss
+    loss.backward()
+    assert loss.dtype.is_floating_point and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- a real model --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smol():
+    from nondual.pretrained import smollm2
+
+    return smollm2()
+
+
+@torch.no_grad()
+def test_smollm2_on_a_long_text_equals_eager(smol):
+    model, tokenizer = smol
+    tokens = tokenizer(ALICE, return_tensors="pt")
+    assert tokens.input_ids.shape[1] > 500
+    theirs, ours = both(model, **tokens)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@torch.no_grad()
+def test_smollm2_on_a_batch_padded_on_the_left_equals_eager(smol):
+    model, tokenizer = smol
+    tokens = tokenizer([ALICE[:300], "The capital of France is"], return_tensors="pt", padding=True)
+    assert tokens.attention_mask[1, 0] == 0
+    close(both(model, **tokens), real=tokens.attention_mask, tolerance=1e-4)
+
+
+def test_smollm2_generates_the_same_words_as_eager(smol):
+    model, tokenizer = smol
+    for texts in ([ALICE[:300]], [ALICE[:300], "The capital of France is"]):
+        tokens, said = tokenizer(texts, return_tensors="pt", padding=True), {}
+        for name in ("eager", "nondual"):
+            model.set_attn_implementation(name)
+            said[name] = tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=24, do_sample=False))
+        assert said["nondual"] == said["eager"]
+    assert "Paris" in said["nondual"][1]
+
+
+# --- the mask ------------------------------------------------------------------------------------------------------
+
+
+def rule(window=None, **changes) -> torch.Tensor:
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    function = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    config = LlamaConfig(**SMALL)
+    asked = {"batch_size": 2, "q_length": 5, "kv_length": 11, "q_offset": 6, "kv_offset": 0, "config": config}
+    return make_mask(**{**asked, "mask_function": function, "local_size": window, **changes})
+
+
+def test_a_rule_written_out_is_the_mask():
+    plain, near = rule(), rule(window=3)
+    assert isinstance(plain, CausalRule) and plain.window is None and plain.shape == (2, 1, 5, 11)
+    assert torch.equal(plain.full(), masks.causal(5, 11).expand(2, 1, 5, 11))
+    assert torch.equal(near.full(), masks.sliding_window(5, 11, window=3).expand(2, 1, 5, 11))
+    for window, mask in ((None, plain), (3, near)):  # and it is what transformers writes out
+        assert torch.equal(rule(window=window, allow_is_causal_skip=False), mask.full())
+
+
+def test_whatever_looks_into_a_rule_gets_the_mask():
+    mask = rule(window=3)
+    full = mask.full()
+    seen = {
+        "slice": (mask[:, :, :, :7], full[:, :, :, :7]),
+        "and": (mask & True, full),
+        "not": (~mask, ~full),
+        "cast": (mask.to(torch.float64), full.double()),
+        "join": (torch.cat([mask, full], -1), torch.cat([full, full], -1)),
+        "where": (torch.where(mask, 0.0, -1.0), torch.where(full, 0.0, -1.0)),
+        "copy": (mask.clone(), full),
+        "sum": (mask.sum(), full.sum()),
+    }
+    for name, (ours, expected) in seen.items():
+        assert type(ours) is torch.Tensor and torch.equal(ours, expected), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_offset": 5},  # the last query is not on the last key
+        {"q_offset": torch.tensor(6)},  # a static cache
+        {"allow_is_causal_skip": False},  # something was added to the pattern
+        {"attention_mask": torch.tensor([[True] * 11, [False] + [True] * 10])},
+        {"attention_mask": torch.ones(2, 9, dtype=torch.bool)},  # shorter than the keys: the rest is not there yet
+        {"mask_function": lambda b, h, q, k: (k <= q) & (k != 3)},
+    ],
+)
+def test_what_is_no_rule_is_written_out(changes):
+    assert type(rule(**changes)) is torch.Tensor
+
+
+def test_a_chunked_pattern_is_no_window():
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    config = LlamaConfig(**SMALL, attention_chunk_size=4)
+    chunks = chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long))
+    mask = rule(mask_function=chunks, local_size=4, config=config)
+    assert type(mask) is torch.Tensor and mask[0, 0, -1].tolist() == [False] * 8 + [True] * 3
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nondual_flash", "my_sdpa", "eager", "org/kernel", ""])
+def test_a_name_that_transformers_reads_its_own_way_is_refused(name):
+    with pytest.raises(ValueError, match="name must have none of flash, sdpa"):
+        register_with_transformers(name)
+
+
+def test_another_name_may_be_chosen():
+    assert register_with_transformers("tiles") == "tiles"
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SMALL), attn_implementation="tiles").eval()
+    close((both(model, input_ids=(x := ids()))[0], model(x)[0]))
+
+
+def test_without_transformers_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers 5 or later is needed: pip install 'nondual\[transformers\]'"):
+        register_with_transformers()
+
+
+def test_dropout_of_weights_is_refused_in_training_only():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2))
+    model.set_attn_implementation("nondual")
+    model.eval()(ids())
+    with pytest.raises(ValueError, match=r"dropout of attention weights must be 0 .* got 0\.1: set it in the config"):
+        model.train()(ids())
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ({"softcap": 50.0}, "a soft cap on the scores"),
+        ({"s_aux": torch.zeros(6)}, "attention sinks"),
+        ({"output_attentions": True}, "returning the weights"),
+        ({"cu_seq_lens_q": torch.tensor([0, 37])}, "sequences packed without a mask"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused(argument, says):
+    layer, q = llama().model.layers[0].self_attn, torch.randn(1, 6, 5, 8)
+    with pytest.raises(ValueError, match=f"{says}.* is not supported"):
+        transformers_interface.attention_forward(layer, q, q, q, None, **argument)
+    quiet = {name: None for name in argument}
+    transformers_interface.attention_forward(layer, q, q, q, None, **quiet)
+
+
+def test_a_window_that_looks_both_ways_wants_its_mask():
+    q = torch.randn(1, 6, 9, 8)
+    with pytest.raises(ValueError, match="sliding_window=5 over 9 keys in a layer that is not causal needs its mask"):
+        transformers_interface.attention_forward(torch.nn.Identity(), q, q, q, None, is_causal=False, sliding_window=5)
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("make", [llama, mistral, gemma, gpt2, bert])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_is_as_near_the_truth_as_eager(make, dtype):
+    model, inputs = make().eval().cuda(), ids(301).cuda()
+    model.set_attn_implementation("eager")
+    truth = model.double()(inputs)[0]
+    theirs, ours = both(model.to(dtype), input_ids=inputs)
+    error, own = (theirs - truth).abs().max(), (ours - truth).abs().max()
+    assert own <= 2 * error + 1e-5, f"{own} against eager's {error}"
+    real = torch.ones_like(inputs)
+    real[0, :9] = 0
+    theirs, ours = (x[real.bool()] for x in both(model, input_ids=inputs, attention_mask=real))
+    model.set_attn_implementation("eager")
+    truth = model.double()(inputs, attention_mask=real)[0][real.bool()]
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [llama, mistral])
+def test_on_a_gpu_gradients_and_generation_equal_eager(make):
+    model, inputs = make().cuda(), ids(97).cuda()
+    grads, tokens = {}, {}
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model.train()(inputs)[0].square().mean().backward()
+        grads[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        tokens[name] = model.eval().generate(inputs, max_new_tokens=17, min_new_tokens=17, do_sample=False)
+    for name, grad in grads["eager"].items():
+        torch.testing.assert_close(grads["nondual"][name], grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: n + m)
+    assert torch.equal(tokens["eager"], tokens["nondual"])

@@ -4,6 +4,7 @@
 2. A snippet leaves nothing behind: it runs in an empty folder, and random state, dtype and figures are put back.
 3. A skip is not a pass: evidence for a claim may never be skipped, and in CI nothing may, but for the tests of a GPU.
 4. A test marked `gpu` is skipped where torch sees no CUDA device.
+5. Without such a device Triton's kernels run in its interpreter, on the CPU.
 
 Nothing here imports a plugin: `nox -s gpu_tests --no-venv` needs torch and pytest alone.
 """
@@ -18,6 +19,15 @@ import traceback
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# 5. Triton asks when it is first imported, and torch may import it: so before anything else is.
+try:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+except ImportError:  # the fences can be counted on a machine without torch
+    pass
 
 
 def is_snippet(item: pytest.Item) -> bool:

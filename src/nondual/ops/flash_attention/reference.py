@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -94,7 +93,7 @@ def flash_attention(
     """
     n, m = q.shape[2], k.shape[2]
     visible = Visible(n, m, causal or window is not None, window, q.device)
-    return _FlashAttention.apply(q, k, v, visible, scale, tile, count or Count(), trace)
+    return _FlashAttention.apply(q, k, v, visible, scale, tile, count, trace)
 
 
 # --8<-- [start:visible]
@@ -173,7 +172,7 @@ class _FlashAttention(torch.autograd.Function):
                 l = forget * l + p.sum(-1)
                 o = forget[..., None] * o + p @ v_j  # 10
                 m = m_new
-                count.multiplications += s.numel() * v.shape[-1]
+                _note(count, multiplications=s.numel() * v.shape[-1])
                 if trace is not None:
                     trace(Step(queries, keys, s, m, l, o))
             o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
@@ -184,21 +183,23 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
     # --8<-- [end:forward]
 
+    @staticmethod
+    def backward(ctx, d_out, d_lse):
+        return *_FlashAttentionBackward.apply(d_out, d_lse, *ctx.saved_tensors, *ctx.run), None, None, None, None, None
+
+
+class _FlashAttentionBackward(torch.autograd.Function):
     # --8<-- [start:backward]
     @staticmethod
-    @once_differentiable
     @_exactly
-    def backward(ctx, d_out, d_lse):
+    def forward(ctx, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, count):
         """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L."""
-        q, k, v, out, lse = ctx.saved_tensors
-        visible, scale, tile, count = ctx.run
         wide = lse.dtype
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
         # 4: D = rowsum(dO ∘ O). L has a gradient of its own here: dL/dS = P, which joins dS below with D's sign turned.
         delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that saw nothing: P = exp(S - inf) = 0
-        count.loaded += out.numel() + d_out.numel()
-        count.stored += delta.numel()
+        _note(count, loaded=out.numel() + d_out.numel(), stored=delta.numel())
         for keys in tiles(range(visible.m), tile[1]):  # 5: for each K_j
             k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 6
             dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)  # 7
@@ -215,35 +216,45 @@ class _FlashAttention(torch.autograd.Function):
                 ds = p * (dp - d_i)  # 14
                 dq[:, :, queries.start : queries.stop] += scale * ds @ k_j  # 15
                 dk_j += scale * ds.mT @ q_i  # 16
-                count.multiplications += s.numel() * 2 * (q.shape[-1] + v.shape[-1])
-                count.loaded += q_i.numel()  # dQ_i is read and written at every visit
-                count.stored += q_i.numel()
+                _note(count, multiplications=s.numel() * 2 * (q.shape[-1] + v.shape[-1]))
+                _note(count, loaded=q_i.numel(), stored=q_i.numel())  # dQ_i is read and written at every visit
             _store(dk, keys, _gather(dk_j, k), count)  # 18
             _store(dv, keys, _gather(dv_j, v), count)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     # --8<-- [end:backward]
 
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "flash_attention has no second derivative; nondual.ops.attention.attention(impl='reference') has one"
+        )
 
-def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Count) -> Tensor:
+
+def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Count | None) -> Tensor:
     """S of one tile, -inf where not allowed."""
     s = (scale * q_i @ k_j.mT).masked_fill(~allowed, -torch.inf)
-    count.tiles += 1
-    count.scores += s.numel()
-    count.multiplications += s.numel() * q_i.shape[-1]
+    _note(count, tiles=1, scores=s.numel(), multiplications=s.numel() * q_i.shape[-1])
     return s
 
 
-def _load(x: Tensor, rows: range, dtype: torch.dtype, count: Count) -> Tensor:
+def _note(count: Count | None, **numbers: int) -> None:
+    """Add to what was asked to be counted."""
+    if count is not None:
+        for name, number in numbers.items():
+            setattr(count, name, getattr(count, name) + number)
+
+
+def _load(x: Tensor, rows: range, dtype: torch.dtype, count: Count | None) -> Tensor:
     """Some rows of x, as on the chip."""
     tile = x[:, :, rows.start : rows.stop]
-    count.loaded += tile.numel()
+    _note(count, loaded=tile.numel())
     return tile.to(dtype)
 
 
-def _store(x: Tensor, rows: range, tile: Tensor, count: Count) -> None:
+def _store(x: Tensor, rows: range, tile: Tensor, count: Count | None) -> None:
     """Write some rows of x."""
     x[:, :, rows.start : rows.stop] = tile
-    count.stored += tile.numel()
+    _note(count, stored=tile.numel())
 
 
 def _share(tile: Tensor, q: Tensor) -> Tensor:

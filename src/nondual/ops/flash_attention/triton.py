@@ -3,7 +3,9 @@
 Source: Dao 2023 (2307.08691), Algorithms 1 and 2; split keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 Symbols: B batch, H query heads, G key/value heads, SHARE = H / G, N queries, M keys, D and DV head widths. In the kernels
 n and m are N and M, shift = M - N takes a query to its position among the keys, i_ is a program's index, o_ are offsets,
-m_ masks, p_ pointers, s_ strides and b_ blocks on the chip.
+m_ masks, p_ pointers, s_ strides and b_ blocks on the chip. The log-sum-exp is kept in two parts, a row's highest score
+("top") and the logarithm of its sum of exponentials ("total"): their sum, rounded to float32, would know a score of 1e4
+only to a thousandth, and the backward's exp(S - L) with it.
 
 Scores are held times log2(e), so that the exponential is the chip's own exp2: a score's factor and the subtraction of
 the row's maximum are then one fused operation. Rows are addressed in 64 bits. Sums run in float32 and in one order:
@@ -48,10 +50,10 @@ def store_tile(p, o_row, s_row, rows, b_tile, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def load_lse(p, o_q, n):
-    """The log-sum-exp of rows o_q, to the base 2; +inf where a row saw nothing or is none, so that P = exp2(S - inf) = 0."""
-    b_lse = tl.load(p + o_q, mask=o_q < n, other=float("inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634)
+def load_top(p, o_q, n):
+    """The highest score of rows o_q; +inf where a row saw nothing or is none, so that P = exp2(S - inf) = 0."""
+    b_top = tl.load(p + o_q, mask=o_q < n, other=float("inf"))
+    return tl.where(b_top == float("-inf"), float("inf"), b_top)
 
 
 # --8<-- [start:visible]
@@ -153,7 +155,7 @@ def attend(
 # --8<-- [start:forward_kernel]
 @triton.jit(do_not_specialize=["n", "m", "window"])
 def forward_kernel(
-    p_q, p_k, p_v, p_out, p_lse,
+    p_q, p_k, p_v, p_out, p_top, p_total,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
     n, m, heads, window, scale,
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -192,14 +194,15 @@ def forward_kernel(
 
     b_l = tl.where(b_l == 0, 1.0, b_l)  # nothing seen: 0 / 1, and lse = -inf + log 1
     store_tile(p_out + i_b * s_ob + i_h * s_oh, o_q, s_on, n, b_acc / b_l[:, None], DV, BLOCK_DV)
-    tl.store(p_lse + i_bh * n + o_q, (b_m + tl.log2(b_l)) * 0.6931471805599453, mask=o_q < n)
+    tl.store(p_top + i_bh * n + o_q, b_m, mask=o_q < n)
+    tl.store(p_total + i_bh * n + o_q, tl.log2(b_l), mask=o_q < n)
 # --8<-- [end:forward_kernel]
 
 
 # --8<-- [start:decode_kernel]
 @triton.jit(do_not_specialize=["n", "m", "window", "first", "length", "splits"])
 def decode_kernel(
-    p_q, p_k, p_v, p_part, p_lse,
+    p_q, p_k, p_v, p_part, p_part_m, p_part_l,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn,
     n, m, groups, window, scale, first, length, splits,
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -243,18 +246,18 @@ def decode_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
     )  # fmt: skip
 
-    b_l = tl.where(b_l == 0, 1.0, b_l)
-    i_row = (i_bg * splits + i_split) * SHARE * n  # partial results lie as (B, G, splits, SHARE · N, DV)
-    store_tile(p_part + i_row * DV, o_row, DV, SHARE * n, b_acc / b_l[:, None], DV, BLOCK_DV)
-    tl.store(p_lse + i_row + o_row, b_m + tl.log2(b_l), mask=m_rows)
+    i_row = (i_bg * splits + i_split) * SHARE * n  # parts lie as (B, G, splits, SHARE · N, DV), not yet divided by l
+    store_tile(p_part + i_row * DV, o_row, DV, SHARE * n, b_acc, DV, BLOCK_DV)
+    tl.store(p_part_m + i_row + o_row, b_m, mask=m_rows)
+    tl.store(p_part_l + i_row + o_row, b_l, mask=m_rows)
 
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def combine_kernel(
-    p_part, p_part_lse, p_out, p_lse, s_ob, s_oh, s_on, n, heads, splits,
+    p_part, p_part_m, p_part_l, p_out, p_top, p_total, s_ob, s_oh, s_on, n, heads, splits,
     SHARE: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query of one head, its parts joined, each weighted by its share of the sum of exponentials."""
+    """One program: one query of one head, its parts brought to one maximum and joined."""
     i_row = tl.program_id(0).to(tl.int64)  # of B · H · N
     i_bh, i_q = i_row // n, i_row % n
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -262,10 +265,11 @@ def combine_kernel(
     rows = SHARE * n
     o_split = tl.arange(0, BLOCK_S)
     o_part = (i_bg * splits + o_split) * rows + (i_h % SHARE) * n + i_q
-    b_lse = tl.load(p_part_lse + o_part, mask=o_split < splits, other=float("-inf"))  # (BLOCK_S,)
-    m_top = tl.max(b_lse, 0)
-    b_w = tl.exp2(b_lse - tl.where(m_top == float("-inf"), 0.0, m_top))
-    total = tl.sum(b_w, 0)
+    b_m = tl.load(p_part_m + o_part, mask=o_split < splits, other=float("-inf"))  # (BLOCK_S,)
+    b_l = tl.load(p_part_l + o_part, mask=o_split < splits, other=0.0)  # (BLOCK_S,)
+    top = tl.max(b_m, 0)
+    b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(b_w * b_l, 0)
     total = tl.where(total == 0, 1.0, total)
     o_col = tl.arange(0, BLOCK_DV)
     m_part = (o_split < splits)[:, None] & (o_col < DV)[None, :]
@@ -273,7 +277,8 @@ def combine_kernel(
     b_out = tl.sum(b_part * b_w[:, None], 0) / total
     p_row = p_out + i_b * s_ob + i_h * s_oh + i_q * s_on
     tl.store(p_row + o_col, b_out.to(p_out.dtype.element_ty), mask=o_col < DV)
-    tl.store(p_lse + i_row, (m_top + tl.log2(total)) * 0.6931471805599453)
+    tl.store(p_top + i_row, top)
+    tl.store(p_total + i_row, tl.log2(total))
 # --8<-- [end:decode_kernel]
 
 
@@ -283,10 +288,10 @@ def combine_kernel(
 # --8<-- [start:delta_kernel]
 @triton.jit(do_not_specialize=["n"])
 def delta_kernel(
-    p_out, p_do, p_dlse, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, n, heads,
+    p_out, p_do, p_dtotal, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, n, heads,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO ∘ O) - dlse: what is taken from every dP of the row."""
+    """delta = rowsum(dO ∘ O) - dlse: what is taken from every dP of the row. dlse comes to the base 2."""
     tiles = tl.cdiv(n, BLOCK_Q)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -294,7 +299,7 @@ def delta_kernel(
     b_out = load_tile(p_out + i_b * s_ob + i_h * s_oh, o_q, s_on, n, DV, BLOCK_DV, True)  # (BLOCK_Q, BLOCK_DV)
     b_do = load_tile(p_do + i_b * s_gb + i_h * s_gh, o_q, s_gn, n, DV, BLOCK_DV, True)  # (BLOCK_Q, BLOCK_DV)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    b_dlse = tl.load(p_dlse + i_bh * n + o_q, mask=o_q < n, other=0.0)
+    b_dlse = tl.load(p_dtotal + i_bh * n + o_q, mask=o_q < n, other=0.0) * 1.4426950408889634
     tl.store(p_delta + i_bh * n + o_q, b_delta - b_dlse, mask=o_q < n)
 # --8<-- [end:delta_kernel]
 
@@ -302,7 +307,7 @@ def delta_kernel(
 # --8<-- [start:dkdv]
 @triton.jit
 def gather_dkdv(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qn, s_gn, lo, hi, o_kv, n, m, shift, window, scale,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_top, p_total, p_delta, s_qn, s_gn, lo, hi, o_kv, n, m, shift, window, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -310,9 +315,10 @@ def gather_dkdv(
     for start in tl.range(lo, hi, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
         b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, MASKED)  # (BLOCK_Q, BLOCK_D)
-        b_lse = load_lse(p_lse, o_q, n)  # (BLOCK_Q,)
+        b_top = load_top(p_top, o_q, n)  # (BLOCK_Q,)
+        b_total = tl.load(p_total + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # (BLOCK_KV, BLOCK_Q)
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        b_p = tl.exp2((b_s * scale - b_top[None, :]) - b_total[None, :])
         if MASKED:
             b_p = tl.where(visible(o_q[None, :], o_kv[:, None], m, shift, window, CAUSAL, WINDOWED), b_p, 0.0)
         b_do = load_tile(p_do, o_q, s_gn, n, DV, BLOCK_DV, MASKED)  # (BLOCK_Q, BLOCK_DV)
@@ -326,7 +332,7 @@ def gather_dkdv(
 
 @triton.jit(do_not_specialize=["n", "m", "window"])
 def dkdv_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
+    p_q, p_k, p_v, p_do, p_top, p_total, p_delta, p_dk, p_dv,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gn,
     s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
     n, m, groups, window, scale, factor,
@@ -350,20 +356,19 @@ def dkdv_kernel(
         i_h = i_g * SHARE + i_share
         p_qh = p_q + i_b * s_qb + i_h * s_qh
         p_doh = p_do + i_b * s_gb + i_h * s_gh
-        p_lseh = p_lse + (i_bg * SHARE + i_share) * n
-        p_deltah = p_delta + (i_bg * SHARE + i_share) * n
+        i_row = (i_bg * SHARE + i_share) * n
         if CAUSAL:
             b_dk, b_dv = gather_dkdv(
-                b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lseh, p_deltah, s_qn, s_gn, lo, whole, o_kv, n, m, shift, window,
-                scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, True,
+                b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_top + i_row, p_total + i_row, p_delta + i_row, s_qn, s_gn,
+                lo, whole, o_kv, n, m, shift, window, scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, True,
             )  # fmt: skip
         b_dk, b_dv = gather_dkdv(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lseh, p_deltah, s_qn, s_gn, whole, part, o_kv, n, m, shift, window,
-            scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, False,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_top + i_row, p_total + i_row, p_delta + i_row, s_qn, s_gn,
+            whole, part, o_kv, n, m, shift, window, scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, False,
         )  # fmt: skip
         b_dk, b_dv = gather_dkdv(
-            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_lseh, p_deltah, s_qn, s_gn, part, hi, o_kv, n, m, shift, window,
-            scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, True,
+            b_dk, b_dv, b_k, b_v, p_qh, p_doh, p_top + i_row, p_total + i_row, p_delta + i_row, s_qn, s_gn,
+            part, hi, o_kv, n, m, shift, window, scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, CAUSAL, WINDOWED, True,
         )  # fmt: skip
     store_tile(p_dk + i_b * s_dkb + i_g * s_dkh, o_kv, s_dkn, m, b_dk * factor, D, BLOCK_D)
     store_tile(p_dv + i_b * s_dvb + i_g * s_dvh, o_kv, s_dvn, m, b_dv, DV, BLOCK_DV)
@@ -373,7 +378,7 @@ def dkdv_kernel(
 # --8<-- [start:dq]
 @triton.jit
 def gather_dq(
-    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
+    b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_KV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -382,7 +387,7 @@ def gather_dq(
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_p = tl.exp2((b_s * scale - b_top[:, None]) - b_total[:, None])
         if MASKED:
             b_p = tl.where(visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED), b_p, 0.0)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
@@ -394,7 +399,7 @@ def gather_dq(
 
 @triton.jit(do_not_specialize=["n", "m", "window"])
 def dq_kernel(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq,
+    p_q, p_k, p_v, p_do, p_top, p_total, p_delta, p_dq,
     s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gn, s_dqb, s_dqh, s_dqn,
     n, m, heads, window, scale, factor,
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -411,22 +416,23 @@ def dq_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = load_tile(p_q + i_b * s_qb + i_h * s_qh, o_q, s_qn, n, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
     b_do = load_tile(p_do + i_b * s_gb + i_h * s_gh, o_q, s_gn, n, DV, BLOCK_DV, True)  # (BLOCK_Q, BLOCK_DV)
-    b_lse = load_lse(p_lse + i_bh * n, o_q, n)  # (BLOCK_Q,)
+    b_top = load_top(p_top + i_bh * n, o_q, n)  # (BLOCK_Q,)
+    b_total = tl.load(p_total + i_bh * n + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
     b_delta = tl.load(p_delta + i_bh * n + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
     b_dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     last = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n) - 1
     lo, whole, part, hi = key_bounds(i_q * BLOCK_Q, last, m, shift, window, CAUSAL, WINDOWED, BLOCK_KV)
     if WINDOWED:
         b_dq = gather_dq(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, s_kn, s_vn, lo, whole, o_q, m, shift, window, scale,
+            b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn, lo, whole, o_q, m, shift, window, scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
         )  # fmt: skip
     b_dq = gather_dq(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, s_kn, s_vn, whole, part, o_q, m, shift, window, scale,
+        b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn, whole, part, o_q, m, shift, window, scale,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, False,
     )  # fmt: skip
     b_dq = gather_dq(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, s_kn, s_vn, part, hi, o_q, m, shift, window, scale,
+        b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn, part, hi, o_q, m, shift, window, scale,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
     )  # fmt: skip
     store_tile(p_dq + i_b * s_dqb + i_h * s_dqh, o_q, s_dqn, n, b_dq * factor, D, BLOCK_D)
@@ -439,36 +445,70 @@ INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
 # --8<-- [start:configuration]
-def configuration(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tiles, warps and pipeline stages of a kernel, by the wider head's block and by dtype.
+TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 and 256 wide
+    "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
+        "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "dkdv": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+    },
+    "sm_90": {
+        "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
+        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "dkdv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
+        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+    },
+    "sm_100": {
+        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
+        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+    },
+    "gfx942": {
+        "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+        "dkdv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "dq": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "float32": {  # everywhere: on plain multipliers, since a tensor core would round to TF32
+        "forward": ((64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
+        "decode": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "dkdv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "dq": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    },
+}
 
-    Chosen from what compiles without a spill and with tensor cores kept busy (docs/measured/flash_attention_compile.json),
-    not yet from timings.
+
+def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -> dict[str, int]:
+    """The tiles, warps and pipeline stages of a kernel.
+
+    Chosen from what compiles without a spill and keeps its tensor-core instructions in flight, as
+    docs/measured/flash_attention_compile.json shows, not yet from timings.
 
     Args:
         kernel: "forward", "decode", "delta", "dkdv" or "dq".
-        width: BLOCK_D or BLOCK_DV, the larger: a power of two from 16 to 256.
+        chip: a line of TILES, as `chip_of` gives it.
+        d: D. A head that does not fill its power of two needs registers for a mask, and takes the next class's tiles.
+        dv: Dv.
         dtype: of q.
     """
     if kernel == "delta":
         return {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
-    wide = "float32" if dtype == torch.float32 else "half"
-    tiles = TILES[kernel, wide][0 if width <= 64 else 1 if width <= 128 else 2]
+    width = max(_power(d), _power(dv))
+    classes = (width > 64) + (width > 128) + (not width == d == dv)
+    tiles = TILES["float32" if dtype == torch.float32 else chip][kernel][min(classes, 2)]
     if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many, and unequal ones
         tiles = (32, 16, 4, 1)
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tiles))
 
 
-TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 and 256 wide
-    ("forward", "half"): ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("forward", "float32"): ((64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
-    ("decode", "half"): ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-    ("decode", "float32"): ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 2)),
-    ("dkdv", "half"): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
-    ("dkdv", "float32"): ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
-    ("dq", "half"): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
-    ("dq", "float32"): ((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
-}
+def chip_of(device: torch.device) -> str:
+    """The line of TILES for a device."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 # --8<-- [end:configuration]
 
 
@@ -500,25 +540,26 @@ def _made_like(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(b, h, n, d, dtype=x.dtype, device=x.device)
 
 
-def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for out, top and total."""
     out = _made_like(q, *q.shape[:3], v.shape[-1])
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return out, *(torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse; one program for each tile of queries and head."""
-    (b, h, n, _), m, out_lse = q.shape, k.shape[2], _outputs(q, v)
-    if out_lse[1].numel():
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, ...]:
+    """out, top and total; one program for each tile of queries and head."""
+    (b, h, n, _), m, outputs = q.shape, k.shape[2], _outputs(q, v)
+    if outputs[1].numel():
         q, k, v = _rows(q), _rows(k), _rows(v)
         blocks = _blocks(q, v)
-        config = configuration("forward", max(blocks["BLOCK_D"], blocks["BLOCK_DV"]), q.dtype)
+        config = configuration("forward", chip_of(q.device), blocks["D"], blocks["DV"], q.dtype)
         with torch.cuda.device_of(q):
             forward_kernel[(triton.cdiv(n, config["BLOCK_Q"]) * b * h,)](
-                q, k, v, *out_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_lse[0].stride()[:3],
+                q, k, v, *outputs, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *outputs[0].stride()[:3],
                 n, m, h, window, scale * math.log2(math.e), SHARE=h // k.shape[1],
                 **blocks, **_masks(causal, window), **config,
             )  # fmt: skip
-    return out_lse
+    return outputs
 
 
 # --8<-- [start:splits]
@@ -545,60 +586,62 @@ def splits_of(q: Tensor, k: Tensor, window: int) -> int:
 
 def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, splits: int
-) -> tuple[Tensor, Tensor]:
-    """out and lse for few queries and many keys: a program for each key head and part of its keys, then one to a row."""
-    (b, h, n, _), (_, g, m, _), out_lse = q.shape, k.shape, _outputs(q, v)
-    if not out_lse[1].numel():
-        return out_lse
+) -> tuple[Tensor, ...]:
+    """out, top and total for few queries and many keys: a program for each key head and part of its keys, then one to a row."""
+    (b, h, n, _), (_, g, m, _), outputs = q.shape, k.shape, _outputs(q, v)
+    if not outputs[1].numel():
+        return outputs
     q, k, v = _rows(q), _rows(k), _rows(v)
     blocks, rows = _blocks(q, v), n * (h // g)
-    config = configuration("decode", max(blocks["BLOCK_D"], blocks["BLOCK_DV"]), q.dtype)
+    config = configuration("decode", chip_of(q.device), blocks["D"], blocks["DV"], q.dtype)
     config["BLOCK_Q"] = _power(rows)
     first = max(0, m - n - window + 1) // config["BLOCK_KV"] * config["BLOCK_KV"] if window else 0
     length = triton.cdiv(triton.cdiv(max(1, m - first), splits), config["BLOCK_KV"]) * config["BLOCK_KV"]
     splits = triton.cdiv(max(1, m - first), length)
     part = torch.empty(b, g, splits, rows, v.shape[-1], dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(b, g, splits, rows, dtype=torch.float32, device=q.device)
+    part_m, part_l = (torch.empty(b, g, splits, rows, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         decode_kernel[(splits * b * g,)](
-            q, k, v, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            q, k, v, part, part_m, part_l, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             n, m, g, window, scale * math.log2(math.e), first, length, splits, SHARE=h // g,
             **blocks, **_masks(causal, window), **config,
         )  # fmt: skip
         combine_kernel[(b * h * n,)](
-            part, part_lse, *out_lse, *out_lse[0].stride()[:3], n, h, splits, SHARE=h // g, DV=blocks["DV"],
+            part, part_m, part_l, *outputs, *outputs[0].stride()[:3], n, h, splits, SHARE=h // g, DV=blocks["DV"],
             BLOCK_DV=blocks["BLOCK_DV"], BLOCK_S=_power(splits), num_warps=4 if splits <= 64 else 8,
         )  # fmt: skip
-    return out_lse
+    return outputs
 
 
 def launch_backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_total: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, total: Tensor,
     causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv: first delta, then each in a kernel that alone writes it."""
     (b, h, n, _), (_, g, m, _) = q.shape, k.shape
     dq, dk, dv = (_made_like(x, *x.shape) for x in (q, k, v))
-    q, k, v, d_out, d_lse = (_rows(x) for x in (q, k, v, d_out, d_lse.contiguous()))
-    delta, blocks, masks = torch.empty_like(lse), _blocks(q, v), _masks(causal, window)
-    width, log2_scale, share = max(blocks["BLOCK_D"], blocks["BLOCK_DV"]), scale * math.log2(math.e), h // max(g, 1)
+    q, k, v, d_out = (_rows(x) for x in (q, k, v, d_out))
+    delta = torch.empty(top.shape, dtype=torch.float32, device=top.device)
+    blocks, masks = _blocks(q, v), _masks(causal, window)
+    log2_scale, share = scale * math.log2(math.e), h // max(g, 1)
+    about = chip_of(q.device), blocks["D"], blocks["DV"], q.dtype
     strides = [s for x in (q, k, v, d_out) for s in x.stride()[:3]]
     with torch.cuda.device_of(q):
-        if lse.numel():
-            config = configuration("delta", width, q.dtype)
+        if top.numel():
+            config = configuration("delta", *about)
             delta_kernel[(triton.cdiv(n, config["BLOCK_Q"]) * b * h,)](
-                out, d_out, d_lse, delta, *out.stride()[:3], *d_out.stride()[:3], n, h,
+                out, d_out, d_total.contiguous(), delta, *out.stride()[:3], *d_out.stride()[:3], n, h,
                 DV=blocks["DV"], BLOCK_DV=blocks["BLOCK_DV"], **config,
             )  # fmt: skip
-            config = configuration("dq", width, q.dtype)
+            config = configuration("dq", *about)
             dq_kernel[(triton.cdiv(n, config["BLOCK_Q"]) * b * h,)](
-                q, k, v, d_out, lse, delta, dq, *strides, *dq.stride()[:3], n, m, h, window, log2_scale, scale,
+                q, k, v, d_out, top, total, delta, dq, *strides, *dq.stride()[:3], n, m, h, window, log2_scale, scale,
                 SHARE=share, **blocks, **masks, **config,
             )  # fmt: skip
         if k.numel():
-            config = configuration("dkdv", width, q.dtype)
+            config = configuration("dkdv", *about)
             dkdv_kernel[(triton.cdiv(m, config["BLOCK_KV"]) * b * g,)](
-                q, k, v, d_out, lse, delta, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3],
+                q, k, v, d_out, top, total, delta, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3],
                 n, m, g, window, log2_scale, scale, SHARE=share, **blocks, **masks, **config,
             )  # fmt: skip
     return dq, dk, dv
@@ -612,7 +655,7 @@ def launch_backward(
 @torch.library.custom_op("nondual::flash_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if splits := splits_of(q, k, window):
         return launch_decode(q, k, v, causal, window, scale, splits)
     return launch_forward(q, k, v, causal, window, scale)
@@ -625,14 +668,14 @@ def _(q, k, v, causal, window, scale):
 
 @torch.library.custom_op("nondual::flash_attention_backward", mutates_args=())
 def _backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_total: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, total: Tensor,
     causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_backward(d_out, d_lse, q, k, v, out, lse, causal, window, scale)
+    return launch_backward(d_out, d_total, q, k, v, out, top, total, causal, window, scale)
 
 
 @_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, causal, window, scale):
+def _(d_out, d_total, q, k, v, out, top, total, causal, window, scale):
     return tuple(_made_like(x, *x.shape) for x in (q, k, v))
 
 
@@ -641,8 +684,9 @@ def _save(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
-def _differentiate(ctx, d_out, d_lse):
-    return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.options), None, None, None
+def _differentiate(ctx, d_out, d_top, d_total):
+    """top and total are only ever added up, so that the gradient of the one is that of the other."""
+    return *_backward(d_out, d_total, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 def _refuse(ctx, *_):
@@ -679,4 +723,5 @@ def flash_attention(
     """
     if scale <= 0:  # the kernels take a row's maximum before the factor, which then must not turn it around
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return _forward(q, k, v, causal or window is not None, window or 0, float(scale))
+    out, top, total = _forward(q, k, v, causal or window is not None, window or 0, float(scale))
+    return out, (top + total) * math.log(2)

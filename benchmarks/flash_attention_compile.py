@@ -1,6 +1,7 @@
-"""Every flash attention kernel in every configuration, compiled for four chips: `python -m benchmarks flash_attention_compile`.
+"""Every flash attention kernel in every configuration, compiled for four chips.
 
-Needs no GPU. With --json it prints the figures and writes nothing; `--only=WORD` keeps the cases whose name has the word.
+`python -m benchmarks flash_attention_compile` needs no GPU, and some minutes. With --json it prints the figures and
+writes nothing; --brief keeps one mask of three, powers of two, and float32 on one chip; --targets=sm_90,gfx942 some chips.
 """
 
 import json
@@ -16,11 +17,12 @@ DTYPES = HALF | {"fp32": torch.float32}
 MASKS = {"full": (False, False), "causal": (True, False), "window": (True, True)}
 
 
-def cases(target: str):
+def cases(target: str, brief: bool = False):
     """(name, kernel, types, constants, warps and stages) of all that the launchers can ask for on a chip.
 
     Heads of 59, 111 and 200 stand for those that no power of two holds; masks differ only where tiles are skipped.
-    float16 is compiled as bfloat16 is: once is enough.
+    float16 is compiled as bfloat16 is: once is enough. `brief` takes each line of tiles once, with the mask that asks
+    most, and float32, which has the same tiles on every chip, on one.
     """
     from nondual.ops.flash_attention import triton as flash
 
@@ -32,6 +34,10 @@ def cases(target: str):
                     usual = label == "bf16" and d in (64, 128, 256)
                     if not usual and mask != ("window" if label == "bf16" else "causal"):
                         continue
+                    if brief and (label == "fp16" or d not in (64, 128, 256) or usual and mask != "window"):
+                        continue
+                    if brief and label == "fp32" and target != "sm_90":
+                        continue
                     block = max(16, 1 << (d - 1).bit_length())
                     config = flash.configuration(name, target, d, d, DTYPES[label])
                     warps, stages = config.pop("num_warps"), config.pop("num_stages")
@@ -41,11 +47,25 @@ def cases(target: str):
     kernel, constants = flash.decode_kernel, {"SHARE": 8, "D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128}
     config = flash.configuration("decode", target, 128, 128, torch.bfloat16)
     constants |= {"CAUSAL": True, "WINDOWED": False, "BLOCK_Q": flash.MOST_ROWS, "BLOCK_KV": config["BLOCK_KV"]}
-    yield "decode D128 bf16 causal, 64 rows", kernel, types(kernel, "bf16"), constants, config["num_warps"], config["num_stages"]
+    yield (
+        "decode D128 bf16 causal, 64 rows",
+        kernel,
+        types(kernel, "bf16"),
+        constants,
+        config["num_warps"],
+        config["num_stages"],
+    )
     for d in (64, 128, 256):
         config = flash.configuration("delta", target, d, d, torch.bfloat16)
         constants = {"DV": d, "BLOCK_DV": d, "BLOCK_Q": config["BLOCK_Q"]}
-        yield f"delta D{d} bf16", flash.delta_kernel, types(flash.delta_kernel, "bf16"), constants, config["num_warps"], 1
+        yield (
+            f"delta D{d} bf16",
+            flash.delta_kernel,
+            types(flash.delta_kernel, "bf16"),
+            constants,
+            config["num_warps"],
+            1,
+        )
     for d, splits, warps in ((128, 16, 4), (256, 64, 4), (256, 128, 8)):
         constants = {"SHARE": 8, "DV": d, "BLOCK_DV": d, "BLOCK_S": splits}
         name = f"combine D{d} bf16, {splits} splits"
@@ -58,26 +78,27 @@ def types(kernel, label: str) -> dict[str, str]:
     return {
         name: ("*fp32" if name in float32 else f"*{label}")
         if name.startswith("p_")
-        else "fp32" if name in ("scale", "factor") else "i32"
+        else "fp32"
+        if name in ("scale", "factor")
+        else "i32"
         for name in kernel.arg_names
     }
 
 
-def figures(only: str = "", targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")) -> dict:
+def figures(targets: list[str], brief: bool = False) -> dict:
     """What the compiler made of each case on each chip, or why it did not."""
     from benchmarks import aot
 
     found: dict = {}
     for target in targets:
-        for name, kernel, signature, constants, warps, stages in cases(target):
-            if only in name:
-                row = {"tiles": [constants.get("BLOCK_Q"), constants.get("BLOCK_KV"), warps, stages]}
-                try:
-                    row |= aot.report(aot.compile_for(target, kernel, signature, constants, warps, stages))
-                except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
-                    row["error"] = f"{type(error).__name__}: {error}"[:300]
-                found.setdefault(name, {})[target] = row
-                print(target, name, row, file=sys.stderr, flush=True)
+        for name, kernel, signature, constants, warps, stages in cases(target, brief):
+            row = {"tiles": [constants.get("BLOCK_Q"), constants.get("BLOCK_KV"), warps, stages]}
+            try:
+                row |= aot.report(aot.compile_for(target, kernel, signature, constants, warps, stages))
+            except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
+                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            found.setdefault(name, {})[target] = row
+            print(target, name, row, file=sys.stderr, flush=True)
     return found
 
 
@@ -86,7 +107,7 @@ def main(options: list[str]) -> None:
     if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
         sys.exit("unset TRITON_INTERPRET: a kernel made for the interpreter cannot be compiled")
     chosen = dict(option.lstrip("-").split("=", 1) for option in options if "=" in option)
-    found = figures(chosen.get("only", ""), tuple(chosen.get("targets", "sm_80,sm_90,sm_100,gfx942").split(",")))
+    found = figures(chosen.get("targets", "sm_80,sm_90,sm_100,gfx942").split(","), "--brief" in options)
     if "--json" in options:
         print(json.dumps(found))
         return

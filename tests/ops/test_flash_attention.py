@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nondual.ops import flash_attention as door
@@ -80,7 +81,10 @@ def errors(inputs, options, impl="triton", d_out=None, **more):
     assert ours.dtype == inputs[0].dtype and ours.shape == truth.shape
     d_out = incoming(ours) if d_out is None else d_out
     found = {"out": (ours, plain, truth)}
-    grads = [torch.autograd.grad(out, of, d_out.to(out.dtype)) for out, of in ((ours, inputs), (plain, inputs), (truth, exact))]
+    grads = [
+        torch.autograd.grad(out, of, d_out.to(out.dtype))
+        for out, of in ((ours, inputs), (plain, inputs), (truth, exact))
+    ]
     found |= dict(zip(("dq", "dk", "dv"), zip(*grads)))
     result = {}
     for name, (a, b, t) in found.items():
@@ -96,7 +100,9 @@ def errors(inputs, options, impl="triton", d_out=None, **more):
 def check(inputs, options, **more):
     """At most twice the error of plain PyTorch, three times for gradients."""
     for name, (ours, plain, last_place) in errors(inputs, options, **more).items():
-        assert ours <= (2 if name == "out" else 3) * plain + last_place, f"{name}: {ours:.1e}, plain PyTorch {plain:.1e}"
+        assert ours <= (2 if name == "out" else 3) * plain + last_place, (
+            f"{name}: {ours:.1e}, plain PyTorch {plain:.1e}"
+        )
 
 
 # --- right ---------------------------------------------------------------------------------------------------------
@@ -173,7 +179,9 @@ def test_any_scale_and_scores_of_ten_thousand(device, dtype, scale):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     mask = allowed(29, 41, device, causal=True)
     truth = textbook(*exact, mask, scale=scale)
-    assert (lse.double() - (exact[0] @ exact[1].mT * scale).masked_fill(~mask, -torch.inf).logsumexp(-1)).abs().max() <= max(1, abs(scale)) * 2e-5
+    assert (
+        lse.double() - (exact[0] @ exact[1].mT * scale).masked_fill(~mask, -torch.inf).logsumexp(-1)
+    ).abs().max() <= max(1, abs(scale)) * 2e-5
     # Scores of 1e4 are known in float32 to about 1e-3, and so are the weights of keys that nearly tie.
     loose = 3e-2 if dtype == torch.float16 else 2e-1 if dtype == torch.bfloat16 else 1e-2
     torch.testing.assert_close(out.double(), truth, atol=loose, rtol=loose)
@@ -193,10 +201,12 @@ def test_scores_all_far_below_zero(device, dtype):
 @everywhere
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_lse_and_its_gradient(device, impl):
-    q, k, v = inputs = made(29, 41, 16, h=2, g=1, device=device)
-    out, lse = flash_attention(*inputs, causal=True, return_lse=True, impl=impl)
+    inputs = made(29, 41, 16, h=2, g=1, device=device)
+    _, lse = flash_attention(*inputs, causal=True, return_lse=True, impl=impl)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    scores = (exact[0] @ exact[1].repeat_interleave(2, 1).mT / 4).masked_fill(~masks.causal(29, 41, device=device), -torch.inf)
+    scores = (exact[0] @ exact[1].repeat_interleave(2, 1).mT / 4).masked_fill(
+        ~masks.causal(29, 41, device=device), -torch.inf
+    )
     truth = scores.logsumexp(-1)
     torch.testing.assert_close(lse, truth.float())
     d_lse = incoming(lse)
@@ -255,7 +265,7 @@ def test_the_gradient_of_a_sum_and_the_layout_of_a_module(device):
 @everywhere
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_two_to_the_31(device, axis, monkeypatch):
-    """Keys, values and the incoming gradient so far apart that their last offset passes 2^31 elements; the memory between is never touched."""
+    """Rows, heads or batches so far apart that the last offset passes 2^31; the memory between is never touched."""
     sizes = [(3, 1, 5, 16), (1, 3, 5, 16), (1, 1, 17, 16)][axis]
     strides = [80, 80, 16, 1]
     strides[axis] = -(-(2**31 + 5) // (sizes[axis] - 1))
@@ -286,7 +296,9 @@ def test_tiles_out_of_sight_are_never_visited(device, n, m):
     """NaN in every key, value and query that no visited tile may hold changes nothing: out, lse, dq, dk, dv."""
     chip = kernels.chip_of(torch.device(device))
     names = ("BLOCK_Q", "BLOCK_KV")
-    far = max(kernels.configuration(x, chip, 16, 16, torch.float32)[n] for x in ("forward", "dkdv", "dq") for n in names)
+    far = max(
+        kernels.configuration(x, chip, 16, 16, torch.float32)[n] for x in ("forward", "dkdv", "dq") for n in names
+    )
     window = 5
     if m < n + window + 2 * far and not kernels.INTERPRETED:
         n, m = 8 * n, 8 * n + 4 * far
@@ -299,7 +311,9 @@ def test_tiles_out_of_sight_are_never_visited(device, n, m):
         dq, dk, dv = torch.autograd.grad(ours.sum(), (q, *poisoned), retain_graph=True)
         assert all(x.isfinite().all() for x in (dq, dk, dv))
     late = max(n // 2, n - far)  # under causality, queries before this see no key after their tile
-    after = [torch.cat([x[:, :, : m - n + late], torch.full_like(x[:, :, m - n + late :], torch.nan)], 2) for x in (k, v)]
+    after = [
+        torch.cat([x[:, :, : m - n + late], torch.full_like(x[:, :, m - n + late :], torch.nan)], 2) for x in (k, v)
+    ]
     ours = flash_attention(q, *after, causal=True, impl="triton")
     first = (late // far - 1) * far
     assert ours[:, :, : max(0, first)].isfinite().all()
@@ -321,7 +335,12 @@ def test_nan_stays_in_its_row_and_masked_nan_does_not_stay_away(device, impl):
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 64), (64, 16), (128, 32)])
 def test_any_tiles_give_the_same(device, tiles, monkeypatch):
     def other(kernel, *_):
-        return {"BLOCK_Q": tiles[0], **({} if kernel == "delta" else {"BLOCK_KV": tiles[1]}), "num_warps": 4, "num_stages": 1}
+        return {
+            "BLOCK_Q": tiles[0],
+            **({} if kernel == "delta" else {"BLOCK_KV": tiles[1]}),
+            "num_warps": 4,
+            "num_stages": 1,
+        }
 
     monkeypatch.setattr(kernels, "configuration", other)
     for options in ({"causal": True}, {"window": 19}):
@@ -340,6 +359,96 @@ def test_runs_are_equal_to_the_bit(device):
     first = run()
     for _ in range(times - 1):
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A kernel of which every address is checked: read from what it was given, and written to no place twice."""
+
+    def __init__(self, kernel, monkeypatch):
+        self.kernel, self.monkeypatch, self.launches = kernel, monkeypatch, 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            given = [x for x in args if isinstance(x, torch.Tensor)]
+            legal = torch.cat([addresses(x) for x in given]).unique()
+            stored = []
+
+            def check(ptrs, mask, what):
+                used = torch.from_numpy(ptrs.data[mask.data].astype("int64").reshape(-1).copy())
+                assert torch.isin(used, legal).all(), f"{what} outside of every tensor"
+                return used
+
+            builder = type(triton.runtime.interpreter.interpreter_builder)
+            load, store = builder.create_masked_load, builder.create_masked_store
+
+            def checked_load(self, ptrs, mask, *rest):
+                check(ptrs, mask, "read")
+                return load(self, ptrs, mask, *rest)
+
+            def checked_store(self, ptrs, value, mask, *rest):
+                stored.append(check(ptrs, mask, "written"))
+                return store(self, ptrs, value, mask, *rest)
+
+            with self.monkeypatch.context() as patch:
+                patch.setattr(builder, "create_masked_load", checked_load)
+                patch.setattr(builder, "create_masked_store", checked_store)
+                self.kernel[grid](*args, **constants)
+            stored = torch.cat(stored)
+            assert stored.unique().numel() == stored.numel(), "two programs write to one place: a race"
+            self.launches += 1
+
+        return launch
+
+
+def addresses(x):
+    """Of every element, and of nothing between."""
+    offsets = torch.zeros(x.shape, dtype=torch.int64)
+    for axis, (size, stride) in enumerate(zip(x.shape, x.stride())):
+        offsets += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(x.ndim)])
+    return (x.data_ptr() + offsets * x.element_size()).flatten()
+
+
+def interpreted(test):
+    """A test that looks into the interpreter: there is none on a GPU, where this is compute-sanitizer's work."""
+    return test if kernels.INTERPRETED else None
+
+
+@interpreted
+@pytest.mark.parametrize("mask", ["full", "causal", "window 23"])
+@pytest.mark.parametrize("n, m, d, dv", [(37, 61, 24, 19), (61, 37, 16, 16)])
+def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeypatch):
+    """The tensors lie inside larger ones, whose other elements count as outside."""
+    watched = {}
+    for name in ("forward", "decode", "combine", "delta", "dq", "dkdv"):
+        watched[name] = Watched(getattr(kernels, f"{name}_kernel"), monkeypatch)
+        monkeypatch.setattr(kernels, f"{name}_kernel", watched[name])
+    q, k, v = (laid(x.detach(), "sliced").requires_grad_() for x in made(n, m, d, dv, h=2, g=1))
+    out = flash_attention(q, k, v, **MASKS[mask], impl="triton")
+    torch.autograd.grad(out, (q, k, v), laid(incoming(out), "sliced"))
+    options = MASKS[mask]
+    few = q[:, :, :3].detach()
+    kernels.launch_decode(few, k.detach(), v.detach(), bool(options), options.get("window", 0), 0.25, 3)
+    assert all(kernel.launches == 1 for kernel in watched.values())
+
+
+@interpreted
+def test_a_fault_in_memory_would_be_seen(monkeypatch):
+    x = torch.zeros(1, 1, 5, 16)
+    delta = torch.zeros(1, 1, 5)
+    watched = Watched(kernels.delta_kernel, monkeypatch)
+    sizes = {"DV": 16, "BLOCK_DV": 16, "BLOCK_Q": 16}
+    watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 5, 1, **sizes)
+    with pytest.raises(Exception, match="read outside"):
+        watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 6, 1, **sizes)
+    watched = Watched(kernels.forward_kernel, monkeypatch)
+    one_row = torch.zeros(1, 1, 1, 16).expand(x.shape)
+    strides = [*x.stride()[:3] * 3, *one_row.stride()[:3]]
+    sizes |= {"D": 16, "BLOCK_D": 16, "BLOCK_KV": 16, "SHARE": 1, "CAUSAL": False, "WINDOWED": False}
+    with pytest.raises(AssertionError, match="a race"):
+        watched[(1,)](x, x, x, one_row, delta, delta.clone(), *strides, 5, 5, 1, 0, 0.25, **sizes)
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------
@@ -377,7 +486,9 @@ def test_decoding_takes_over_by_its_rule_and_has_gradients(device):
 @everywhere
 def test_decoding_with_more_queries_than_the_cache_is_long_is_empty_above(device):
     q, k, v = (x.detach() for x in made(9, 4, 16, device=device))
-    for split, plain in zip(kernels.launch_decode(q, k, v, True, 0, 0.25, 2), kernels.launch_forward(q, k, v, True, 0, 0.25)):
+    for split, plain in zip(
+        kernels.launch_decode(q, k, v, True, 0, 0.25, 2), kernels.launch_forward(q, k, v, True, 0, 0.25)
+    ):
         torch.testing.assert_close(split, plain)
 
 
@@ -471,7 +582,9 @@ def test_engines_are_exact_in_float64(impl, n, m, mask):
 
 def test_two_halves_of_the_keys_join_by_their_lse():
     q, k, v = (x.detach() for x in made(7, 20, 8, dtype=torch.float64))
-    (a, la), (b, lb) = (flash_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 13), slice(13, 20)))
+    (a, la), (b, lb) = (
+        flash_attention(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 13), slice(13, 20))
+    )
     lse = torch.logaddexp(la, lb)
     joined = a * (la - lse).exp()[..., None] + b * (lb - lse).exp()[..., None]
     torch.testing.assert_close(joined, attention(q, k, v))
@@ -603,8 +716,8 @@ def test_bad_input_is_named(inputs, options, says):
         flash_attention(*inputs, **options)
 
 
-@pytest.mark.skipif(not kernels.INTERPRETED, reason="compiled kernels know bfloat16")
-def test_bfloat16_is_refused_in_the_interpreter():
+def test_bfloat16_is_refused_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
     with pytest.raises(ValueError, match="float16 or float32 in Triton's interpreter"):
         flash_attention(*zeros(dtype=torch.bfloat16), impl="triton")
 
@@ -673,7 +786,7 @@ def test_large_decoding(dtype, n, m, h, g, d):
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
-    """One head at the far end of 2^31 numbers, computed with the rest and alone: the same bits, forward and backward."""
+    """One head at the far end of 2^31 numbers, with the rest and alone: the same bits, forward and backward."""
     h, n, d = 4100, 4096, 128
     assert h * n * d > 2**31
     q, k, v = (torch.randn(1, h, n, d, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))

@@ -1,7 +1,7 @@
 """Flash attention as the op of a module: exact attention that never holds the N x M weights.
 
-Source: Dao et al. 2022 (2205.14135). The algorithm, forward and backward, is `nondual.ops.flash_attention.reference`; the
-kernels are `nondual.ops.flash_attention.triton`. Symbols: B batch, H heads, N queries, M keys, D head width.
+Source: Dao et al. 2022 (2205.14135). The algorithm, forward and backward, is `nondual.ops.flash_attention.reference`;
+the kernels are `nondual.ops.flash_attention.triton`. Symbols: B batch, H heads, N queries, M keys, D head width.
 """
 
 from dataclasses import dataclass
@@ -58,9 +58,13 @@ class FlashAttention:
             ValueError: a mask, a dropout or the weights are asked for; or q, k and v do not fit.
         """
         if mask is not None:
-            raise ValueError(f"mask must be None for flash attention, which knows causal and window, got {_shape(mask)}{_ELSE}")
+            raise ValueError(
+                f"mask must be None for flash attention, which knows causal and window, got {_shape(mask)}{_ELSE}"
+            )
         if dropout:
-            raise ValueError(f"dropout must be 0 for flash attention, which keeps no weights to drop, got {dropout}{_ELSE}")
+            raise ValueError(
+                f"dropout must be 0 for flash attention, which keeps no weights to drop, got {dropout}{_ELSE}"
+            )
         if return_weights:
             raise ValueError(f"return_weights must be False for flash attention, which never forms them{_ELSE}")
         return flash_attention(q, k, v, causal=causal, window=self.window, scale=self.scale, impl=self.impl)

@@ -1,14 +1,16 @@
 """Flash attention: softmax(q kᵀ · scale) v exactly, without ever holding the N x M scores.
 
 Source: Dao et al. 2022 (2205.14135); Dao 2023 (2307.08691); splitting the keys in decoding: Dao et al. 2023
-("Flash-Decoding"). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width.
+("Flash-Decoding"). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head
+width.
 
 Three engines:
 
-- "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating dtype.
+- "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating
+  dtype.
 - "sdpa": torch's scaled_dot_product_attention. Where N != M is causal, and for a window, torch is handed a mask (N, M).
-- "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide. On CUDA tensors; on CPU tensors only
-  in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+- "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide. On CUDA tensors; on CPU tensors
+  only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "sdpa" for all others; with
 return_lse=True it takes "reference" where it would take "sdpa", which keeps that number to itself.

@@ -1,7 +1,7 @@
 """Flash attention in plain torch: exact attention one tile at a time, slow, in any dtype, wherever torch runs.
 
-Source: Dao 2023 (2307.08691), Algorithm 1 (forward) and Algorithm 2 (backward); the numbers in the code are theirs. They
-refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and so
+Source: Dao 2023 (2307.08691), Algorithm 1 (forward) and Algorithm 2 (backward); the numbers in the code are theirs.
+They refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and so
 rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
 
 Symbols: B batch, H query heads, G key/value heads, N queries, M keys, D head width; a tile of queries is Q_i, a tile of
@@ -132,6 +132,8 @@ def tiles(of: range, size: int) -> Iterator[range]:
     """Tiles of `size`, aligned to its multiples and cut at the end, that cover a range."""
     for start in range(of.start // size * size, of.stop, size):
         yield range(start, min(start + size, of.stop))
+
+
 # --8<-- [end:visible]
 
 
@@ -181,6 +183,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.run = visible, scale, tile, count
         return out, lse
+
     # --8<-- [end:forward]
 
     @staticmethod
@@ -221,6 +224,7 @@ class _FlashAttentionBackward(torch.autograd.Function):
             _store(dk, keys, _gather(dk_j, k), count)  # 18
             _store(dv, keys, _gather(dv_j, v), count)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
     # --8<-- [end:backward]
 
     @staticmethod

@@ -1,14 +1,14 @@
 """Flash attention as Triton kernels: forward, decoding with split keys, and a backward without atomics.
 
 Source: Dao 2023 (2307.08691), Algorithms 1 and 2; split keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
-Symbols: B batch, H query heads, G key/value heads, SHARE = H / G, N queries, M keys, D and DV head widths. In the kernels
-n and m are N and M, shift = M - N takes a query to its position among the keys, i_ is a program's index, o_ are offsets,
-m_ masks, p_ pointers, s_ strides and b_ blocks on the chip. The log-sum-exp is kept in two parts, a row's highest score
-("top") and the logarithm of its sum of exponentials ("total"): their sum, rounded to float32, would know a score of 1e4
-only to a thousandth, and the backward's exp(S - L) with it.
+Symbols: B batch, H query heads, G key/value heads, SHARE = H / G, N queries, M keys, D and DV head widths. In the
+kernels n and m are N and M, shift = M - N takes a query to its position among the keys, i_ is a program's index, o_ are
+offsets, m_ masks, p_ pointers, s_ strides and b_ blocks on the chip.
 
 Scores are held times log2(e), so that the exponential is the chip's own exp2: a score's factor and the subtraction of
-the row's maximum are then one fused operation. Rows are addressed in 64 bits. Sums run in float32 and in one order:
+the row's maximum are then one fused operation. The log-sum-exp is kept in two parts, a row's highest score ("top") and
+the logarithm of its sum of exponentials ("total"): their sum, rounded to float32, would know a score of 1e4 only to a
+thousandth, and the backward's exp(S - L) with it. Rows are addressed in 64 bits. Sums run in float32 and in one order:
 no atomics, so the same input gives the same bits. Every tile is one of three sorts: out of sight, and not visited; in
 plain sight, and not masked; or at an edge, and masked.
 """
@@ -37,6 +37,8 @@ def load_tile(p, o_row, s_row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, E
     else:
         b_tile = tl.load(p_tile)
     return b_tile
+
+
 # --8<-- [end:load_tile]
 
 
@@ -69,9 +71,7 @@ def visible(o_q, o_kv, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.cons
 
 
 @triton.jit
-def key_bounds(
-    first, last, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def key_bounds(first, last, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_KV: tl.constexpr):
     """Keys for the queries first..last: masked tiles from lo, whole ones from whole to part, masked ones to hi."""
     lo = 0
     hi = m
@@ -89,9 +89,7 @@ def key_bounds(
 
 
 @triton.jit
-def query_bounds(
-    first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Queries that see the keys first..last: masked tiles from lo, whole ones from whole to part, masked ones to hi."""
     lo = 0
     hi = n
@@ -106,6 +104,8 @@ def query_bounds(
         whole = tl.minimum(whole, tl.cdiv(hi, BLOCK_Q) * BLOCK_Q)
         part = tl.maximum(part, whole)
     return lo, whole, part, hi
+
+
 # --8<-- [end:visible]
 
 
@@ -114,7 +114,7 @@ def query_bounds(
 def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
     """A tile of raw scores b_s joins what is known of its rows: b_m the highest, b_l the sum; both to the base 2.
 
-    Returns the tile's weights (not yet divided by b_l), the factor by which what was held shrinks, and the new b_l, b_m.
+    Returns the tile's weights (not yet divided by b_l), the factor by which what was held shrinks, the new b_l and b_m.
     """
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_shift = b_m_new
@@ -123,6 +123,8 @@ def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
     b_forget = tl.exp2(b_m - b_shift)
     return b_p, b_forget, b_l * b_forget + tl.sum(b_p, 1), b_m_new
+
+
 # --8<-- [end:online_softmax_update]
 
 
@@ -149,6 +151,8 @@ def attend(
         b_acc = b_acc * b_forget[:, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")  # (BLOCK_Q, BLOCK_DV)
     return b_acc, b_l, b_m
+
+
 # --8<-- [end:attend]
 
 
@@ -196,6 +200,8 @@ def forward_kernel(
     store_tile(p_out + i_b * s_ob + i_h * s_oh, o_q, s_on, n, b_acc / b_l[:, None], DV, BLOCK_DV)
     tl.store(p_top + i_bh * n + o_q, b_m, mask=o_q < n)
     tl.store(p_total + i_bh * n + o_q, tl.log2(b_l), mask=o_q < n)
+
+
 # --8<-- [end:forward_kernel]
 
 
@@ -208,7 +214,10 @@ def decode_kernel(
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
-    """One program: all queries of the heads that share a key head, and `length` of its keys. Row r is head r // n, query r % n."""
+    """One program: all queries of the heads that share a key head, and `length` of its keys.
+
+    Row r is head r // n of those, and query r % n.
+    """
     i_split = tl.program_id(0) % splits
     i_bg = (tl.program_id(0) // splits).to(tl.int64)
     i_b, i_g = i_bg // groups, i_bg % groups
@@ -279,6 +288,8 @@ def combine_kernel(
     tl.store(p_row + o_col, b_out.to(p_out.dtype.element_ty), mask=o_col < DV)
     tl.store(p_top + i_row, top)
     tl.store(p_total + i_row, tl.log2(total))
+
+
 # --8<-- [end:decode_kernel]
 
 
@@ -301,6 +312,8 @@ def delta_kernel(
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     b_dlse = tl.load(p_dtotal + i_bh * n + o_q, mask=o_q < n, other=0.0) * 1.4426950408889634
     tl.store(p_delta + i_bh * n + o_q, b_delta - b_dlse, mask=o_q < n)
+
+
 # --8<-- [end:delta_kernel]
 
 
@@ -372,6 +385,8 @@ def dkdv_kernel(
         )  # fmt: skip
     store_tile(p_dk + i_b * s_dkb + i_g * s_dkh, o_kv, s_dkn, m, b_dk * factor, D, BLOCK_D)
     store_tile(p_dv + i_b * s_dvb + i_g * s_dvh, o_kv, s_dvn, m, b_dv, DV, BLOCK_DV)
+
+
 # --8<-- [end:dkdv]
 
 
@@ -436,6 +451,8 @@ def dq_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
     )  # fmt: skip
     store_tile(p_dq + i_b * s_dqb + i_h * s_dqh, o_q, s_dqn, n, b_dq * factor, D, BLOCK_D)
+
+
 # --8<-- [end:dq]
 
 
@@ -509,6 +526,8 @@ def chip_of(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
 # --8<-- [end:configuration]
 
 
@@ -581,13 +600,16 @@ def splits_of(q: Tensor, k: Tensor, window: int) -> int:
         return 0
     chip = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     return max(1, min(MOST_SPLITS, triton.cdiv(2 * chip, b * g), seen // FEWEST_KEYS))
+
+
 # --8<-- [end:splits]
 
 
 def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, splits: int
 ) -> tuple[Tensor, ...]:
-    """out, top and total for few queries and many keys: a program for each key head and part of its keys, then one to a row."""
+    """out, top and total for few queries and many keys: a program for each key head and part of its keys, then one
+    for each row."""
     (b, h, n, _), (_, g, m, _), outputs = q.shape, k.shape, _outputs(q, v)
     if not outputs[1].numel():
         return outputs
@@ -648,8 +670,8 @@ def launch_backward(
 
 
 # --- autograd ------------------------------------------------------------------------------------------------------
-# custom_op and not triton_op: the latter traces into the launch, which Triton's interpreter cannot follow, and then what
-# runs on a GPU would not be what is tested without one.
+# custom_op and not triton_op: the latter traces into the launch, which Triton's interpreter cannot follow, and then
+# what runs on a GPU would not be what is tested without one.
 
 
 @torch.library.custom_op("nondual::flash_attention", mutates_args=())

@@ -1,7 +1,7 @@
 """Every flash attention kernel in every configuration, compiled for four chips.
 
 `python -m benchmarks flash_attention_compile` needs no GPU, and some minutes. With --json it prints the figures and
-writes nothing; --brief keeps one mask of three, powers of two, and float32 on one chip; --targets=sm_90,gfx942 some chips.
+writes nothing; --brief keeps one mask of three, powers of two, and float32 on one chip; --targets=sm_90 some chips.
 """
 
 import json
@@ -34,7 +34,7 @@ def cases(target: str, brief: bool = False):
                     usual = label == "bf16" and d in (64, 128, 256)
                     if not usual and mask != ("window" if label == "bf16" else "causal"):
                         continue
-                    if brief and (label == "fp16" or d not in (64, 128, 256) or usual and mask != "window"):
+                    if brief and (label == "fp16" or d not in (64, 128, 256) or (usual and mask != "window")):
                         continue
                     if brief and label == "fp32" and target != "sm_90":
                         continue

@@ -73,7 +73,7 @@ def test_the_report_holds_for_every_mask_and_head(report, chip):
 
 
 def test_the_report_is_of_these_kernels(report, compiled):
-    """The report's tiles are the table's, and what was compiled now is near what it says (a compiler's figures move)."""
+    """The report's tiles are the table's, and what is compiled now is near what it says: a compiler's figures move."""
     for name, by_chip in compiled.items():
         for chip, row in by_chip.items():
             said = report[name][chip]

@@ -17,6 +17,7 @@ return_lse=True it takes "reference" where it would take "sdpa", which keeps tha
 """
 
 import math
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -85,7 +86,7 @@ def flash_attention(
         raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
     if return_lse and impl == "sdpa":
         raise ValueError("impl='sdpa' keeps its log-sum-exp; with return_lse=True use 'reference', 'triton' or 'auto'")
-    engines = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": _triton}
+    engines = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": partial(_triton, return_lse=return_lse)}
     engine = choose(impl, engines, auto=_auto(q, v, return_lse))
     causal = causal or window is not None
     if window is not None and window >= m:  # it reaches past the first key: all that came before is seen
@@ -115,7 +116,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, 
     return attention(q, k, v, mask=mask, causal=causal and not window, scale=scale, impl="sdpa"), None
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float, return_lse: bool):
     """Our kernels, where they can run."""
     if q.dtype not in KERNEL_DTYPES:
         raise ValueError(
@@ -139,7 +140,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None
             f"q must be on a CUDA device for impl='triton', got {q.device}; on a CPU use impl='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
         )
-    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale)
+    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

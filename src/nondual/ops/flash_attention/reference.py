@@ -1,8 +1,8 @@
 """Flash attention in plain torch: exact attention one tile at a time, slow, in any dtype, wherever torch runs.
 
 Source: Dao 2023 (2307.08691), Algorithm 1 (forward) and Algorithm 2 (backward); the numbers in the code are theirs.
-They refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and so
-rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
+They refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and
+so rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
 
 Symbols: B batch, H query heads, G key/value heads, N queries, M keys, D head width; a tile of queries is Q_i, a tile of
 keys K_j; S scores, P their softmax, m a row's highest score so far, l (the papers' ℓ) its sum of exponentials so far,

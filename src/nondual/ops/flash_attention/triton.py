@@ -725,8 +725,15 @@ _backward.register_autograd(_refuse)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: int | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float = 1.0,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention and its log-sum-exp by the kernels; the input is taken as `nondual.ops.flash_attention` has checked it.
 
     Args:
@@ -736,6 +743,7 @@ def flash_attention(
         causal: each query sees its own position and those before, aligned at the end.
         window: each query sees the last `window` keys, its own included; implies causal.
         scale: factor on q · k.
+        return_lse: put the two parts of the log-sum-exp together, or give None.
 
     Returns:
         out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32.
@@ -746,4 +754,4 @@ def flash_attention(
     if scale <= 0:  # the kernels take a row's maximum before the factor, which then must not turn it around
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     out, top, total = _forward(q, k, v, causal or window is not None, window or 0, float(scale))
-    return out, (top + total) * math.log(2)
+    return out, (top + total) * math.log(2) if return_lse else None

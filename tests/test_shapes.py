@@ -13,12 +13,17 @@ with install_import_hook("nondual", "beartype.beartype"):
     import torch
     from nondual import attention_mechanism, positional_encoding, pretrained, self_attention, tasks, transformer
     from nondual.ops import masks
+    from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.ops.attention import attention, masked_softmax
+    from nondual.ops.flash_attention import flash_attention
 
 q, k, v = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 11, 7), torch.randn(2, 3, 11, 13)
 attention(q, k, v, causal=True)
 attention(q, k, v, mask=masks.padding(torch.tensor([11, 4]), 11), return_weights=True)
 attention(q, k, v, mask=torch.randn(1, 6, 5, 11))
+for impl in ("auto", "reference"):
+    flash_attention(q, k, v, causal=True, impl=impl)
+    flash_attention(q, k, v, window=3, return_lse=True, impl="auto")
 masked_softmax(torch.randn(3, 5), masks.causal(3, 5))
 masks.sliding_window(5, 11, window=3)
 
@@ -31,6 +36,7 @@ x, memory = torch.randn(2, 5, 12), torch.randn(2, 11, 17)
 self_attention.SelfAttention(12, 3, 5)(x, return_weights=True)
 self_attention.MultiHeadAttention(12, 4, n_kv_heads=2)(x, causal=True, return_weights=True)
 self_attention.MultiHeadAttention(12, 4, d_memory=17)(x, memory)
+self_attention.MultiHeadAttention(12, 4, n_kv_heads=2, op=FlashAttention(window=3))(x)
 cache = self_attention.KVCache(2, 4, 8, 3)
 with torch.no_grad():
     self_attention.MultiHeadAttention(12, 4)(x, cache=cache, causal=True)

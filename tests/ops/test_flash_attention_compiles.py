@@ -38,6 +38,47 @@ def report():
     return json.loads(REPORT.read_text())["figures"]
 
 
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Chip:
+    'Knows what to compile for, and cannot launch.'
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Chip())
+JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
+    self.fn.__name__, "wgmma.mma_async" in self.warmup(*a, grid=grid, **k).asm["ptx"]
+)
+from nondual.ops.flash_attention import triton as flash
+
+flash.chip_of = lambda device: "sm_90"
+for b, h, g, n, m, d, dv in ((2, 4, 2, 37, 61, 64, 64), (1, 1, 1, 1, 1, 1, 1)):
+    q, k, v = (torch.zeros(b, *x, dtype=torch.bfloat16) for x in ((h, n, d), (g, m, d), (g, m, dv)))
+    out, top, total = flash.launch_forward(q, k, v, True, 3, 0.5)
+    flash.launch_backward(out, total, q, k, v, out, top, total, True, 3, 0.5)
+    flash.launch_decode(q[:, :, :1], k, v, True, 3, 0.5, 2)
+"""
+
+
+def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
+    """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT / "src")}
+    ran = subprocess.run([sys.executable, "-c", LAUNCH], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    said = ran.stdout.split()
+    assert said[::2] == 2 * [f"{x}_kernel" for x in ("forward", "delta", "dq", "dkdv", "decode", "combine")]
+    assert {name for name, tensor in zip(said[::2], said[1::2]) if tensor == "True"} == {
+        "forward_kernel",
+        "dq_kernel",
+        "dkdv_kernel",
+    }
+
+
 def demand(figures, chip):
     """What every kernel owes to a chip."""
     seen = 0

@@ -45,7 +45,8 @@ class Step:
     """What is on the chip after one tile of the forward pass.
 
     Attributes:
-        queries, keys: which rows and columns the tile covers.
+        queries: which rows the tile covers.
+        keys: which columns it covers.
         scores: S, (B, H, queries, keys), -inf where masked.
         highest: m, (B, H, queries).
         total: l, (B, H, queries).

@@ -465,33 +465,38 @@ INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 and 256 wide
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        "forward, cut": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "dkdv": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     },
     "sm_90": {
         "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2)),
+        "forward, cut": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "dkdv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
-        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1)),
     },
     "sm_100": {
         "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "forward, cut": ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 1)),
         "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
     },
     "gfx942": {
         "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        "forward, cut": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
         "dkdv": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
         "dq": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     },
     "float32": {  # everywhere: on plain multipliers, since a tensor core would round to TF32
         "forward": ((64, 32, 8, 2), (32, 16, 8, 1), (16, 16, 8, 1)),
-        "decode": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "forward, cut": ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "decode": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
         "dkdv": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        "dq": ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+        "dq": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
 }
 
@@ -505,15 +510,15 @@ def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -
     Args:
         kernel: "forward", "decode", "delta", "dkdv" or "dq".
         chip: a line of TILES, as `chip_of` gives it.
-        d: D. A head that does not fill its power of two needs registers for a mask, and takes the next class's tiles.
+        d: D. A head that does not fill its power of two is cut by a mask, which costs the forward kernel registers.
         dv: Dv.
         dtype: of q.
     """
     if kernel == "delta":
         return {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
     width = max(_power(d), _power(dv))
-    classes = (width > 64) + (width > 128) + (not width == d == dv)
-    tiles = TILES["float32" if dtype == torch.float32 else chip][kernel][min(classes, 2)]
+    line = "forward, cut" if kernel == "forward" and not width == d == dv else kernel
+    tiles = TILES["float32" if dtype == torch.float32 else chip][line][(width > 64) + (width > 128)]
     if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many, and unequal ones
         tiles = (32, 16, 4, 1)
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tiles))

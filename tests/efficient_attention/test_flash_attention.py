@@ -1,13 +1,22 @@
-"""Flash attention as the op of a module: the same module, and a clear no to what needs the weights."""
+"""Flash attention as the op of a module, and the claims of the chapter that bears its name."""
 
 import copy
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from nondual.data import BANK
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.ops import masks
+from nondual.ops.flash_attention import reference
 from nondual.ops.flash_attention import triton as kernels
+from nondual.pretrained import minilm
 from nondual.self_attention import KVCache, MultiHeadAttention
 
 B, N, E, H, G = 2, 19, 48, 6, 3
@@ -92,3 +101,103 @@ def test_two_processes_worth_of_training_in_one(tmp_path):
             torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+# --- the chapter's claims --------------------------------------------------------------------------------
+
+MEASURED = Path(__file__).parents[2] / "docs/measured"
+TILE = (32, 32)
+
+
+def textbook(q, k, v):
+    """The table and all: three lines, every step in the dtype of its input."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores.softmax(-1) @ v
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    """Queries, keys and values of a trained layer on a real text of 246 tokens, (1, 12, 246, 32)."""
+    encoder = minilm()
+    text = " ".join(BANK["river"])
+    x = encoder.layers([text])[0][2]
+    mixer = encoder.model.encoder.layers[2].mixer
+    return [p(x).detach().unflatten(-1, (12, 32)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+
+
+def tiled(q, k, v, **more):
+    return reference.flash_attention(q, k, v, scale=1 / math.sqrt(q.shape[-1]), tile=TILE, **more)[0]
+
+
+@pytest.mark.claim("A4.2", "holds")
+def test_tiles_give_the_textbooks_result_and_in_half_precision_a_truer_one(qkv):
+    exact = [x.double() for x in qkv]
+    truth = textbook(*exact)
+    assert (tiled(*exact) - truth).abs().max() < 1e-13 * truth.abs().max() * 246
+    for dtype in (torch.float16, torch.bfloat16):
+        half = [x.to(dtype) for x in qkv]
+        truth = textbook(*(x.double() for x in half))
+        ours, theirs = ((f(*half) - truth).abs() for f in (tiled, textbook))
+        assert ours.mean() < 0.7 * theirs.mean() and ours.max() < theirs.max()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one tensor held while this was on."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.numbers = max(self.numbers, leaf.numel())
+        return out
+
+
+@pytest.mark.claim("A4.3", "holds")
+def test_no_tensor_of_n_times_n_is_ever_made():
+    """Forward and backward: the largest tensor grows with N for the tiles and with its square for the textbook."""
+
+    def largest(f, n):
+        q, k, v = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in range(3))
+        with Largest() as seen:
+            f(q, k, v).sum().backward()
+        return seen.numbers
+
+    for n in (256, 512):
+        assert largest(textbook, n) == n * n
+        assert largest(tiled, n) == max(8 * n, 32 * 32)
+
+
+@pytest.mark.claim("A4.5", "does not hold")
+def test_the_work_is_not_less_it_is_more_and_what_is_saved_is_traffic():
+    """Multiplications counted by torch: the same forward, a quarter more backward. Numbers moved: far fewer."""
+    n, d = 256, 32
+
+    def flops(f):
+        q, k, v = (torch.randn(1, 1, n, d, requires_grad=True) for _ in range(3))
+        with FlopCounterMode(display=False) as forward:
+            out = f(q, k, v)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    assert flops(textbook) == (4 * n * n * d, 8 * n * n * d)
+    assert flops(tiled) == (4 * n * n * d, 10 * n * n * d)
+
+    count = reference.Count()
+    q, k, v = (torch.randn(1, 1, n, d) for _ in range(3))
+    reference.flash_attention(q, k, v, tile=(128, 128), count=count)
+    table = 4 * n * n + 4 * n * d  # the textbook writes and reads scores, then weights; and reads q, k, v, writes out
+    assert count.scores == n * n
+    assert (count.loaded + count.stored) < table / 4
+
+
+@pytest.mark.claim("A4.4", "holds if")
+def test_memory_is_linear_and_the_speed_up_is_no_one_number():
+    """As measured on a CPU: the slopes of memory, and ratios to the textbook both inside two to four and outside."""
+    cases = json.loads((MEASURED / "flash_attention_cpu.json").read_text())["figures"]["cases"]
+    slopes = {engine: [c["memory_slope"] for c in cases if c["engine"] == engine] for engine in ("textbook", "sdpa")}
+    assert min(slopes["textbook"]) > 1.8 and max(slopes["sdpa"]) < 1.2
+    ratios = [ratio for c in cases if c["engine"] == "textbook" for ratio in c["over_sdpa"]]
+    assert any(2 <= ratio <= 4 for ratio in ratios) and not all(2 <= ratio <= 4 for ratio in ratios)

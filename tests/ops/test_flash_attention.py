@@ -465,11 +465,11 @@ def test_a_fault_in_memory_would_be_seen(monkeypatch):
     (1, 2, 2, {}), (1, 6, 2, {}), (3, 4, 2, {"causal": True}), (5, 3, 1, {"window": 150}), (2, 2, 2, {"window": 3}),
 ])  # fmt: skip
 def test_decoding_is_the_plain_kernel_to_rounding(device, dtype, n, h, g, options):
-    q, k, v = (x.detach() for x in made(n, 331, 24, 40, b=2, h=h, g=g, dtype=dtype, device=device))
+    q, k, v = (x.detach() for x in made(n, 203, 24, 40, h=h, g=g, dtype=dtype, device=device))
     causal, window = bool(options), options.get("window", 0)
-    exact = textbook(q.double(), k.double(), v.double(), allowed(n, 331, device, **options))
+    exact = textbook(q.double(), k.double(), v.double(), allowed(n, 203, device, **options))
     out, top, total = kernels.launch_forward(q, k, v, causal, window, 24**-0.5)
-    for splits in (1, 2, 7):
+    for splits in (1, 5):
         split_out, split_top, split_total = kernels.launch_decode(q, k, v, causal, window, 24**-0.5, splits)
         torch.testing.assert_close(split_top + split_total, top + total)
         assert (split_out - exact).abs().max() <= 2 * (out - exact).abs().max() + torch.finfo(dtype).eps / 2

@@ -1,7 +1,7 @@
 """Every flash attention kernel, in every line of its table of tiles, compiled for four chips without one of them.
 
 In a process of its own, which does not interpret. The whole report, with every mask, is docs/measured's; here each line
-of the table is compiled once, with the mask that asks most, and the report is held to the same demands.
+of the table is compiled once, with one mask, and the report is held to the same demands.
 """
 
 import json

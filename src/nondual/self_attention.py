@@ -143,7 +143,6 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
         elif self.k_proj.in_features != self.q_proj.in_features:
             raise ValueError(f"memory must be given: its width d_memory={self.k_proj.in_features} is not that of x")
-        # --8<-- [start:many_heads]
         source = x if memory is None else memory
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
@@ -154,7 +153,6 @@ class MultiHeadAttention(nn.Module):
         out = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
         out, weights = out if return_weights else (out, None)
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
-        # --8<-- [end:many_heads]
         return (out, weights) if return_weights else out
 
 

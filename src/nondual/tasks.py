@@ -11,7 +11,6 @@ PAIRS = (1, 0, 3, 2)
 """Who looks at whom among two couples: 0 and 1 at each other, 2 and 3 at each other."""
 
 
-# --8<-- [start:relation]
 def relation(
     looks_at: tuple[int, ...], batch: int, *, payloads: int = 8, generator: torch.Generator | None = None
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b n"]]:
@@ -34,6 +33,3 @@ def relation(
     place = characters.argsort(1)  # where each character stands
     seen = torch.tensor(looks_at)[characters]  # whom each place looks at
     return characters, cards, cards.gather(1, place.gather(1, seen))
-
-
-# --8<-- [end:relation]

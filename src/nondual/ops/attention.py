@@ -44,7 +44,7 @@ def attention(
         k: keys (B, G, M, D), of the dtype and device of q. H must be a multiple of G.
         v: values (B, G, M, Dv); Dv may differ from D.
         mask: (N, M), or 4-dimensional and broadcastable to (B, H, N, M). Boolean: True where attending is allowed
-            (nn.MultiheadAttention means the opposite). Floating, of q's dtype: added to the scaled scores; -inf forbids.
+            (nn.MultiheadAttention means the opposite). Floating, of q's dtype: added to the scores; -inf forbids.
         causal: each query sees its own position and those before, aligned at the end where N != M. Combines with mask.
         scale: factor on q · k; 1/√D where left out.
         dropout: probability of dropping a weight, in [0, 1). For training.
@@ -107,6 +107,8 @@ def _reference(q, k, v, mask, causal, scale, dropout):
     weights = masked_softmax(scores, mask)
     out = F.dropout(weights, dropout) @ v  # (B, H, N, Dv)
     return out.to(q.dtype), weights.to(q.dtype)
+
+
 # --8<-- [end:reference]
 
 
@@ -135,7 +137,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
+            raise ValueError(
+                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
+            )
     (b, h, _, d), (bk, g, _, dk) = q.shape, k.shape
     if dk != d:
         raise ValueError(f"k must have q's width D={d}, got {dk}")

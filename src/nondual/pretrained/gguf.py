@@ -41,7 +41,6 @@ def read_gguf(data: bytes) -> tuple[dict, dict[str, Float[Tensor, "..."]]]:
     }
 
 
-# --8<-- [start:dequantize]
 def dequantize(raw: Tensor, kind: int, shape: tuple[int, ...], name: str = "tensor") -> Float[Tensor, "..."]:
     """Weights out of the bytes that begin `raw`, in float32.
 
@@ -67,9 +66,6 @@ def dequantize(raw: Tensor, kind: int, shape: tuple[int, ...], name: str = "tens
     d, m = blocks[:, :4].clone().view(torch.float16).float().split(1, dim=1)
     q = torch.cat([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], dim=1)
     return torch.mul(d, q).add_(m).view(shape)
-
-
-# --8<-- [end:dequantize]
 
 
 class _Cursor:

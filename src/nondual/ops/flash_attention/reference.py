@@ -97,7 +97,6 @@ def flash_attention(
     return _FlashAttention.apply(q, k, v, visible, scale, tile, count, trace)
 
 
-# --8<-- [start:visible]
 @dataclass(frozen=True)
 class Visible:
     """Which keys a query sees: 0 ≤ i + (M - N) - j, and < window. Asked for one tile at a time."""
@@ -133,9 +132,6 @@ def tiles(of: range, size: int) -> Iterator[range]:
     """Tiles of `size`, aligned to its multiples and cut at the end, that cover a range."""
     for start in range(of.start // size * size, of.stop, size):
         yield range(start, min(start + size, of.stop))
-
-
-# --8<-- [end:visible]
 
 
 def _exactly(method: Callable) -> Callable:
@@ -193,7 +189,6 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _FlashAttentionBackward(torch.autograd.Function):
-    # --8<-- [start:backward]
     @staticmethod
     @_exactly
     def forward(ctx, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, count):
@@ -225,8 +220,6 @@ class _FlashAttentionBackward(torch.autograd.Function):
             _store(dk, keys, _gather(dk_j, k), count)  # 18
             _store(dv, keys, _gather(dv_j, v), count)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-    # --8<-- [end:backward]
 
     @staticmethod
     def backward(ctx, *_):

@@ -58,7 +58,6 @@ def load_top(p, o_q, n):
     return tl.where(b_top == float("-inf"), float("inf"), b_top)
 
 
-# --8<-- [start:visible]
 @triton.jit
 def visible(o_q, o_kv, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which of the keys o_kv the queries o_q see; the two are shaped so that they broadcast."""
@@ -104,9 +103,6 @@ def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: 
         whole = tl.minimum(whole, tl.cdiv(hi, BLOCK_Q) * BLOCK_Q)
         part = tl.maximum(part, whole)
     return lo, whole, part, hi
-
-
-# --8<-- [end:visible]
 
 
 # --8<-- [start:online_softmax_update]
@@ -205,7 +201,6 @@ def forward_kernel(
 # --8<-- [end:forward_kernel]
 
 
-# --8<-- [start:decode_kernel]
 @triton.jit(do_not_specialize=["n", "m", "window", "first", "length", "splits"])
 def decode_kernel(
     p_q, p_k, p_v, p_part, p_part_m, p_part_l,
@@ -290,13 +285,9 @@ def combine_kernel(
     tl.store(p_total + i_row, tl.log2(total))
 
 
-# --8<-- [end:decode_kernel]
-
-
 # --- kernels: backward ---------------------------------------------------------------------------------------------
 
 
-# --8<-- [start:delta_kernel]
 @triton.jit(do_not_specialize=["n"])
 def delta_kernel(
     p_out, p_do, p_dtotal, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, n, heads,
@@ -312,9 +303,6 @@ def delta_kernel(
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     b_dlse = tl.load(p_dtotal + i_bh * n + o_q, mask=o_q < n, other=0.0) * 1.4426950408889634
     tl.store(p_delta + i_bh * n + o_q, b_delta - b_dlse, mask=o_q < n)
-
-
-# --8<-- [end:delta_kernel]
 
 
 # --8<-- [start:dkdv]
@@ -341,6 +329,9 @@ def gather_dkdv(
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")  # (BLOCK_KV, BLOCK_D)
     return b_dk, b_dv
+
+
+# --8<-- [end:dkdv]
 
 
 @triton.jit(do_not_specialize=["n", "m", "window"])
@@ -387,10 +378,6 @@ def dkdv_kernel(
     store_tile(p_dv + i_b * s_dvb + i_g * s_dvh, o_kv, s_dvn, m, b_dv, DV, BLOCK_DV)
 
 
-# --8<-- [end:dkdv]
-
-
-# --8<-- [start:dq]
 @triton.jit
 def gather_dq(
     b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
@@ -453,15 +440,11 @@ def dq_kernel(
     store_tile(p_dq + i_b * s_dqb + i_h * s_dqh, o_q, s_dqn, n, b_dq * factor, D, BLOCK_D)
 
 
-# --8<-- [end:dq]
-
-
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 
-# --8<-- [start:configuration]
 TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 and 256 wide
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
@@ -533,9 +516,6 @@ def chip_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
-# --8<-- [end:configuration]
-
-
 def _blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """The head widths, and the powers of two that hold them."""
     d, dv = q.shape[-1], v.shape[-1]
@@ -586,7 +566,6 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, s
     return outputs
 
 
-# --8<-- [start:splits]
 MOST_ROWS = 64  # queries of one key head that decoding holds in one tile
 FEWEST_KEYS = 256  # keys that are worth a program of their own
 MOST_SPLITS = 128
@@ -605,9 +584,6 @@ def splits_of(q: Tensor, k: Tensor, window: int) -> int:
         return 0
     chip = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
     return max(1, min(MOST_SPLITS, triton.cdiv(2 * chip, b * g), seen // FEWEST_KEYS))
-
-
-# --8<-- [end:splits]
 
 
 def launch_decode(

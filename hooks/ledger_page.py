@@ -154,17 +154,26 @@ def map_rows(root: Path) -> list[dict]:
     rows = []
     for path in PATHS:
         stem = path.rpartition("/")[2]
-        module, chapter = root / "src" / "nondual" / f"{path}.py", root / "docs" / "essay" / f"{stem}.md"
+        module = root / "src" / "nondual" / f"{path}.py"
         tests = sorted((root / "tests").rglob(f"test_{stem}.py"))
         rows.append(
             {
                 "essay": f"ml_research/attention/{path}.py",
                 "module": f"src/nondual/{path}.py" if module.exists() else None,
-                "chapter": f"essay/{stem}.md" if chapter.exists() else None,
+                "chapter": chapter_of(root, path),
                 "test": tests[0].relative_to(root).as_posix() if tests else None,
             }
         )
     return rows
+
+
+def chapter_of(root: Path, path: str) -> str | None:
+    """The chapter of the module's own stem, or the first whose text names the module: one chapter may hold two."""
+    pages = sorted((root / "docs" / "essay").glob("*.md"))
+    own = [page for page in pages if page.stem == path.rpartition("/")[2]]
+    name = f"`nondual.{path.replace('/', '.')}`"
+    found = own or [page for page in pages if name in page.read_text(encoding="utf-8")]
+    return f"essay/{found[0].name}" if found else None
 
 
 def map_html(root: Path, link) -> str:

@@ -45,17 +45,12 @@ def cases(target: str, brief: bool = False):
                     constants = {"SHARE": 8 if name == "decode" else 1, "D": d, "DV": d, "BLOCK_D": block}
                     constants |= {"BLOCK_DV": block, "CAUSAL": causal, "WINDOWED": windowed, **config}
                     yield f"{name} D{d} {label} {mask}", kernel, types(kernel, label), constants, warps, stages
-    kernel, constants = flash.decode_kernel, {"SHARE": 8, "D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128}
-    config = flash.configuration("decode", target, 128, 128, torch.bfloat16)
-    constants |= {"CAUSAL": True, "WINDOWED": False, "BLOCK_Q": flash.MOST_ROWS, "BLOCK_KV": config["BLOCK_KV"]}
-    yield (
-        "decode D128 bf16 causal, 64 rows",
-        kernel,
-        types(kernel, "bf16"),
-        constants,
-        config["num_warps"],
-        config["num_stages"],
-    )
+    for d in (128, 256):
+        config = flash.configuration("decode", target, d, d, torch.bfloat16) | {"BLOCK_Q": flash.MOST_ROWS}
+        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        constants = {"SHARE": 8, "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d, "CAUSAL": True, "WINDOWED": False}
+        kernel = flash.decode_kernel
+        yield f"decode D{d} bf16 causal, 64 rows", kernel, types(kernel, "bf16"), constants | config, warps, stages
     for d in (64, 128, 256):
         config = flash.configuration("delta", target, d, d, torch.bfloat16)
         constants = {"DV": d, "BLOCK_DV": d, "BLOCK_Q": config["BLOCK_Q"]}

@@ -449,7 +449,7 @@ TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 an
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
         "forward, cut": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 8, 2)),
         "dkdv": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     },

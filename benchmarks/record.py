@@ -51,7 +51,7 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
     changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True)
     record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_driver(device)},
         "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -61,6 +61,17 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
     path = MEASURED / f"{name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(path.relative_to(MEASURED.parent.parent))
+
+
+def _driver(device: str) -> dict[str, str]:
+    """The version of a GPU's driver, where its own tool tells it."""
+    if device != "cuda":
+        return {}
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return {"driver": subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]}
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return {}
 
 
 def _processor() -> str:

@@ -371,11 +371,23 @@ def test_bank_parts_into_its_two_senses_as_the_layers_rise(encoder):
     sentences, sense = [*BANK["river"], *BANK["money"]], torch.arange(48) >= 24
     tokens = [encoder.tokens(s) for s in sentences]
     assert all(t.count("bank") == 1 for t in tokens)
-    layers, _ = encoder.layers(sentences)
-    bank = F.normalize(layers[:, torch.arange(48), [t.index("bank") for t in tokens]], dim=-1)
-    near = bank @ bank.mT
     pair = torch.ones(48, 48, dtype=torch.bool).triu(1)
     same, cross = pair & (sense[:, None] == sense), pair & (sense[:, None] != sense)
-    told = [(layer[same][:, None] > layer[cross]).float().mean().item() for layer in near]
+
+    def compare(encoder):
+        layers, _ = encoder.layers(sentences)
+        bank = F.normalize(layers[:, torch.arange(48), [t.index("bank") for t in tokens]], dim=-1)
+        near = bank @ bank.mT
+        return near, [(layer[same][:, None] > layer[cross]).float().mean().item() for layer in near]
+
+    near, told = compare(encoder)
     assert told[0] < 0.65 < 0.8 < max(told)
     assert (near[-1][cross] > near[-1][same].median()).any()  # single pairs mislead
+
+    torch.manual_seed(0)
+    untrained = minilm()  # the same embeddings under layers that learned nothing
+    for module in untrained.model.encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    assert max(compare(untrained)[1]) < 0.65

@@ -70,7 +70,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"], *, return_weights: bool = False, **mixing):
         """x (B, N, E) -> (B, N, E), or with the mixer's weights (B, H, N, N) if asked for."""
-        mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing, **_only(return_weights=return_weights))
+        if return_weights:  # a mixer that has none is never told of them
+            mixing["return_weights"] = True
+        mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing)
         mixed, weights = mixed if return_weights else (mixed, None)
         x = x + self.dropout(mixed)
         if self.norm_first:
@@ -194,8 +196,3 @@ class TextEncoder(nn.Module):
     ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n n"]]:
         """ids (B, N) -> vectors (B, N, E), and the weights (layers, B, H, N, N) if asked for."""
         return self.encoder(self.embed(ids), mask=mask, return_weights=return_weights)
-
-
-def _only(**given) -> dict:
-    """The arguments that were asked for: a mixer without weights is never told of them."""
-    return {name: value for name, value in given.items() if value}

@@ -59,7 +59,8 @@ class FlashAttention:
         """
         if mask is not None:
             raise ValueError(
-                f"mask must be None for flash attention, which knows causal and window, got {_shape(mask)}{_ELSE}"
+                "mask must be None for flash attention, which knows causal and window, "
+                f"got a mask {tuple(mask.shape)}{_ELSE}"
             )
         if dropout:
             raise ValueError(
@@ -71,7 +72,3 @@ class FlashAttention:
 
 
 _ELSE = "; for that use op=nondual.ops.attention.attention"
-
-
-def _shape(mask: Tensor) -> str:
-    return f"a mask {tuple(mask.shape)}"

@@ -63,8 +63,8 @@ class SentenceEncoder:
     @torch.no_grad()
     def vectors(self, sentences: Sequence[str]) -> tuple[Float[Tensor, "b n e"], Tensor]:
         """The last layer's vector of every token (B, N, E), and which of the N are real tokens, bool (B, N)."""
-        layers, mask = self.layers(sentences)
-        return layers[-1], mask
+        ids, mask = self._batch(sentences)
+        return self.model(ids, mask=mask[:, None, None]), mask
 
     @torch.no_grad()
     def layers(self, sentences: Sequence[str]) -> tuple[Float[Tensor, "layers b n e"], Tensor]:

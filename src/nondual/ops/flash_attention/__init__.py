@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nondual.ops import masks
 from nondual.ops.attention import attention, check_qkv
+from nondual.ops.autocast import as_autocast_does
 from nondual.ops.flash_attention import reference
 from nondual.ops.impl import choose
 
@@ -77,7 +78,7 @@ def flash_attention(
             engine; a window below 1; lse asked of "sdpa".
         RuntimeError: "triton" asked for where triton is missing. A second derivative through "reference" or "triton".
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = as_autocast_does(q, k, v)
     check_qkv(q, k, v)
     n, m = q.shape[2], k.shape[2]
     if v.shape[-1] == 0:
@@ -141,12 +142,3 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
         )
     return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors in its dtype, all but float64: what torch does for scaled_dot_product_attention."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

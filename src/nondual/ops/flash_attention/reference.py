@@ -12,13 +12,14 @@ window leaves empty are never visited, and a row with nothing to attend gives 0 
 N x M is never held: beyond input and output, memory is one tile of scores and a few rows.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from nondual.ops.autocast import without_autocast
 
 
 @dataclass
@@ -134,23 +135,10 @@ def tiles(of: range, size: int) -> Iterator[range]:
         yield range(start, min(start + size, of.stop))
 
 
-def _exactly(method: Callable) -> Callable:
-    """Out of autocast's reach, in whichever context a pass is run: a tile is as wide as it was made."""
-
-    @functools.wraps(method)
-    def run(ctx, x, *rest):
-        if not torch.amp.is_autocast_available(x.device.type):
-            return method(ctx, x, *rest)
-        with torch.autocast(x.device.type, enabled=False):
-            return method(ctx, x, *rest)
-
-    return run
-
-
 class _FlashAttention(torch.autograd.Function):
     # --8<-- [start:forward]
     @staticmethod
-    @_exactly
+    @without_autocast
     def forward(ctx, q, k, v, visible, scale, tile, count, trace):
         """Algorithm 1: for each tile of queries, past all tiles of keys, O and L."""
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -190,7 +178,7 @@ class _FlashAttention(torch.autograd.Function):
 
 class _FlashAttentionBackward(torch.autograd.Function):
     @staticmethod
-    @_exactly
+    @without_autocast
     def forward(ctx, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, count):
         """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L."""
         wide = lse.dtype

@@ -1,0 +1,245 @@
+"""The selective scan: a linear recurrence whose steps are decided by what passes through it.
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,   y_t = C_t h_t + D u_t,   then y_t · silu(z_t)
+
+Source: Gu and Dao 2023 (2312.00752), equations 1 to 4 and Algorithm 2. The arguments are those of the mamba-ssm
+package, with time before channels: (B, L, D) where that has (B, D, L). Symbols: B batch, L steps, D channels, N states
+of a channel, G groups of channels that share B and C.
+
+Three engines:
+
+- "reference": step by step in plain torch. Any floating dtype, both discretisations, differentiable twice.
+- "cpu": a compiled loop over time, forward and backward, in memory linear in L. On CPU tensors.
+- "triton": our kernels, in float16, bfloat16 and float32. On CUDA tensors; on CPU tensors only in Triton's interpreter
+  (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+
+"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, "cpu" for CPU tensors, and
+"reference" for all others: exact zero-order hold, float64 on a GPU, nothing to do.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nondual.ops.autocast import as_autocast_does
+from nondual.ops.impl import choose
+from nondual.ops.selective_scan import reference
+from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DISCRETIZATIONS = ("zoh-euler", "zoh")
+
+
+def selective_scan(
+    u: Float[Tensor, "b l d"],
+    delta: Float[Tensor, "b l d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "..."],
+    C: Float[Tensor, "..."],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b l d"] | None = None,
+    delta_bias: Float[Tensor, " d"] | None = None,
+    delta_softplus: bool = False,
+    state: Float[Tensor, "b d n"] | None = None,
+    *,
+    reset: Bool[Tensor, "b l"] | None = None,
+    discretization: str = "zoh-euler",
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]]:
+    """The outputs of every step and the state after the last, which the next call may go on from.
+
+        Δ = softplus(delta + delta_bias)
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,   y_t = (C_t · h_t + D u_t) silu(z_t)
+
+    Splitting a sequence and handing on the state gives the same as the whole. States and sums are kept in float32 (in
+    float64 for float64) whatever u is. Under autocast u, delta, z and time-varying B and C are cast to its dtype.
+
+    Args:
+        u: input (B, L, D), any floating dtype that the engine knows, in any layout; L may be 0.
+        delta: step lengths (B, L, D), of u's dtype; bias and softplus are applied to it if given.
+        A: the diagonal of each channel's transition (D, N), real, of any floating dtype; negative where the state is to
+            decay.
+        B: how the input enters: (B, L, N), shared by all channels; (B, L, G, N), shared by D/G neighbours; or (D, N),
+            the same at every step. The first two in u's dtype.
+        C: how the state is read, in the same shapes.
+        D: skip (D,).
+        z: gate (B, L, D), in u's dtype, before its SiLU.
+        delta_bias: (D,).
+        delta_softplus: take the softplus of delta (+ delta_bias).
+        state: the state before the first step (B, D, N); zero where left out.
+        reset: True at the first step of each of several sequences packed along L: there all that came before is
+            forgotten, a NaN included, and an initial state as well.
+        discretization: "zoh-euler" (Δ B for the input, as the released Mamba) or "zoh", equation 4 of the paper to the
+            letter ((exp(Δ A) - 1) / A · B); "reference" alone has the second.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64). Both are differentiable
+        with respect to every floating argument.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
+            engine or discretisation.
+        RuntimeError: "triton" or "cpu" asked for where it cannot be had. A second derivative through either.
+    """
+    u, delta, z = as_autocast_does(u, delta, z)
+    B, C = (as_autocast_does(x)[0] if x.ndim != 2 else x for x in (B, C))
+    _check(u, delta, A, B, C, D, z, delta_bias, state, reset)
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization must be one of {list(DISCRETIZATIONS)}, got {discretization!r}")
+    if discretization != "zoh-euler" and impl not in ("auto", "reference"):
+        raise ValueError(f"discretization must be 'zoh-euler' for impl={impl!r}, got {discretization!r}; "
+                         "impl='reference' has both")  # fmt: skip
+    B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
+    engines = {"reference": reference.selective_scan, "cpu": _cpu, "triton": _triton}
+    engine = choose(impl, engines, auto=_auto(u, discretization))
+    if u.numel() == 0:  # nothing to launch
+        engine = reference.selective_scan
+    more = {"discretization": discretization} if engine is reference.selective_scan else {}
+    return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, **more)
+
+
+def selective_scan_step(
+    u: Float[Tensor, "b d"],
+    delta: Float[Tensor, "b d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "..."],
+    C: Float[Tensor, "..."],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    delta_bias: Float[Tensor, " d"] | None = None,
+    delta_softplus: bool = False,
+    state: Float[Tensor, "b d n"] | None = None,
+    *,
+    discretization: str = "zoh-euler",
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d n"]]:
+    """One step of `selective_scan`, for decoding: time and memory do not depend on how many steps came before.
+
+    Args:
+        u: input (B, D).
+        delta: step length (B, D).
+        A: (D, N).
+        B: (B, N), or (B, G, N); a constant (D, N) is given as `B.expand(batch, D, N)`, one group for each channel.
+        C: likewise.
+        D: skip (D,).
+        z: gate (B, D).
+        delta_bias: (D,).
+        delta_softplus: take the softplus of delta (+ delta_bias).
+        state: (B, D, N); zero where left out.
+        discretization: as in `selective_scan`.
+        impl: as in `selective_scan`.
+
+    Returns:
+        y (B, D) and the new state (B, D, N).
+
+    Raises:
+        ValueError, RuntimeError: as `selective_scan`.
+    """
+    if u.ndim != 2 or B.ndim not in (2, 3) or C.ndim not in (2, 3):
+        raise ValueError(
+            "u must be (B, D), and B and C (B, N) or (B, G, N), for one step, "
+            f"got {tuple(u.shape)}, {tuple(B.shape)}, {tuple(C.shape)}; selective_scan takes whole sequences"
+        )
+    y, state = selective_scan(
+        *(x.unsqueeze(1) for x in (u, delta)),
+        A,
+        *(x.unsqueeze(1) for x in (B, C)),
+        D,
+        None if z is None else z.unsqueeze(1),
+        delta_bias,
+        delta_softplus,
+        state,
+        discretization=discretization,
+        impl=impl,
+    )
+    return y.squeeze(1), state
+
+
+def _auto(u: Tensor, discretization: str) -> str:
+    """The engine that "auto" means: the rule at the top of this file."""
+    if discretization == "zoh-euler" and u.device.type == "cuda" and u.dtype in KERNEL_DTYPES:
+        try:
+            import triton  # noqa: F401
+
+            return "triton"
+        except ImportError:
+            pass
+    return "reference"
+
+
+def _cpu(u: Tensor, *rest):
+    """The compiled loop, where it can run."""
+    if u.device.type not in ("cpu", "meta"):
+        raise ValueError(f"u must be on the CPU for impl='cpu', got {u.device}; impl='auto' chooses")
+    from nondual.ops.selective_scan import cpu
+
+    return cpu.selective_scan(u, *rest)
+
+
+def _triton(u: Tensor, *rest):
+    """Our kernels, where they can run."""
+    if u.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"u must be float16, bfloat16 or float32 for impl='triton', got {u.dtype}; impl='reference' takes any"
+        )
+    try:
+        from nondual.ops.selective_scan import triton
+    except ImportError as error:
+        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+    if triton.INTERPRETED and u.dtype == torch.bfloat16:
+        raise ValueError(
+            "u must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
+        )
+    if u.device.type not in ("cuda", "meta") and not triton.INTERPRETED:
+        raise ValueError(
+            f"u must be on a CUDA device for impl='triton', got {u.device}; on a CPU use impl='auto', or set "
+            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
+        )
+    return triton.selective_scan(u, *rest)
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
+    """Refuse what does not fit together, once: what was expected, what was got."""
+    if u.ndim != 3:
+        raise ValueError(f"u must be 3-dimensional (B, L, D), got {tuple(u.shape)}")
+    batch, length, channels = u.shape
+    if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
+        raise ValueError(f"A must be (D, N) with D = {channels} as in u and N of 1 or more, got {tuple(A.shape)}")
+    states = A.shape[1]
+    exact = {
+        "delta": (delta, (batch, length, channels), "(B, L, D)"),
+        "z": (z, (batch, length, channels), "(B, L, D)"),
+        "D": (D, (channels,), "(D,)"),
+        "delta_bias": (delta_bias, (channels,), "(D,)"),
+        "state": (state, (batch, channels, states), "(B, D, N)"),
+        "reset": (reset, (batch, length), "(B, L)"),
+    }
+    for name, (x, shape, letters) in exact.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(x.shape)}")
+    for name, x in (("B", B), ("C", C)):
+        fits = {
+            2: (channels, states),
+            3: (batch, length, states),
+            4: (batch, length, x.shape[2] if x.ndim == 4 else 0, states),
+        }
+        if tuple(x.shape) != fits.get(x.ndim):
+            raise ValueError(
+                f"{name} must be (B, L, N) = {fits[3]}, (B, L, G, N) or (D, N) = {fits[2]}, got {tuple(x.shape)}"
+            )
+        if x.ndim == 4 and (x.shape[2] == 0 or channels % x.shape[2]):
+            raise ValueError(f"the G of {name} must divide D = {channels}, got {x.shape[2]}; {tuple(x.shape)}")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
+    timed = {"u": u, "delta": delta, "z": z} | {n: x for n, x in (("B", B), ("C", C)) if x.ndim != 2}
+    for name, x in (timed | {"A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "state": state}).items():
+        if x is not None and not x.is_floating_point():
+            kind = "real, " if x.is_complex() else ""
+            raise ValueError(f"{name} must be {kind}floating point, got {x.dtype}")
+        if name in timed and x is not None and x.dtype != u.dtype:
+            raise ValueError(f"{name} must have the dtype of u, {u.dtype}, got {x.dtype}; convert it with .to(u.dtype)")
+    named = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "state": state}
+    for name, x in (named | {"reset": reset}).items():
+        if x is not None and x.device != u.device:
+            raise ValueError(f"{name} must be on the device of u, {u.device}, got {x.device}")

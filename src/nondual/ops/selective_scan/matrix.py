@@ -1,0 +1,63 @@
+"""The matrix that a selective scan never writes down: y = M u, lower triangular, one for each channel.
+
+Source: unrolling Gu and Dao 2023 (2312.00752), equation 2; read as attention by Ali, Zimerman and Wolf 2024
+(2403.01590); with one A for all states of a head, the semiseparable matrix of Dao and Gu 2024 (2405.21060), section 3.
+Symbols: B batch, L steps (t later, s earlier), D channels, N states.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nondual.ops.selective_scan.reference import step_length
+
+
+# --8<-- [start:matrix]
+def selective_scan_matrix(
+    delta: Float[Tensor, "b l d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b l n"],
+    C: Float[Tensor, "b l n"],
+    D: Float[Tensor, " d"] | None = None,
+    delta_bias: Float[Tensor, " d"] | None = None,
+    delta_softplus: bool = False,
+    *,
+    reset: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b d l l"]:
+    """The matrix M with `selective_scan(u, …)[0][:, t, d] = Σ_s M[:, d, t, s] u[:, s, d]`, from a state of zero.
+
+        M[t, s] = C_t · exp(A (Δ_{s+1} + … + Δ_t)) Δ_s B_s   where s ≤ t,   0 above the diagonal
+
+    C_t plays the query and B_s the key of a linear attention, Δ_s weighs what enters, and the exponential is a mask
+    that fades with the time that has passed between. Nobody computes with it: it takes B·D·L² numbers, the scan B·D·N.
+
+    Args:
+        delta: step lengths (B, L, D), before bias and softplus.
+        A: (D, N).
+        B: (B, L, N).
+        C: (B, L, N).
+        D: skip (D,), added to the diagonal.
+        delta_bias: (D,).
+        delta_softplus: take the softplus of delta (+ delta_bias).
+        reset: (B, L), True where a sequence begins: what came before has no weight from there on.
+
+    Returns:
+        M (B, D, L, L), in float32 or better: rows are outputs t, columns inputs s.
+    """
+    wide = torch.promote_types(delta.dtype, torch.float32)
+    A, B, C = (x.to(wide) for x in (A, B, C))
+    delta = step_length(delta.to(wide), delta_bias, delta_softplus)
+    length = delta.shape[1]
+    time = delta.cumsum(1)  # the time at which each step ends
+    passed = time[:, :, None] - time[:, None]  # (B, t, s, D): Δ_{s+1} + … + Δ_t
+    seen = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
+    if reset is not None:
+        sequence = reset.cumsum(1)
+        seen = seen & (sequence[:, :, None] == sequence[:, None])
+    seen = seen.expand(delta.shape[0], -1, -1)[..., None, None]
+    fade = torch.exp((passed[..., None] * A).masked_fill(~seen, -torch.inf))  # (B, t, s, D, N)
+    M = torch.einsum("btn,btsdn,bsn,bsd->bdts", C, fade, B, delta)
+    return M if D is None else M + torch.diag_embed(D[:, None].expand(-1, length))
+
+
+# --8<-- [end:matrix]

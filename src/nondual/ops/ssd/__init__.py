@@ -1,0 +1,234 @@
+"""State space duality: the scan of Mamba-2, which is a recurrence in L steps and a masked attention in L² at once.
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ,   y_t = h_t C_t + D x_t,   then y_t · silu(z_t)
+
+Source: Dao and Gu 2024 (2405.21060), sections 3, 6 and Listing 1. It is the selective scan with one A for all channels
+and states of a head, which turns it into products of matrices. Symbols: B batch, L steps, H heads, P channels of a
+head, N states, G groups of heads that share B and C.
+
+Three engines:
+
+- "reference": step by step in plain torch. Any floating dtype, differentiable twice.
+- "chunked": by blocks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
+  L. Any floating dtype, differentiable twice.
+- "triton": our kernels, in float16, bfloat16 and float32, for P up to 128 and N up to 256. On CUDA tensors; on CPU
+  tensors only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+
+"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "chunked" for all others.
+"""
+
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nondual.ops.autocast import as_autocast_does
+from nondual.ops.impl import choose
+from nondual.ops.ssd import chunked, reference
+from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
+
+WIDEST, MOST_STATES = 128, 256  # the widest head and the most states that the kernels hold on the chip
+KERNEL_CHUNKS = (16, 32, 64, 128, 256)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def ssd(
+    x: Float[Tensor, "b l h p"],
+    delta: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "..."],
+    C: Float[Tensor, "..."],
+    D: Float[Tensor, "..."] | None = None,
+    z: Float[Tensor, "b l h p"] | None = None,
+    delta_bias: Float[Tensor, " h"] | None = None,
+    delta_softplus: bool = False,
+    state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    reset: Bool[Tensor, "b l"] | None = None,
+    chunk: int | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """The outputs of every step and the state after the last, which the next call may go on from.
+
+        Δ = softplus(delta + delta_bias)
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ,   y_t = (h_t C_t + D x_t) silu(z_t)
+
+    Splitting a sequence and handing on the state gives the same as the whole. States and sums are kept in float32 (in
+    float64 for float64) whatever x is. Under autocast x, delta, z, B and C are cast to its dtype.
+
+    Args:
+        x: input (B, L, H, P), any floating dtype that the engine knows, in any layout; L may be 0.
+        delta: step lengths (B, L, H), of x's dtype; bias and softplus are applied to it if given.
+        A: one rate for each head (H,), real, of any floating dtype; negative where the state is to decay.
+        B: how the input enters: (B, L, N), shared by all heads, or (B, L, G, N), shared by H/G neighbours; in
+            x's dtype.
+        C: how the state is read, in the same shape as B.
+        D: skip (H,), or (H, P).
+        z: gate (B, L, H, P), in x's dtype, before its SiLU.
+        delta_bias: (H,).
+        delta_softplus: take the softplus of delta (+ delta_bias).
+        state: the state before the first step (B, H, P, N); zero where left out.
+        reset: True at the first step of each of several sequences packed along L: there all that came before is
+            forgotten, an initial state as well. "reference" forgets NaN and inf too. "chunked" and "triton" do so from
+            the next chunk on: within its own chunk a NaN or inf in x, B or C meets the zeros of a mask, and can reach
+            any of its outputs and gradients. In delta it is forgotten everywhere by the outputs.
+        chunk: steps of a chunk for "chunked", 1 or more, and "triton", one of 16, 32, 64, 128 and 256; the engine's own
+            where left out. The result does not depend on it but for rounding.
+        impl: "auto", "reference", "chunked" or "triton".
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 (float64 for float64). Both are
+        differentiable with respect to every floating argument.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
+            engine; a chunk below 1.
+        RuntimeError: "triton" asked for where triton is missing. A second derivative through it.
+    """
+    x, delta, B, C, z = as_autocast_does(x, delta, B, C, z)
+    _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk)
+    B, C = (v.unsqueeze(2) if v.ndim == 3 else v for v in (B, C))  # (B, L, G, N) from here on
+    engines = {
+        "reference": reference.ssd,
+        "chunked": partial(chunked.ssd, chunk=chunk or chunked.CHUNK),
+        "triton": partial(_triton, chunk=chunk),
+    }
+    engine = choose(impl, engines, auto=_auto(x, B, chunk))
+    if x.numel() == 0:  # nothing to launch
+        engine = reference.ssd
+    return engine(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset)
+
+
+def ssd_step(
+    x: Float[Tensor, "b h p"],
+    delta: Float[Tensor, "b h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "..."],
+    C: Float[Tensor, "..."],
+    D: Float[Tensor, "..."] | None = None,
+    z: Float[Tensor, "b h p"] | None = None,
+    delta_bias: Float[Tensor, " h"] | None = None,
+    delta_softplus: bool = False,
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p n"]]:
+    """One step of `ssd`, for decoding: time and memory do not depend on how many steps came before.
+
+    In plain torch on every device: one step is the recurrence itself, and has no chunk to cut.
+
+    Args:
+        x: input (B, H, P).
+        delta: step length (B, H).
+        A: (H,).
+        B: (B, N), or (B, G, N).
+        C: likewise.
+        D: skip (H,) or (H, P).
+        z: gate (B, H, P).
+        delta_bias: (H,).
+        delta_softplus: take the softplus of delta (+ delta_bias).
+        state: (B, H, P, N); zero where left out.
+
+    Returns:
+        y (B, H, P) and the new state (B, H, P, N).
+
+    Raises:
+        ValueError: as `ssd`.
+    """
+    if x.ndim != 3 or delta.ndim != 2 or B.ndim not in (2, 3) or C.ndim not in (2, 3):
+        raise ValueError(
+            "x must be (B, H, P), delta (B, H), and B and C (B, N) or (B, G, N), for one step, got "
+            f"{', '.join(str(tuple(v.shape)) for v in (x, delta, B, C))}; ssd takes whole sequences"
+        )
+    x, delta, B, C = (v.unsqueeze(1) for v in (x, delta, B, C))
+    z = None if z is None else z.unsqueeze(1)
+    y, state = ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, impl="reference")
+    return y.squeeze(1), state
+
+
+def _auto(x: Tensor, B: Tensor, chunk: int | None) -> str:
+    """The engine that "auto" means: the rule at the top of this file."""
+    holds = x.dtype in KERNEL_DTYPES and x.shape[3] <= WIDEST and B.shape[3] <= MOST_STATES
+    if x.device.type == "cuda" and holds and chunk in (None, *KERNEL_CHUNKS):
+        try:
+            import triton  # noqa: F401
+
+            return "triton"
+        except ImportError:
+            pass
+    return "chunked"
+
+
+def _triton(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest, chunk: int | None):
+    """Our kernels, where they can run."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(
+            f"x must be float16, bfloat16 or float32 for impl='triton', got {x.dtype}; impl='chunked' takes any"
+        )
+    if x.shape[3] > WIDEST or B.shape[3] > MOST_STATES:
+        raise ValueError(
+            f"P must be at most {WIDEST} and N at most {MOST_STATES} for impl='triton', got {x.shape[3]} and "
+            f"{B.shape[3]}; impl='chunked' takes any"
+        )
+    if chunk not in (None, *KERNEL_CHUNKS):
+        raise ValueError(
+            f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {chunk}; impl='chunked' takes any"
+        )
+    try:
+        from nondual.ops.ssd import triton
+    except ImportError as error:
+        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+    if triton.INTERPRETED and x.dtype == torch.bfloat16:
+        raise ValueError(
+            "x must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
+        )
+    if x.device.type not in ("cuda", "meta") and not triton.INTERPRETED:
+        raise ValueError(
+            f"x must be on a CUDA device for impl='triton', got {x.device}; on a CPU use impl='auto', or set "
+            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
+        )
+    return triton.ssd(x, delta, A, B, *rest, chunk=chunk)
+
+
+def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
+    """Refuse what does not fit together, once: what was expected, what was got."""
+    if x.ndim != 4:
+        raise ValueError(f"x must be 4-dimensional (B, L, H, P), got {tuple(x.shape)}")
+    batch, length, heads, width = x.shape
+    for name, v in (("B", B), ("C", C)):
+        if v.ndim not in (3, 4) or tuple(v.shape[:2]) != (batch, length) or v.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must be (B, L, N) or (B, L, G, N) with (B, L) = {(batch, length)} as in x and N of 1 or more, "
+                f"got {tuple(v.shape)}"
+            )
+    if C.shape != B.shape:
+        raise ValueError(f"C must have the shape of B, {tuple(B.shape)}, got {tuple(C.shape)}")
+    if B.ndim == 4 and (B.shape[2] == 0 or heads % B.shape[2]):
+        raise ValueError(f"the G of B and C must divide H = {heads}, got {B.shape[2]}; {tuple(B.shape)}")
+    exact = {
+        "delta": (delta, (batch, length, heads), "(B, L, H)"),
+        "A": (A, (heads,), "(H,)"),
+        "z": (z, (batch, length, heads, width), "(B, L, H, P)"),
+        "delta_bias": (delta_bias, (heads,), "(H,)"),
+        "state": (state, (batch, heads, width, B.shape[-1]), "(B, H, P, N)"),
+        "reset": (reset, (batch, length), "(B, L)"),
+    }
+    for name, (v, shape, letters) in exact.items():
+        if v is not None and tuple(v.shape) != shape:
+            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(v.shape)}")
+    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
+        raise ValueError(f"D must be (H,) = {(heads,)} or (H, P) = {(heads, width)}, got {tuple(D.shape)}")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
+    timed = {"x": x, "delta": delta, "B": B, "C": C, "z": z}
+    for name, v in (timed | {"A": A, "D": D, "delta_bias": delta_bias, "state": state}).items():
+        if v is not None and not v.is_floating_point():
+            kind = "real, " if v.is_complex() else ""
+            raise ValueError(f"{name} must be {kind}floating point, got {v.dtype}")
+        if name in timed and v is not None and v.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {v.dtype}; convert it with .to(x.dtype)")
+    named = timed | {"A": A, "D": D, "delta_bias": delta_bias, "state": state, "reset": reset}
+    for name, v in named.items():
+        if v is not None and v.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {v.device}")

@@ -1,0 +1,85 @@
+"""State space duality in plain torch, one step after another: slow, in any floating dtype, wherever torch runs.
+
+Source: Dao and Gu 2024 (2405.21060), section 3 (the recurrence and its semiseparable matrix), with the discretisation
+of the released code, Δ B for the input. Symbols: B batch, L steps, H heads, P a head's channels, N states of a channel,
+G groups of heads that share B and C; h the state (P, N) of a head.
+
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ
+    y_t = h_t C_t + D x_t
+
+Where we differ from the paper: A is the continuous rate, one number for each head, and Δ the length of the step; the
+paper's A_t is our exp(Δ_t A), its X our Δ x. Differentiable by autograd, twice too; memory grows with B·L·H·P·N in the
+backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ssd(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Every output and the last state; the input is taken as `nondual.ops.ssd` has checked it.
+
+    Args:
+        x: input (B, L, H, P).
+        delta: step lengths (B, L, H), before bias and softplus.
+        A: (H,).
+        B: (B, L, G, N).
+        C: (B, L, G, N).
+        D: skip (H,) or (H, P).
+        z: gate (B, L, H, P), before its SiLU.
+        delta_bias: (H,), added to delta.
+        delta_softplus: take the softplus of delta then.
+        state: the state before the first step (B, H, P, N); zero where left out.
+        reset: (B, L), True where a sequence begins and all that came before is forgotten.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 or better.
+    """
+    dtype, (x, delta, A, B, C, D, z, delta_bias, state) = x.dtype, wide(x, delta, A, B, C, D, z, delta_bias, state)
+    delta = step_length(delta, delta_bias, delta_softplus)
+    share = x.shape[2] // B.shape[2]
+    h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3]) if state is None else state
+    outputs = []
+    # unbind, not x[:, t]: the gradient of a slice is as long as what it was cut from, and L of them make L²
+    # --8<-- [start:recurrence]
+    for t, (x_t, delta_t, B_t, C_t) in enumerate(zip(*(v.unbind(1) for v in (x, delta, B, C)))):
+        B_t, C_t = (v.repeat_interleave(share, dim=1)[:, :, None] for v in (B_t, C_t))  # (B, H, 1, N)
+        if reset is not None:
+            h = h.masked_fill(reset[:, t, None, None, None], 0)
+        h = torch.exp(delta_t * A)[..., None, None] * h + (delta_t[..., None] * x_t)[..., None] * B_t
+        outputs.append((h * C_t).sum(-1))
+    # --8<-- [end:recurrence]
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(x)
+    return skip_and_gate(y, x, D, z).to(dtype), h
+
+
+def wide(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All of them in float32, or in float64 where x is: what states and sums are kept in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return tuple(None if v is None else v.to(dtype) for v in (x, *rest))
+
+
+def step_length(delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> Tensor:
+    """The step lengths Δ: delta, its bias (H,) added, and the softplus of that if asked for."""
+    delta = delta if bias is None else delta + bias
+    return F.softplus(delta) if softplus else delta
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D x) silu(z), each where it is given."""
+    if D is not None:
+        y = y + (D if D.ndim == 2 else D[:, None]) * x
+    return y if z is None else y * F.silu(z)

@@ -9,7 +9,8 @@ of a channel, G groups of channels that share B and C.
 Three engines:
 
 - "reference": step by step in plain torch. Any floating dtype, both discretisations, differentiable twice.
-- "cpu": a compiled loop over time, forward and backward, in memory linear in L. On CPU tensors.
+- "cpu": a compiled loop over time, forward and backward, in memory linear in L; where there is no C compiler the same
+  in plain torch, slower. On CPU tensors, in float16, bfloat16, float32 and float64.
 - "triton": our kernels, in float16, bfloat16 and float32. On CUDA tensors; on CPU tensors only in Triton's interpreter
   (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
@@ -27,6 +28,7 @@ from nondual.ops.selective_scan import reference
 from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CPU_DTYPES = (*KERNEL_DTYPES, torch.float64)
 DISCRETIZATIONS = ("zoh-euler", "zoh")
 
 
@@ -165,6 +167,8 @@ def _auto(u: Tensor, discretization: str) -> str:
             return "triton"
         except ImportError:
             pass
+    if discretization == "zoh-euler" and u.device.type == "cpu" and u.dtype in CPU_DTYPES:
+        return "cpu"
     return "reference"
 
 
@@ -172,6 +176,10 @@ def _cpu(u: Tensor, *rest):
     """The compiled loop, where it can run."""
     if u.device.type not in ("cpu", "meta"):
         raise ValueError(f"u must be on the CPU for impl='cpu', got {u.device}; impl='auto' chooses")
+    if u.dtype not in CPU_DTYPES:
+        raise ValueError(
+            f"u must be float16, bfloat16, float32 or float64 for impl='cpu', got {u.dtype}; impl='reference' takes any"
+        )
     from nondual.ops.selective_scan import cpu
 
     return cpu.selective_scan(u, *rest)

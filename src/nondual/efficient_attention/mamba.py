@@ -182,7 +182,8 @@ class MambaCache:
 def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> Float[Tensor, " n"]:
     """n biases whose softplus, the step length at the start, lies log-uniformly between dt_min and dt_max.
 
-    Source: Gu and Dao 2023, section 3.6, and the code released with it, which keeps every step above a floor.
+    Source: Gu and Dao 2023, section 3.6. That it is the logarithm which is uniform, and the floor, is in the code
+    released with it.
 
     Raises:
         ValueError: dt_min and dt_max out of order, or not above 0.

@@ -1,0 +1,196 @@
+"""Mamba-2: the block of Mamba with heads, one decay rate for each, so that its scan is also a masked attention.
+
+Source: Dao and Gu 2024 (2405.21060), section 7 and figure 6; the scan is `nondual.ops.ssd`. Symbols: x (B, N, E),
+D = expand · E inner channels in H heads of width P, S states, G groups of heads that share B and C; K the convolution's
+width.
+
+Where we differ from the paper: its T is our N, its N our S. Parameters are named and laid out as in the released code
+and in Hugging Face's: their state_dicts load.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nondual.efficient_attention.mamba import (
+    MambaCache,
+    at_least_float32,
+    check_sizes,
+    check_width,
+    empty_cache,
+    one_step,
+    step_bias,
+)
+from nondual.ops.causal_conv1d import causal_conv1d
+from nondual.ops.ssd import ssd
+
+
+class GroupRMSNorm(nn.Module):
+    """Each group of channels divided by the root of its mean square, then every channel times its weight.
+
+    Source: Zhang and Sennrich 2019 (1910.07467); by groups: Dao and Gu 2024, section 8.1, so that groups may lie
+    on different devices.
+
+    Args:
+        channels: how many channels there are.
+        n_groups: how many groups they are in.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, channels: int, n_groups: int = 1, *, eps: float = 1e-5):
+        super().__init__()
+        self.n_groups, self.eps = n_groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """x (..., D) -> (..., D)."""
+        groups = x.unflatten(-1, (self.n_groups, -1))
+        return F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class Mamba2(nn.Module):
+    """A gated block: one projection of x gives all, a convolution mixes neighbours, the scan the rest, a norm ends it.
+
+        z, xBC, Δ = x W_in      x, B, C = silu(conv(xBC))      Δ = softplus(Δ + bias)
+        y = scan(x, Δ, A, B, C) + D x                          out = norm(y · silu(z)) W_out
+
+    It mixes positions causally, in time linear in N, and drops into `TransformerLayer` as any mixer does.
+
+    Args:
+        d_model: width E of x and of the output.
+        d_state: states S.
+        d_conv: width K of the convolution.
+        expand: inner channels D as a multiple of E.
+        d_head: width P of a head; D is a multiple of it.
+        n_groups: groups G that share B and C, a divisor of the heads.
+        dt_min: the shortest step length at the start.
+        dt_max: the longest.
+        dt_limit: bounds that every step length is kept within.
+        bias: whether in_proj and out_proj have one.
+        conv_bias: whether the convolution has one.
+        eps: added to the mean square in the norm.
+        chunk: steps of a chunk, as in `nondual.ops.ssd`; the engine's own where left out.
+        impl: the engine, as in `nondual.ops.ssd`.
+
+    Raises:
+        ValueError: a size below 1, widths or groups that do not divide, step lengths or their limits out of order.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: float = 2,
+        d_head: int = 64,
+        n_groups: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        bias: bool = False,
+        conv_bias: bool = True,
+        eps: float = 1e-5,
+        chunk: int | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        d_inner = int(expand * d_model)
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_inner=d_inner, d_head=d_head, n_groups=n_groups)
+        if d_inner % d_head:
+            raise ValueError(f"expand * d_model must be a multiple of d_head, got {d_inner} and {d_head}")
+        n_heads = d_inner // d_head
+        if n_heads % n_groups:
+            raise ValueError(f"n_groups must divide the heads, {d_inner} / {d_head} = {n_heads}, got {n_groups}")
+        if not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f"dt_limit must be two bounds in order, 0 or more, got {dt_limit}")
+        self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
+        self.n_heads, self.d_head, self.n_groups = n_heads, d_head, n_groups
+        self.dt_limit, self.chunk, self.impl = tuple(dt_limit), chunk, impl
+        self.d_mixed = d_inner + 2 * n_groups * d_state  # x, B and C go through the convolution together
+        self.in_proj = nn.Linear(d_model, d_inner + self.d_mixed + n_heads, bias=bias)
+        self.conv1d = nn.Conv1d(self.d_mixed, self.d_mixed, d_conv, groups=self.d_mixed, bias=conv_bias)
+        self.dt_bias = nn.Parameter(step_bias(n_heads, dt_min, dt_max))
+        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(n_heads))
+        self.norm = GroupRMSNorm(d_inner, n_groups, eps=eps)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n e"],
+        *,
+        cache: MambaCache | None = None,
+        reset: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n e"]:
+        """x (B, N, E) -> (B, N, E); no output depends on a later input.
+
+        Args:
+            x: (B, N, E); N may be 0.
+            cache: what is remembered of the positions before x, as in `Mamba`; it is brought up to date.
+            reset: True at the first position of each of several sequences packed along N, as in `Mamba`.
+
+        Raises:
+            ValueError: x of another rank or width, a cache made for another batch or module.
+        """
+        check_width(x, self.d_model)
+        if cache is not None:
+            cache.check(x, *self._cache_shapes(x.shape[0]))
+        # --8<-- [start:block]
+        z, mixed, delta = self.in_proj(x).split([self.d_inner, self.d_mixed, self.n_heads], dim=-1)
+        mixed, history = causal_conv1d(
+            mixed,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            None if cache is None else cache.history(mixed),
+            reset=reset,
+        )
+        shared = self.n_groups * self.d_state
+        u, B, C = F.silu(mixed).split([self.d_inner, shared, shared], dim=-1)
+        u, z = (rearrange(v, "b n (h p) -> b n h p", p=self.d_head) for v in (u, z))
+        B, C = (rearrange(v, "b n (g s) -> b n g s", s=self.d_state) for v in (B, C))
+        delta, bias = self._step_length(delta)
+        y, state = ssd(
+            u,
+            delta,
+            -torch.exp(at_least_float32(self.A_log)),
+            B,
+            C,
+            self.D,
+            z,
+            bias,
+            delta_softplus=bias is not None,
+            state=None if cache is None else cache.state,
+            reset=reset,
+            chunk=self.chunk,
+            impl=self.impl,
+        )
+        # --8<-- [end:block]
+        if cache is not None:
+            cache.conv, cache.state = history, state
+        return self.out_proj(self.norm(rearrange(y, "b n h p -> b n (h p)")))
+
+    def step(self, x: Float[Tensor, "b e"], cache: MambaCache) -> Float[Tensor, "b e"]:
+        """One position: x (B, E) -> (B, E), in time and memory that do not depend on how many came before.
+
+        Raises:
+            ValueError: x of another rank or width, a cache made for another batch or module.
+        """
+        return one_step(self, x, cache)
+
+    def new_cache(self, batch: int) -> MambaCache:
+        """A cache that remembers nothing yet, for a batch of B sequences."""
+        return empty_cache(self.conv1d.weight, *self._cache_shapes(batch))
+
+    def _cache_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (batch, self.d_conv - 1, self.d_mixed), (batch, self.n_heads, self.d_head, self.d_state)
+
+    def _step_length(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Delta and its bias for the scan to join; or, where lengths are limited, the lengths themselves and None."""
+        low, high = self.dt_limit
+        if (low, high) == (0, float("inf")):
+            return delta, self.dt_bias
+        length = F.softplus(at_least_float32(delta) + self.dt_bias).clamp(low, high)
+        return length.to(delta.dtype), None

@@ -1,0 +1,278 @@
+"""The Mamba block: by hand, against mambapy's, its laws, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mambapy.mamba import MambaBlock as Judge
+from mambapy.mamba import MambaConfig as JudgeConfig
+from torch import nn
+
+from nondual.efficient_attention.mamba import Mamba, MambaCache
+from nondual.transformer import FeedForward, TransformerLayer
+
+B, N, E, S, K = 2, 11, 7, 5, 4
+
+
+def block(dtype=torch.float64, seed=0, **more):
+    torch.manual_seed(seed)
+    return Mamba(E, **(dict(d_state=S, d_conv=K, expand=3, dt_rank=2) | more)).to(dtype)
+
+
+def sequence(length=N, dtype=torch.float64, batch=B):
+    torch.manual_seed(1)
+    return torch.randn(batch, length, E, dtype=dtype, requires_grad=True)
+
+
+def gradients(module, x, y, g):
+    """The gradients of x and of every parameter, by name."""
+    named = dict(module.named_parameters())
+    return dict(zip(["x", *named], torch.autograd.grad(y, [x, *named.values()], g)))
+
+
+def assert_close(ours, theirs, tolerance=1e-12):
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: n + m)
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------
+
+
+def test_a_case_by_hand():
+    """One channel, one state, a window of one step: all weights 1, but Δ's, which make it softplus(0) = ln 2."""
+    mamba = Mamba(1, d_state=1, d_conv=1, expand=1, dt_rank=1, conv_bias=False)
+    with torch.no_grad():
+        for weight in (mamba.in_proj, mamba.conv1d, mamba.x_proj, mamba.out_proj):
+            weight.weight.fill_(1)
+        mamba.dt_proj.weight.zero_(), mamba.dt_proj.bias.zero_()
+    assert mamba.A_log.item() == 0 and mamba.D.item() == 1  # A = -1, so that half of the state stays: exp(-ln 2)
+    h, expected = 0.0, []
+    for x in (1.0, -2.0, 3.0):
+        u = gate = x / (1 + math.exp(-x))  # silu; B = C = u
+        h = h / 2 + math.log(2) * u * u
+        expected.append((u * h + u) * gate)
+    y = mamba(torch.tensor([[[1.0], [-2.0], [3.0]]]))
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(), dict(expand=1, d_state=1), dict(d_conv=2, bias=True), dict(conv_bias=False), dict(d_conv=1, dt_rank=3)],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [1, 2, 11])
+def test_it_is_mambapys_block_forward_and_backward(more, length, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # mambapy narrows A and D: not while it judges
+    ours = block(**more)
+    settings = dict(d_state=S, d_conv=K, expand_factor=3, dt_rank=2) | {
+        {"expand": "expand_factor"}.get(name, name): value for name, value in more.items()
+    }
+    theirs = Judge(JudgeConfig(d_model=E, n_layers=1, pscan=False, **settings)).double()
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x, g = sequence(length), torch.randn(B, length, E, dtype=torch.float64)
+    y, judged = ours(x), theirs(x)
+    torch.testing.assert_close(y, judged, atol=1e-13, rtol=1e-13)
+    assert_close(gradients(ours, x, y, g), gradients(theirs, x, judged, g))
+
+
+def test_it_begins_as_the_released_code_does():
+    torch.manual_seed(0)
+    mamba = Mamba(256)
+    assert mamba.dt_rank == 16 and mamba.d_inner == 512
+    torch.testing.assert_close(-mamba.A_log.exp(), -torch.arange(1.0, 17).expand(512, 16))
+    assert torch.equal(mamba.D, torch.ones(512))
+    delta = F.softplus(mamba.dt_proj.bias.double())
+    assert 0.001 <= delta.min() * 1.001 and delta.max() <= 0.1 * 1.001
+    spread = (delta.log() - math.log(0.001)) / math.log(100)  # uniform on [0, 1]: every tenth holds about a tenth
+    counts = torch.histc(spread.float(), 10, 0, 1)
+    assert counts.sum() == 512 and counts.min() > 25
+    assert mamba.dt_proj.weight.abs().max() <= 16**-0.5
+
+
+def test_it_drops_into_a_layer_as_any_mixer():
+    torch.manual_seed(0)
+    layer = TransformerLayer(Mamba(E), FeedForward(E, 13), E, norm_first=True)
+    x = torch.randn(B, N, E)
+    reset = torch.zeros(B, N, dtype=torch.bool)
+    reset[:, 4] = True
+    out = layer(x, reset=reset)
+    torch.testing.assert_close(out, torch.cat([layer(x[:, :4]), layer(x[:, 4:])], 1))
+
+
+# --- laws ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_from_the_future():
+    mamba, x = block(), sequence()
+    for t in (0, 4, N - 1):
+        (g,) = torch.autograd.grad(mamba(x)[:, t].square().sum(), x)
+        assert torch.equal(g[:, t + 1 :], torch.zeros_like(g[:, t + 1 :]))
+        assert (g[:, : t + 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 7, N])
+def test_in_parts_it_is_the_whole_and_so_are_the_gradients(cut):
+    mamba, x = block(), sequence()
+    cache, g = mamba.new_cache(B), torch.randn(B, N, E, dtype=torch.float64)
+    whole = mamba(x)
+    parts = torch.cat([mamba(x[:, :cut], cache=cache), mamba(x[:, cut:], cache=cache)], 1)
+    torch.testing.assert_close(parts, whole, atol=1e-13, rtol=1e-13)
+    assert_close(gradients(mamba, x, parts, g), gradients(mamba, x, whole, g))
+
+
+@torch.no_grad()
+def test_a_prompt_and_then_step_by_step():
+    mamba, x = block(), sequence()
+    cache = mamba.new_cache(B)
+    sizes = (cache.conv.shape, cache.state.shape)
+    assert sizes == ((B, K - 1, 3 * E), (B, 3 * E, S))
+    outs = [mamba(x[:, :5], cache=cache), *(mamba.step(x[:, t], cache)[:, None] for t in range(5, N))]
+    torch.testing.assert_close(torch.cat(outs, 1), mamba(x), atol=1e-13, rtol=1e-13)
+    assert (cache.conv.shape, cache.state.shape) == sizes  # as much after eleven as after none
+    cache.reset()
+    torch.testing.assert_close(mamba(x, cache=cache), mamba(x))
+
+
+def test_packed_each_is_as_if_alone():
+    mamba, x = block(), sequence()
+    starts = [0, 1, 3, 8]
+    reset = torch.zeros(B, N, dtype=torch.bool)
+    reset[:, starts] = True
+    spans = list(zip(starts, [*starts[1:], N]))
+    cache, last = mamba.new_cache(B), mamba.new_cache(B)
+    cache.conv, cache.state = cache.conv + torch.nan, cache.state + torch.nan  # what came before is forgotten, whatever
+    packed = mamba(x, cache=cache, reset=reset)
+    alone = torch.cat([mamba(x[:, a:b], cache=last if b == N else None) for a, b in spans], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(cache.conv, last.conv)
+    torch.testing.assert_close(cache.state, last.state)
+    g = torch.randn_like(packed)
+    assert_close(gradients(mamba, x, packed, g), gradients(mamba, x, alone, g))
+
+
+@pytest.mark.parametrize("batch, length", [(B, 0), (0, N), (0, 0)])
+def test_nothing_to_read(batch, length):
+    mamba, x = block(), sequence(length, batch=batch)
+    cache = mamba.new_cache(batch)
+    y = mamba(x, cache=cache)
+    assert y.shape == (batch, length, E) and cache.conv.shape == (batch, K - 1, 3 * E)
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.abs().sum() for p in mamba.parameters())
+
+
+# --- engines, dtypes and machines ----------------------------------------------------------------------------------
+
+
+def test_the_engine_does_not_matter():
+    """Against the block in float64: no engine is further off than 2 times (gradients 3) what the reference is."""
+    x, g = sequence(37, torch.float32), torch.randn(B, 37, E)
+    runs = {}
+    for name, dtype in (("auto", torch.float32), ("reference", torch.float32), ("exact", torch.float64)):
+        mamba = block(torch.float32, impl="reference" if name == "exact" else name).to(dtype)
+        given = x.detach().to(dtype).requires_grad_()
+        y = mamba(given)
+        runs[name] = {"y": y, **gradients(mamba, given, y, g.to(dtype))}
+    for name, exact in runs["exact"].items():
+        error = {run: (runs[run][name].double() - exact).abs().max() for run in ("auto", "reference")}
+        floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert error["auto"] <= (2 if name == "y" else 3) * error["reference"] + floor, name
+
+
+def test_autocast_is_no_further_off_than_plain_torch():
+    """Under autocast and in bfloat16, next to mambapy's block under autocast: 2 times its error, gradients 3."""
+    settings = JudgeConfig(d_model=E, n_layers=1, pscan=False, d_state=S, d_conv=K, expand_factor=3, dt_rank=2)
+    ours, judge, exact = block(torch.float32), Judge(settings), block()
+    judge.load_state_dict(ours.state_dict())
+    exact.load_state_dict(ours.state_dict())
+    x, g = sequence(37, torch.float32), torch.randn(B, 37, E)
+
+    def run(module, dtype=torch.float32):
+        given = x.detach().to(dtype).requires_grad_()
+        y = module(given)
+        return {"y": y, **gradients(module, given, y, g.to(y.dtype))}
+
+    truth = run(exact, torch.float64)
+    cache = ours.new_cache(B)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, cast = run(judge), run(ours)
+        parts = torch.cat([ours(x[:, :5], cache=cache), ours(x[:, 5:], cache=cache)], 1)
+    assert cast["y"].dtype == torch.bfloat16 and cache.state.dtype == torch.float32
+    half = run(ours.bfloat16(), torch.bfloat16)
+    assert half["y"].dtype == torch.bfloat16 and ours.new_cache(B).conv.dtype == torch.bfloat16
+    for name, right in truth.items():
+        allowed = (2 if name == "y" else 3) * (plain[name] - right).abs().max()
+        floor = torch.finfo(torch.bfloat16).eps * right.abs().max()
+        for narrow in (cast[name], half[name], *([parts] if name == "y" else [])):
+            assert (narrow - right).abs().max() <= allowed + floor, name
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        mamba = Mamba(E)
+        cache = mamba.new_cache(B)
+        y = mamba(torch.empty(B, 3, E), cache=cache)
+    assert y.is_meta and y.shape == (B, 3, E) and cache.state.is_meta
+
+
+def test_it_compiles_whole():
+    mamba, x = block(torch.float32), sequence(5, torch.float32)
+    compiled = torch.compile(mamba, fullgraph=True, backend="aot_eager")
+    y, judged, g = compiled(x), mamba(x), torch.randn(B, 5, E)
+    torch.testing.assert_close(y, judged)
+    assert_close(gradients(mamba, x, y, g), gradients(mamba, x, judged, g), 1e-5)
+
+
+def test_its_state_comes_back():
+    one, other = block(seed=0), block(seed=2)
+    assert list(one.state_dict()) == [
+        "A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",
+        "dt_proj.bias", "out_proj.weight",
+    ]  # fmt: skip
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(sequence()), other(sequence()))
+
+
+# --- what it refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(d_model=0), r"d_model must be 1 or more, got 0"),
+        (dict(d_state=0), r"d_state must be 1 or more, got 0"),
+        (dict(d_conv=0), r"d_conv must be 1 or more, got 0"),
+        (dict(expand=0.1), r"d_inner must be 1 or more, got 0"),
+        (dict(dt_rank=0), r"dt_rank must be 1 or more, got 0"),
+        (dict(dt_min=0.2), r"dt_min and dt_max must be in order and above 0, got 0.2 and 0.1"),
+        (dict(dt_min=0.0), r"dt_min and dt_max must be in order and above 0, got 0.0 and 0.1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_settings_that_cannot_be(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Mamba(**(dict(d_model=E) | settings))
+
+
+@torch.no_grad()
+def test_inputs_that_do_not_fit_are_named():
+    mamba, cache = block(), block().new_cache(3)
+    with pytest.raises(ValueError, match=r"x must be \(B, N, 7\), got \(2, 11, 8\)"):
+        mamba(torch.zeros(B, N, E + 1))
+    with pytest.raises(ValueError, match=r"x must be \(B, N, 7\), got \(11, 7\)"):
+        mamba(torch.zeros(N, E))
+    with pytest.raises(ValueError, match=r"x must be \(B, E\), one position of each sequence, got \(2, 11, 7\)"):
+        mamba.step(sequence(), mamba.new_cache(B))
+    with pytest.raises(ValueError, match=r"cache.conv must be \(2, 3, 21\) for x \(2, 11, 7\) .*new_cache\(2\)"):
+        mamba(sequence(), cache=cache)
+    with pytest.raises(ValueError, match=r"cache.state must be \(3, 21, 5\) .*, got \(3, 21, 6\)"):
+        mamba(sequence(batch=3), cache=MambaCache(cache.conv, F.pad(cache.state, (0, 1))))
+    with pytest.raises(ValueError, match=r"cache.conv must be on the device of x, cpu, got meta"):
+        mamba(sequence(batch=3), cache=MambaCache(cache.conv.to("meta"), cache.state))
+    with pytest.raises(ValueError, match=r"reset must be"):
+        mamba(sequence(), reset=torch.zeros(B, N + 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"nonsense"):
+        block(impl="nonsense")(sequence())
+    with pytest.raises(TypeError, match=r"return_weights"):  # it has none
+        TransformerLayer(mamba, nn.Identity(), E).double()(sequence(), return_weights=True)

@@ -70,9 +70,9 @@ def ssd(
         delta_softplus: take the softplus of delta (+ delta_bias).
         state: the state before the first step (B, H, P, N); zero where left out.
         reset: True at the first step of each of several sequences packed along L: there all that came before is
-            forgotten, an initial state as well. "reference" forgets NaN and inf too. "chunked" and "triton" do so from
-            the next chunk on: within its own chunk a NaN or inf in x, B or C meets the zeros of a mask, and can reach
-            any of its outputs and gradients. In delta it is forgotten everywhere by the outputs.
+            forgotten, a NaN included, and an initial state as well. But for "chunked" and "triton" a NaN or inf in x
+            meets the zeros of a mask within its own chunk, and can reach any output there; and gradients where there
+            is NaN or inf are not promised.
         chunk: steps of a chunk for "chunked", 1 or more, and "triton", one of 16, 32, 64, 128 and 256; the engine's own
             where left out. The result does not depend on it but for rounding.
         impl: "auto", "reference", "chunked" or "triton".

@@ -73,17 +73,17 @@ def _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chun
     h = x.new_zeros(batch, heads, width, states) if state is None else state
     sight = Sight(reset, length, chunk) if reset is not None else None
 
-    # (B, K, G, R, T), (B, K, G, R, T, P) and twice (B, K, G, T, N)
-    steps = cut(log_fade(delta, A), chunk).movedim(2, -1).unflatten(2, (groups, -1))
-    u = cut(delta[..., None] * x, chunk).movedim(2, -2).unflatten(2, (groups, -1))
-    B, C = (cut(v, chunk).movedim(2, -2) for v in (B, C))
+    # twice (B, K, G, R, T), then (B, K, G, R, T, P), and twice (B, K, G, T, N)
+    rates, step = (cut(v, chunk).movedim(2, -1).unflatten(2, (groups, -1)) for v in (log_fade(delta, A), delta))
+    v = cut(x, chunk).movedim(2, -2).unflatten(2, (groups, -1))
+    B, C = (cut(w, chunk).movedim(2, -2) for w in (B, C))
 
     # --8<-- [start:blocks]
-    passed = fade_since_start(steps, sight)  # (B, K, G, R, T)
+    passed = fade_since_start(rates, sight)  # (B, K, G, R, T)
     scores = (C @ B.mT)[:, :, :, None]  # (B, K, G, 1, T, T): one for all heads of a group
-    y = (scores * fade_between(passed, sight).to(x.dtype)) @ u  # 1. within a chunk
-    rest = (passed[..., -1:] - passed).exp().to(x.dtype)[..., None]
-    S = forgotten(rest * u, sight).mT @ forgotten(B, sight)[:, :, :, None]  # 2. a chunk's state (B, K, G, R, P, N)
+    y = weights(scores, passed, step, sight) @ v  # 1. within a chunk
+    rest = (passed[..., -1:] - passed).exp().to(x.dtype) * step
+    S = kept(rest[..., None] * v, sight).mT @ kept(B, sight)[:, :, :, None]  # 2. a chunk's state (B, K, G, R, P, N)
     whole = passed[..., -1].exp().to(x.dtype).flatten(2)[..., None, None]  # (B, K, H, 1, 1)
     before = []
     for k, (whole_k, S_k) in enumerate(zip(whole.unbind(1), S.flatten(2, 3).unbind(1))):  # 3. from chunk to chunk
@@ -132,25 +132,26 @@ class Sight:
         self.crosses = (start[..., -1] < 0)[:, :, None, None, None]  # (B, K, 1, 1, 1): the state, the whole chunk
 
 
-def fade_since_start(steps: Tensor, sight: Sight | None) -> Tensor:
+def fade_since_start(rates: Tensor, sight: Sight | None) -> Tensor:
     """The log of the fade from the start of the chunk, or of the sequence if that is later, to each step (…, T)."""
     if sight is None:
-        return steps.cumsum(-1)
-    return steps[..., None, :].masked_fill(~sight.seen, 0).sum(-1)  # a cumsum would carry a NaN across a reset
+        return rates.cumsum(-1)
+    return rates[..., None, :].masked_fill(~sight.seen, 0).sum(-1)  # a cumsum would carry a NaN across a reset
 
 
-def fade_between(passed: Tensor, sight: Sight | None) -> Tensor:
-    """The fade from input step s to output step t (…, t, s): 0 where s is later than t, or of another sequence.
+def weights(scores: Tensor, passed: Tensor, step: Tensor, sight: Sight | None) -> Tensor:
+    """What of input step s is in output step t (…, t, s): 0 where s is later than t, or of another sequence.
 
-    Differences of sums in float64, and masked before the exponential, which then neither overflows nor is divided by.
+    Masked before the exponential, which then does not overflow, and again at the end, for a NaN times 0.
     """
     chunk = passed.shape[-1]
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=passed.device).tril() if sight is None else sight.seen
-    return (passed[..., :, None] - passed[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+    between = (passed[..., :, None] - passed[..., None, :]).to(scores.dtype).masked_fill(~seen, -torch.inf)
+    return (scores * between.exp() * step[..., None, :]).masked_fill(~seen, 0)
 
 
-def forgotten(v: Tensor, sight: Sight | None) -> Tensor:
+def kept(v: Tensor, sight: Sight | None) -> Tensor:
     """v (B, K, G, …, T, ·) with zeros, not NaN times 0, at the steps that the end of their chunk has forgotten."""
     if sight is None:
         return v
-    return v.masked_fill(~(sight.kept if v.ndim == 5 else sight.kept[:, :, None]), 0)
+    return v.masked_fill(~(sight.kept if v.ndim == 5 else sight.kept[:, :, :, None]), 0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,3 +32,22 @@ def largest() -> Callable[[Callable[[], object]], int]:
         return seen.numbers
 
     return measure
+
+
+class InFloat64(TorchFunctionMode):
+    """What asks for float32 gets float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        wide = {torch.float32: torch.float64}
+        if function is torch.Tensor.float:
+            return args[0].double()
+        if function is torch.Tensor.to:
+            args = tuple(wide.get(x, x) if isinstance(x, torch.dtype) else x for x in args)
+            kwargs = {k: wide.get(x, x) if isinstance(x, torch.dtype) else x for k, x in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def in_float64() -> InFloat64:
+    """A context: within it a judge that narrows to float32 inside, whatever its weights are, stays in float64."""
+    return InFloat64()

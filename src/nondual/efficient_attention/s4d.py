@@ -1,0 +1,274 @@
+"""S4D: a state space model with a complex diagonal, and three ways to compute what it gives.
+
+Source: Gu, Gupta, Goel and Ré 2022 (2206.11893), sections 3 and 4. Symbols: B batch, L steps, D channels, N states of a
+channel, of which M = N/2 are kept.
+
+    h_t = Ā h_{t-1} + B̄ u_t,   y_t = 2 Re(C · h_t) + D u_t,   Ā and B̄ from exp(log Δ), A and B = 1
+
+A is -exp(log_A_real) + i A_imag, so that its real part stays negative. States come in conjugate pairs: of each the half
+with the positive imaginary part is kept, and twice the real part stands for both.
+
+    recurrence     L steps of D M numbers               for decoding
+    convolution    y = K * u with K_l = 2 Re(C Ā^l B̄)   for training: by FFT, and no state in between is written down
+    scan           2 log₂ L rounds of B L D M numbers   the one that still works where Ā changes with time, as in Mamba
+
+Where we differ from the paper: B is fixed at 1, since only C · B counts, and D starts at 1.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+from nondual.efficient_attention.hippo import legs
+from nondual.ops.linear_recurrence import linear_recurrence
+from nondual.ops.selective_scan.reference import discretize
+
+RULES = ("zoh", "bilinear")
+
+
+# --8<-- [start:initializations]
+def s4d_legs(n_states: int) -> Complex[Tensor, " m"]:
+    """The eigenvalues of HiPPO-LegS's normal part: A + P Pᵀ with P_n = √(n + 1/2), which is -1/2 and a skew matrix.
+
+    What P Pᵀ did is not lost: with half of LegS's B the normal part answers a frequency ω as LegS does, divided by
+    1 + Π, where |Π| = ω / √(N² + ω²). Slow inputs are answered alike as N grows; an impulse never is.
+
+    Args:
+        n_states: N, even.
+
+    Returns:
+        The N/2 with positive imaginary part, the smallest first; complex128. So for the other two.
+
+    Raises:
+        ValueError: an N that is not even and positive. So for the other two.
+    """
+    A, B = legs(_even(n_states))
+    normal = A + B * B.T / 2
+    skew = normal + torch.eye(n_states).to(A) / 2
+    omega = torch.linalg.eigvalsh(-1j * skew)  # Hermitian: its eigenvalues are real, in pairs ±ω, in ascending order
+    return torch.complex(torch.full_like(omega, -0.5), omega)[n_states // 2 :]
+
+
+def s4d_inv(n_states: int) -> Complex[Tensor, " m"]:
+    """-1/2 + i N/π (N/(2n + 1) - 1), near S4D-LegS: a wide range of speeds in one formula."""
+    n = torch.arange(_even(n_states) // 2, dtype=torch.float64).flip(0)
+    return torch.complex(torch.full_like(n, -0.5), n_states / math.pi * (n_states / (2 * n + 1) - 1))
+
+
+def s4d_lin(n_states: int) -> Complex[Tensor, " m"]:
+    """-1/2 + i π n: damped sines of whole and half turns in a unit of time, a fading Fourier series."""
+    n = torch.arange(_even(n_states) // 2, dtype=torch.float64)
+    return torch.complex(torch.full_like(n, -0.5), math.pi * n)
+
+
+# --8<-- [end:initializations]
+
+
+def _even(n_states: int) -> int:
+    if n_states < 2 or n_states % 2:
+        raise ValueError(f"n_states must be even and 2 or more, for conjugate pairs, got {n_states}")
+    return n_states
+
+
+# --8<-- [start:recurrence]
+def recurrence(
+    u: Float[Tensor, "b l d"],
+    A_bar: Complex[Tensor, "d m"],
+    B_bar: Complex[Tensor, "d m"],
+    C: Complex[Tensor, "d m"],
+    state: Complex[Tensor, "b d m"] | None = None,
+) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
+    """Step by step: y_t = 2 Re(C · h_t) with h_t = Ā h_{t-1} + B̄ u_t.
+
+    Args:
+        u: input (B, L, D), float32 or float64; L may be 0.
+        A_bar: (D, M).
+        B_bar: (D, M).
+        C: (D, M).
+        state: the state before the first step (B, D, M); zero where left out.
+
+    Returns:
+        y (B, L, D) and the last state (B, D, M). The same for the other two ways.
+    """
+    h = _silent(u, A_bar) if state is None else state
+    outputs = []
+    for u_t in u.unbind(1):
+        h = A_bar * h + B_bar * u_t[..., None]
+        outputs.append(2 * (C * h).real.sum(-1))
+    return torch.stack(outputs, 1) if outputs else torch.zeros_like(u), h
+
+
+# --8<-- [end:recurrence]
+
+
+# --8<-- [start:convolution]
+def convolution(
+    u: Float[Tensor, "b l d"],
+    A_bar: Complex[Tensor, "d m"],
+    B_bar: Complex[Tensor, "d m"],
+    C: Complex[Tensor, "d m"],
+    state: Complex[Tensor, "b d m"] | None = None,
+) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
+    """All at once: y = K * u with the kernel K_l = 2 Re(C · Ā^l B̄), by FFT. Arguments and results as `recurrence`."""
+    length = u.shape[1]
+    if u.numel() == 0:
+        return torch.zeros_like(u), _silent(u, A_bar) if state is None else state
+    V = powers(A_bar, length + 1)  # (D, M, L+1)
+    K = 2 * torch.einsum("dm,dml->ld", C * B_bar, V[..., :-1]).real
+    over = 2 * length  # twice as long, so that the end does not come round to the beginning
+    y = torch.fft.irfft(torch.fft.rfft(u, over, dim=1) * torch.fft.rfft(K, over, dim=0), over, dim=1)[:, :length]
+    last = torch.einsum("dml,bld->bdm", V[..., :-1].flip(-1), u.to(V)) * B_bar
+    if state is not None:  # what was there before goes on fading
+        y = y + 2 * torch.einsum("dm,dml,bdm->bld", C, V[..., 1:], state).real
+        last = last + V[..., -1] * state
+    return y, last
+
+
+def powers(x: Complex[Tensor, "d m"], n: int) -> Complex[Tensor, "d m n"]:
+    """The Vandermonde matrix 1, x, x², …, x^(n-1), by doubling: the first half times x^(n/2) is the second."""
+    V, squared = torch.ones_like(x)[..., None], x[..., None]
+    while V.shape[-1] < n:
+        V, squared = torch.cat([V, V * squared], -1), squared * squared
+    return V[..., :n]
+
+
+# --8<-- [end:convolution]
+
+
+# --8<-- [start:scan]
+def scan(
+    u: Float[Tensor, "b l d"],
+    A_bar: Complex[Tensor, "d m"],
+    B_bar: Complex[Tensor, "d m"],
+    C: Complex[Tensor, "d m"],
+    state: Complex[Tensor, "b d m"] | None = None,
+) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
+    """In 2 log₂ L rounds, by the associative scan over all states. Arguments and results as `recurrence`."""
+    h, last = linear_recurrence(A_bar[None, None], B_bar * u[..., None], state, impl="parallel")  # (B, L, D, M)
+    return 2 * torch.einsum("dm,bldm->bld", C, h).real, last
+
+
+# --8<-- [end:scan]
+
+
+def _silent(u: Tensor, A_bar: Tensor) -> Tensor:
+    """The state of one who has heard nothing: zeros (B, D, M)."""
+    return A_bar.new_zeros(u.shape[0], *A_bar.shape)
+
+
+class S4D(nn.Module):
+    """A mixer x -> x over time, each channel by a state space model of its own.
+
+        S4D(512, 64)                       # trained as a convolution
+        S4D(512, 64, op=scan)              # the same, another way
+        y, state = layer.step(u_t, state)  # the same, decoded
+
+    Parameters: log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2), its real and imaginary part, D (D,).
+
+    Args:
+        d_model: D, the channels.
+        n_states: N, even.
+        init: gives A (N/2,) from N, the same for each channel: `s4d_legs`, `s4d_inv`, `s4d_lin`, or another.
+        rule: how A becomes Ā: "zoh" or "bilinear".
+        dt_min: Δ is drawn between dt_min and dt_max, evenly in its logarithm.
+        dt_max: as dt_min.
+        op: what computes it: `convolution`, `scan` or `recurrence`.
+
+    Raises:
+        ValueError: no channels, an odd N, an unknown rule, an A that does not fade, or not 0 < dt_min <= dt_max.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_states: int = 64,
+        *,
+        init: Callable[[int], Tensor] = s4d_legs,
+        rule: str = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        op: Callable = convolution,
+    ):
+        super().__init__()
+        if d_model < 1:
+            raise ValueError(f"d_model must be 1 or more, got {d_model}")
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {list(RULES)}, got {rule!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min and dt_max must be positive and in order, got {dt_min} and {dt_max}")
+        A = init(_even(n_states))
+        if tuple(A.shape) != (n_states // 2,) or not (A.is_meta or (A.real < 0).all()):
+            raise ValueError(f"init must give {n_states // 2} values with negative real part, got {A}")
+        dtype = torch.get_default_dtype()
+        A = A.expand(d_model, -1)
+        self.rule, self.op = rule, op
+        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min))
+        self.log_A_real = nn.Parameter((-A.real).log().to(dtype))
+        self.A_imag = nn.Parameter(A.imag.to(dtype, copy=True))
+        self.C = nn.Parameter(torch.randn(d_model, n_states // 2, 2) * 0.5**0.5)  # complex normal, of variance 1
+        self.D = nn.Parameter(torch.ones(d_model))
+
+    def forward(
+        self, u: Float[Tensor, "b l d"], state: Complex[Tensor, "b d m"] | None = None, *, return_state: bool = False
+    ) -> Float[Tensor, "b l d"] | tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
+        """u (B, L, D) -> y (B, L, D), and the state after the last step if asked for.
+
+        Args:
+            u: any floating dtype; computed in float32 or better, and returned in its own.
+            state: what an earlier call or step returned; silence where left out.
+            return_state: also return the state (B, D, N/2), complex.
+
+        Returns:
+            y (B, L, D), or (y, state).
+
+        Raises:
+            ValueError: u or state of another shape or kind.
+        """
+        self._check(u, state)
+        wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
+        A_bar, B_bar, C = self.discretized(wide)
+        state = None if state is None else state.to(A_bar)
+        y, state = self.op(u.to(wide), A_bar, B_bar, C, state)
+        y = (y + self.D.to(wide) * u).to(u.dtype)
+        return (y, state) if return_state else y
+
+    def step(
+        self, u: Float[Tensor, "b d"], state: Complex[Tensor, "b d m"] | None = None
+    ) -> tuple[Float[Tensor, "b d"], Complex[Tensor, "b d m"]]:
+        """One step of decoding: time and memory do not depend on how many came before.
+
+        Args:
+            u: (B, D).
+            state: what the step or the call before returned; silence where left out.
+
+        Returns:
+            y (B, D) and the new state (B, D, N/2).
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        if u.ndim != 2:
+            raise ValueError(f"u must be (B, D) for one step, got {tuple(u.shape)}; forward takes whole sequences")
+        self._check(u[:, None], state)
+        wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
+        A_bar, B_bar, C = self.discretized(wide)
+        y, state = recurrence(u[:, None].to(wide), A_bar, B_bar, C, None if state is None else state.to(A_bar))
+        return (y[:, 0] + self.D.to(wide) * u).to(u.dtype), state
+
+    def discretized(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Ā, B̄ and C (D, N/2), complex, of the real dtype's precision."""
+        log_dt, log_A_real, A_imag, C = (x.to(dtype) for x in (self.log_dt, self.log_A_real, self.A_imag, self.C))
+        A = torch.complex(-log_A_real.exp(), A_imag)
+        A_bar, B_bar = discretize(log_dt.exp()[:, None], A, torch.ones_like(A), self.rule)
+        return A_bar, B_bar, torch.view_as_complex(C)
+
+    def _check(self, u: Tensor, state: Tensor | None) -> None:
+        channels, half = self.A_imag.shape
+        if u.ndim != 3 or u.shape[2] != channels or not u.is_floating_point():
+            raise ValueError(f"u must be floating point (B, L, D) with D = {channels}, got {u.dtype} {tuple(u.shape)}")
+        want = (u.shape[0], channels, half)
+        if state is not None and (tuple(state.shape) != want or not state.is_complex()):
+            raise ValueError(f"state must be complex (B, D, N/2) = {want}, got {state.dtype} {tuple(state.shape)}")

@@ -1,0 +1,386 @@
+"""S4D: three ways to one output, scipy's as a fourth, and what its initialisation has to do with HiPPO."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg, signal
+
+from nondual.efficient_attention.hippo import legs
+from nondual.efficient_attention.s4d import (
+    S4D,
+    convolution,
+    powers,
+    recurrence,
+    s4d_inv,
+    s4d_legs,
+    s4d_lin,
+    scan,
+)
+from nondual.ops.selective_scan.reference import discretize
+
+WAYS = [recurrence, convolution, scan]
+INITS = [s4d_legs, s4d_inv, s4d_lin]
+B, D, N = 2, 3, 10
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def arguments(length, dtype=torch.float64, init=s4d_legs):
+    """u, Ā, B̄, C and a state, of steps long enough for the states to fade within a test."""
+    whole = torch.complex128 if dtype == torch.float64 else torch.complex64
+    delta = torch.tensor([0.01, 0.05, 0.3], dtype=torch.float64)[:, None]
+    A = init(N).expand(D, -1)
+    A_bar, B_bar = discretize(delta, A, torch.ones_like(A), "zoh")
+    C, state = (draw(*shape, N // 2, seed=i, dtype=torch.complex128) for i, shape in ((1, (D,)), (2, (B, D))))
+    return draw(B, length, D).to(dtype), *(x.to(whole) for x in (A_bar, B_bar, C, state))
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return S4D(D, N, dt_min=0.01, dt_max=0.3, **options).double()
+
+
+# --- three ways ----------------------------------------------------------------------------------------------------
+
+
+def test_one_pair_of_states_by_hand():
+    """Ā = i/2, B̄ = C = 1, an impulse: 2 Re of 1, i/2, -1/4, -i/8."""
+    one = torch.ones(1, 1, dtype=torch.complex64)
+    for way in WAYS:
+        y, state = way(torch.tensor([[[1.0], [0], [0], [0]]]), 0.5j * one, one, one)
+        torch.testing.assert_close(y[0, :, 0], torch.tensor([2, 0, -0.5, 0]))
+        torch.testing.assert_close(state, torch.tensor([[[-0.125j]]]))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 63, 111])
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("way", [convolution, scan])
+def test_convolution_and_scan_equal_the_recurrence_forward_and_backward(way, init, length):
+    outs = []
+    for f in (recurrence, way):
+        leaves = [x.clone().requires_grad_() for x in arguments(length, init=init)]
+        y, state = f(*leaves)
+        ((y * draw(*y.shape, seed=3)).sum() + (state * draw(*state.shape, seed=4)).real.sum()).backward()
+        outs.append([y, state, *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)])
+    torch.testing.assert_close(*outs, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients(way):
+    leaves = [x[:1, :3, :1] if x.ndim == 3 else x[:1] for x in arguments(5)]
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    leaves[0] = draw(1, 3, 1).requires_grad_()
+    leaves[4] = draw(1, 1, N // 2, dtype=torch.complex128).requires_grad_()
+    assert torch.autograd.gradcheck(way, leaves)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 8, 17])
+@pytest.mark.parametrize("way", WAYS)
+def test_splitting_a_sequence_changes_nothing(way, cut):
+    u, A_bar, B_bar, C, state = arguments(17)
+    first, carried = way(u[:, :cut], A_bar, B_bar, C, state)
+    second, last = way(u[:, cut:], A_bar, B_bar, C, carried)
+    torch.testing.assert_close((torch.cat([first, second], 1), last), way(u, A_bar, B_bar, C, state))
+
+
+@pytest.mark.parametrize("way", [convolution, scan])
+def test_no_less_exact_than_the_recurrence_in_float32(way):
+    """Error against float64 at most twice that of the plain loop in float32, gradients three times."""
+    single = arguments(1000, torch.float32)
+    grad = draw(B, 1000, D, seed=3).float()
+
+    def run(f, wide):
+        x = [(v.to(torch.complex128 if v.is_complex() else torch.float64) if wide else v.clone()) for v in single]
+        x = [v.requires_grad_() for v in x]
+        y, _ = f(*x)
+        y.backward(grad.to(y.dtype))
+        return [y.detach(), *(v.grad for v in x)]
+
+    ours, plain, exact = run(way, False), run(recurrence, False), run(recurrence, True)
+    names = ("y", "d_u", "d_A_bar", "d_B_bar", "d_C", "d_state")
+    for name, x, y, z, factor in zip(names, ours, plain, exact, (2, 3, 3, 3, 3, 3)):
+        ours_error, plain_error = ((v.to(z.dtype) - z).abs().max().item() for v in (x, y))
+        floor = 2**-24 * math.log2(2000) * z.abs().max().item()  # a sum by FFT rounds once at each of its levels
+        assert ours_error <= factor * plain_error + floor, (name, ours_error, plain_error)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 100])
+def test_powers_are_powers(n):
+    x = arguments(1)[1]
+    torch.testing.assert_close(powers(x, n), torch.stack([x**i for i in range(n)], -1))
+    zero = torch.zeros(1, 1, dtype=torch.complex64, requires_grad=True)  # a state that forgets at once: 0⁰ is 1
+    assert powers(zero, n)[0, 0].tolist() == [1.0] + [0.0] * (n - 1)
+    powers(zero, n + 1).real.sum().backward()
+    assert zero.grad.item() == 1
+
+
+def test_the_convolution_does_not_come_round():
+    """An impulse at the last step moves nothing before it."""
+    u, *rest = arguments(64)
+    u = torch.zeros_like(u)
+    u[:, -1] = 1
+    assert convolution(u, *rest[:3])[0][:, :-1].abs().max() < 1e-14
+
+
+# --- scipy ---------------------------------------------------------------------------------------------------------
+
+
+def as_real(A):
+    """A diagonal of conjugate pairs as real 2 x 2 blocks: [[Re, -Im], [Im, Re]]."""
+    return linalg.block_diag(*([[a.real, -a.imag], [a.imag, a.real]] for a in A.tolist()))
+
+
+def continuous(module, channel):
+    """One channel as a continuous system of real matrices, for scipy: B is (1, 0) in each block, C is 2 (Re, -Im)."""
+    A = torch.complex(-module.log_A_real.exp(), module.A_imag)[channel].detach()
+    C = 2 * (module.C[channel].detach() * torch.tensor([1.0, -1.0])).reshape(1, -1)
+    enters = torch.tensor([1.0, 0.0]).double().repeat(len(A))[:, None]
+    return as_real(A), enters.numpy(), C.numpy(), module.D[channel].detach().view(1, 1).numpy()
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("op", WAYS)
+def test_equals_scipys_lsim(op, init):
+    """Held input: scipy's state at the end of each step, read with C, and D u of the step itself."""
+    module = layer(op=op, init=init)
+    u = draw(1, 50, D)
+    y = module(u)
+    for d, delta in enumerate(module.log_dt.exp().tolist()):
+        A, enters, C, skip = continuous(module, d)
+        told = torch.cat([u[0, :, d], u[0, -1:, d]]).numpy()
+        _, _, states = signal.lsim((A, enters, C, skip), told, [delta * t for t in range(51)], interp=False)
+        expected = states[1:] @ C[0] + skip[0, 0] * told[:-1]
+        torch.testing.assert_close(y[0, :, d], torch.from_numpy(expected), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+def test_equals_scipys_dlsim_of_cont2discrete(rule):
+    """scipy reads a state before its input enters, and hides half an input in C and D of its bilinear: both undone."""
+    module = layer(rule=rule)
+    u = draw(1, 50, D)
+    y = module(u)
+    for d, delta in enumerate(module.log_dt.exp().tolist()):
+        A, enters, C, skip = continuous(module, d)
+        A_bar, B_bar, *_ = signal.cont2discrete((A, enters, C, skip), delta, method=rule)
+        _, expected, _ = signal.dlsim((A_bar, B_bar, C @ A_bar, C @ B_bar + skip, delta), u[0, :, d].numpy())
+        torch.testing.assert_close(y[0, :, d], torch.from_numpy(expected[:, 0]), atol=1e-10, rtol=1e-9)
+
+
+def test_the_kernel_is_scipys_impulse_response_as_steps_shrink():
+    """K_l / Δ at the middle of step l against scipy.signal.impulse: zero-order hold errs by Δ² there."""
+    module, errors = layer(), []
+    for delta in (0.02, 0.01, 0.005):
+        module.log_dt.data.fill_(math.log(delta))
+        steps = int(2 / delta)
+        impulse = torch.zeros(1, steps, D).double()
+        impulse[0, 0] = 1
+        kernel = (module(impulse) - module.D * impulse)[0, :, 0].detach() / delta
+        at = delta * (torch.arange(steps).double() + 0.5)
+        _, exact = signal.impulse(continuous(module, 0), T=at.numpy())
+        errors.append((kernel - torch.from_numpy(exact)).abs().max().item())
+    ratios = [errors[0] / errors[1], errors[1] / errors[2]]
+    assert all(abs(math.log2(r) - 2) < 0.1 for r in ratios), (errors, ratios)
+
+
+# --- the initialisation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 8, 64, 256])
+def test_s4d_legs_is_half_the_spectrum_of_the_normal_part(n):
+    """By scipy's general eigenvalues, which know nothing of skew: each on the line -1/2, in conjugate pairs."""
+    A, enters = legs(n)
+    values = torch.from_numpy(linalg.eigvals((A + enters @ enters.T / 2).numpy()))
+    upper = values[values.imag > 0]
+    upper = upper[upper.imag.argsort()]
+    torch.testing.assert_close(s4d_legs(n), upper, atol=1e-8 * n**2, rtol=1e-9)
+    assert s4d_legs(n).shape == (n // 2,) and (s4d_legs(n).real == -0.5).all()
+
+
+def test_s4d_inv_and_lin_by_hand():
+    """N = 4. Inv: 4/π (4/3 - 1) and 4/π (4 - 1); Lin: 0 and π."""
+    torch.testing.assert_close(s4d_inv(4).imag, torch.tensor([4 / 3, 12]).double() / math.pi)
+    torch.testing.assert_close(s4d_lin(4).imag, torch.tensor([0, math.pi]).double())
+    assert (s4d_inv(4).real == -0.5).all() and (s4d_lin(4).real == -0.5).all()
+
+
+@pytest.mark.parametrize("n", [16, 64, 256])
+def test_the_fastest_state_of_legs_turns_about_n_squared_over_pi(n):
+    """And so does Inv's, from below: to N/3."""
+    top, inv = s4d_legs(n)[-1].imag.item(), s4d_inv(n)[-1].imag.item()
+    assert 0 < n**2 / math.pi - top < n / 3 and 0 < n**2 / math.pi - inv < n / 3 + 1
+
+
+def normal_part(n):
+    """S4D-LegS before it is made diagonal: the normal part and half of B. And LegS itself."""
+    A, enters = legs(n)
+    return A, enters, A + enters @ enters.T / 2, enters / 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 40])
+@pytest.mark.parametrize("omega", [0.3, 3.0, 50.0])
+def test_the_diagonal_part_answers_a_frequency_like_legs_divided_by_one_plus_pi(n, omega):
+    """G_diagonal = G_LegS / (1 + Π), Π = ∏ (s - k) / (s + k + 1); at s = iω |Π| is ω / √(N² + ω²) and goes to 0."""
+    A, enters, normal, half = (x.to(torch.complex128) for x in normal_part(n))
+    s, eye, k = 1j * omega, torch.eye(n, dtype=A.dtype), torch.arange(n).double()
+    product = ((s - k) / (s + k + 1)).prod()
+    whole, diagonal = torch.linalg.solve(s * eye - A, enters), torch.linalg.solve(s * eye - normal, half)
+    torch.testing.assert_close(diagonal, whole / (1 + product), atol=1e-11, rtol=1e-9)
+    assert abs(product.abs().item() - omega / math.hypot(n, omega)) < 1e-12
+
+
+def answers_to_a_bump(n, width=0.1, period=80.0):
+    """The first 4 states of the diagonal part, and of LegS, for ever after a smooth bump: by their Fourier series.
+
+    All frequencies of the bump up to 8 / width, beyond which it has less than 1e-13, and a period in which all fades.
+    """
+    omega = torch.arange(int(8 / width * period / (2 * math.pi))) * (2 * math.pi / period)
+    bump = torch.exp(-((omega * width) ** 2) / 2 - 1j * omega)  # at time 1, of area 1
+    _, _, normal, half = normal_part(n)
+    values, V = torch.linalg.eigh(-1j * (normal + torch.eye(n) / 2))
+    diagonal = (V[:4] * (V.mH @ half.to(V))[:, 0]) @ (1 / (1j * omega - (1j * values - 0.5)[:, None]))
+    A, enters, *_ = normal_part(4)  # LegS is triangular: its first states do not know of the rest
+    whole = [torch.linalg.solve(1j * w * torch.eye(4) - A.to(V), enters.to(V))[:, 0] for w in omega]
+    return (torch.fft.irfft(g * bump, 4096) * 4096 / period for g in (diagonal, torch.stack(whole, -1)))
+
+
+def test_a_smooth_input_is_answered_alike_as_n_grows():
+    """The largest difference, at any time after, falls as 1/N, as |Π| does: a slope of -1 within 0.1."""
+    sizes = torch.tensor([64, 128, 256, 512])
+    errors = torch.stack([(ours - whole).abs().max() for ours, whole in map(answers_to_a_bump, sizes.tolist())])
+    x, y = sizes.double().log(), errors.log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert abs(slope + 1) < 0.1, (slope, errors)
+
+
+@pytest.mark.parametrize("n", [32, 128])
+def test_yet_the_kernels_themselves_never_meet(n):
+    """The distance between the two kernels of state k, in the mean square, stays at √(2k + 1) / 2 (within 2 %).
+
+    By a Gramian, so exactly: W solves A W + W Aᵀ + B Bᵀ = 0 for the two systems side by side. That is half of the
+    kernel's own square, (2k + 1) / 2, however large N is: it has moved up to frequencies between N and N².
+    """
+    A, enters, normal, half = (x.numpy() for x in normal_part(n))
+    both = np.concatenate([enters, half])
+    W = linalg.solve_continuous_lyapunov(linalg.block_diag(A, normal), -both @ both.T)
+    for k in range(4):
+        distance = math.sqrt(W[k, k] + W[n + k, n + k] - 2 * W[k, n + k])
+        assert abs(distance / (math.sqrt(2 * k + 1) / 2) - 1) < 0.02, (k, distance)
+
+
+# --- the module ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("op", WAYS)
+def test_decoding_step_by_step_equals_the_whole(op, rule):
+    module = layer(op=op, rule=rule)
+    u = draw(B, 13, D)
+    y, last = module(u, return_state=True)
+    torch.testing.assert_close(module(u), y)
+    first, state = module(u[:, :4], return_state=True)
+    decoded = []
+    for u_t in u[:, 4:].unbind(1):
+        y_t, state = module.step(u_t, state)
+        decoded.append(y_t)
+    torch.testing.assert_close(torch.cat([first, torch.stack(decoded, 1)], 1), y)
+    torch.testing.assert_close(state, last)
+    torch.testing.assert_close(module.step(u[:, 0])[0], y[:, 0])
+
+
+@pytest.mark.parametrize("op", WAYS)
+def test_every_parameter_learns_and_no_step_sees_the_future(op):
+    module = layer(op=op)
+    u = draw(B, 9, D).requires_grad_()
+    module(u).square().sum().backward()
+    names = {"log_dt": (D,), "log_A_real": (D, N // 2), "A_imag": (D, N // 2), "C": (D, N // 2, 2), "D": (D,)}
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == names
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in module.parameters())
+    u.grad = None
+    module(u)[:, 4].sum().backward()
+    assert (u.grad[:, :5] != 0).all() and u.grad[:, 5:].abs().max() < 1e-14
+
+
+def test_what_it_starts_from():
+    torch.manual_seed(0)
+    module = S4D(5000, 4, dt_min=1e-3, dt_max=1e-1)
+    dt = module.log_dt.exp()
+    assert 1e-3 <= dt.min() and dt.max() <= 0.1 + 1e-7 and abs(module.log_dt.mean() - math.log(1e-2)) < 0.1
+    assert abs(module.C.square().sum(-1).mean() - 1) < 0.05 and (module.D == 1).all()
+    A = torch.complex(-module.log_A_real.exp(), module.A_imag)
+    torch.testing.assert_close(A[17], s4d_legs(4).to(torch.complex64))
+    other = S4D(3, 4, init=lambda n: torch.tensor([-1.0 + 2j, -3.0]))
+    torch.testing.assert_close(other.log_A_real.exp()[0], torch.tensor([1.0, 3.0]))
+
+
+@pytest.mark.parametrize("op", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype, op):
+    torch.manual_seed(0)
+    module = S4D(D, N, op=op)
+    u = draw(B, 40, D).to(dtype)
+    y, state = module(u, return_state=True)
+    assert y.dtype == dtype and state.dtype == torch.complex64
+    torch.testing.assert_close(y, module(u.float()).to(dtype))
+    small = module.to(dtype)
+    y, state = small(u, return_state=True)
+    assert y.dtype == dtype and state.dtype == torch.complex64 and y.isfinite().all()
+    assert small.step(u[:, 0], state)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("op", WAYS)
+def test_autocast_changes_nothing_in_float32(op):
+    torch.manual_seed(0)
+    module, u = S4D(D, N, op=op), draw(B, 40, D).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = module(u)
+    torch.testing.assert_close(inside, module(u))
+
+
+@pytest.mark.parametrize("op", WAYS)
+def test_nothing_to_do(op):
+    module = layer(op=op)
+    y, state = module(draw(B, 0, D), return_state=True)
+    assert y.shape == (B, 0, D) and (state == 0).all() and state.shape == (B, D, N // 2)
+    held = torch.ones_like(state)
+    assert torch.equal(module(draw(B, 0, D), held, return_state=True)[1], held)
+    assert module(draw(0, 5, D)).shape == (0, 5, D)
+
+
+def test_on_the_meta_device_it_knows_its_shapes():
+    with torch.device("meta"):
+        module = S4D(D, N)
+        assert module(torch.empty(B, 7, D)).shape == (B, 7, D)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: S4D(3, 7), "n_states must be even and 2 or more, for conjugate pairs, got 7"),
+        (lambda: S4D(3, 0), "n_states must be even and 2 or more"),
+        (lambda: S4D(0, 4), "d_model must be 1 or more, got 0"),
+        (lambda: S4D(3, 4, rule="euler"), r"rule must be one of \['zoh', 'bilinear'\], got 'euler'"),
+        (lambda: S4D(3, 4, dt_min=0.2), "dt_min and dt_max must be positive and in order, got 0.2 and 0.1"),
+        (lambda: S4D(3, 4, dt_min=0), "dt_min and dt_max must be positive and in order, got 0 and 0.1"),
+        (lambda: S4D(3, 4, init=lambda n: torch.ones(2) + 0j), "init must give 2 values with negative real part"),
+        (lambda: S4D(3, 4, init=lambda n: -torch.ones(n) + 0j), "init must give 2 values with negative real part"),
+        (lambda: s4d_inv(3), "n_states must be even"),
+        (lambda: s4d_lin(-2), "n_states must be even"),
+        (lambda: layer()(draw(2, 5)), r"u must be floating point \(B, L, D\) with D = 3, got torch.float64 \(2, 5\)"),
+        (lambda: layer()(draw(2, 5, 4)), r"u must be floating point \(B, L, D\) with D = 3"),
+        (lambda: layer()(torch.ones(2, 5, 3, dtype=torch.long)), "u must be floating point .* got torch.int64"),
+        (lambda: layer()(draw(2, 5, 3), draw(2, 3, 5)), "state must be complex .* got torch.float64"),
+        (
+            lambda: layer()(draw(2, 5, 3), draw(1, 3, 5, dtype=torch.complex128)),
+            r"state must be complex \(B, D, N/2\) = \(2, 3, 5\), got torch.complex128 \(1, 3, 5\)",
+        ),
+        (lambda: layer().step(draw(2, 5, 3)), r"u must be \(B, D\) for one step, got \(2, 5, 3\)"),
+        (lambda: layer().step(draw(2, 4)), r"u must be floating point \(B, L, D\) with D = 3"),
+    ],
+)
+def test_what_cannot_be_is_named(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()

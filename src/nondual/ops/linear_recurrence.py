@@ -106,21 +106,28 @@ def associative_scan(steps: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     at every odd place. An even place needs one more `combine`, with the place before it.
 
     Args:
-        steps: (a, b), time in dimension 1, L of 1 or more.
+        steps: (a, b), time in dimension 1.
 
     Returns:
         (the products of a, the states from zero), of the same lengths.
     """
     length = steps[1].shape[1]
-    if length == 1:
+    if length < 2:
         return steps
-    even, odd = ([x[:, i::2] for x in steps] for i in (0, 1))
-    at_odd = associative_scan(combine([x[:, : length // 2] for x in even], odd))
-    at_even = combine([x[:, : (length - 1) // 2] for x in at_odd], [x[:, 1:] for x in even])
-    return tuple(_interleave(torch.cat([x[:, :1], y], 1), z) for x, y, z in zip(even, at_even, at_odd))
+    even, odd = _at(steps, slice(0, None, 2)), _at(steps, slice(1, None, 2))
+    at_odd = associative_scan(combine(_at(even, slice(length // 2)), odd))
+    at_even = combine(_at(at_odd, slice((length - 1) // 2)), _at(even, slice(1, None)))
+    a, b = (_interleave(torch.cat([x[:, :1], y], 1), z) for x, y, z in zip(even, at_even, at_odd))
+    return a, b
 
 
 # --8<-- [end:scan]
+
+
+def _at(steps: tuple[Tensor, Tensor], places: slice) -> tuple[Tensor, Tensor]:
+    """The steps at these places."""
+    a, b = steps
+    return a[:, places], b[:, places]
 
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:

@@ -256,6 +256,9 @@ def test_a_step_of_the_logarithmic_clock_is_as_exact_at_64_states():
         (lambda: legt(3, 0.0), "window must be positive, got 0.0"),
         (lambda: legt(3, math.nan), "window must be positive, got nan"),
         (lambda: project(torch.ones(0), 3), "u must have at least one sample to project, got none"),
+        (lambda: project(torch.ones(5).long(), 3), r"u must be floating point \(…, L\), got torch.int64 \(5,\)"),
+        (lambda: legt_states(torch.ones(5).long(), 3, 2.0), "u must be floating point"),
+        (lambda: legs_states(torch.ones(()), 3), "u must be floating point"),
         (lambda: project(torch.ones(5), 0), "n_states must be 1 or more, got 0"),
     ],
 )

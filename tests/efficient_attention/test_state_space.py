@@ -224,7 +224,12 @@ def test_euler_grows_where_the_others_fade():
 @pytest.mark.parametrize(
     "A, B, rule, says",
     [
-        (torch.ones(3, 2), torch.ones(3, 1), "zoh", r"A must be square \(N, N\), got \(3, 2\)"),
+        (
+            torch.ones(3, 2),
+            torch.ones(3, 1),
+            "zoh",
+            r"A must be floating point and square \(N, N\), got torch.float32 \(3, 2\)",
+        ),
         (
             torch.eye(3),
             torch.ones(3),
@@ -232,6 +237,8 @@ def test_euler_grows_where_the_others_fade():
             r"B must be \(N, K\) with N = 3 as in A, got \(3,\); one input is B\[:, None\]",
         ),
         (torch.eye(3), torch.ones(2, 1), "zoh", r"B must be \(N, K\) with N = 3 as in A, got \(2, 1\)"),
+        (torch.eye(3).long(), torch.ones(3, 1), "zoh", "A must be floating point .* got torch.int64"),
+        (torch.eye(3), torch.ones(3, 1).double(), "zoh", "B must have A's dtype and device, torch.float32 on cpu"),
         (torch.eye(3), torch.ones(3, 1), "tustin", r"rule must be one of \['zoh', 'bilinear', 'euler'\], got 'tustin'"),
     ],
 )
@@ -245,6 +252,7 @@ def test_a_system_that_does_not_fit_is_named(A, B, rule, says):
     [
         (torch.ones(2, 5), None, r"u must be \(B, L, K\) with K = 1 as in B_bar, got \(2, 5\)"),
         (torch.ones(2, 5, 2), None, r"u must be \(B, L, K\) with K = 1"),
+        (torch.ones(2, 5, 1).double(), None, "u must have A's dtype .* got torch.float64 on cpu"),
         (torch.ones(2, 5, 1), torch.ones(2, 4), r"state must be \(B, N\) = \(2, 3\), got \(2, 4\)"),
     ],
 )

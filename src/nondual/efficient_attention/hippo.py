@@ -92,7 +92,7 @@ def legt_states(u: Float[Tensor, "*b l"], n_states: int, window: float) -> Float
         Coefficients (…, L, N) in u's dtype: `reconstruct` draws the window again from any one of them.
 
     Raises:
-        ValueError: as `legt`.
+        ValueError: as `legt`; or u is not floating point.
     """
     A_bar, B_bar = (x.to(u) for x in discretize(1.0, *legt(n_states, window)))
     states, _ = run(_signals(u)[..., None], A_bar, B_bar)
@@ -113,7 +113,7 @@ def legs_states(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b l 
         Coefficients (…, L, N) in u's dtype: `reconstruct` draws the past again from any one of them.
 
     Raises:
-        ValueError: as `legs`.
+        ValueError: as `legs`; or u is not floating point.
     """
     A, B = legs(n_states)
     samples = _signals(u)
@@ -130,6 +130,8 @@ def legs_states(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b l 
 
 def _signals(u: Tensor) -> Tensor:
     """One signal a row (B, L), whatever the shape of the batch: () too."""
+    if u.ndim < 1 or not u.is_floating_point():
+        raise ValueError(f"u must be floating point (…, L), got {u.dtype} {tuple(u.shape)}")
     return u.reshape(math.prod(u.shape[:-1]), u.shape[-1])
 
 
@@ -180,10 +182,10 @@ def project(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b n"]:
         Coefficients (…, N), in u's dtype. What is lost in the mean square is mean(u²) - Σ c_n².
 
     Raises:
-        ValueError: N below 1, or no samples.
+        ValueError: N below 1, no samples, or u is not floating point.
     """
     root, *_ = _roots(n_states)
-    if u.shape[-1] == 0:
+    if _signals(u).shape[-1] == 0:
         raise ValueError("u must have at least one sample to project, got none")
     edges = torch.linspace(0, 1, u.shape[-1] + 1, dtype=torch.float64, device=u.device)
     P = legendre(edges, n_states + 1) / _roots(n_states + 1)[0][:, 0].to(u.device)

@@ -81,7 +81,7 @@ def recurrence(
     C: Complex[Tensor, "d m"],
     state: Complex[Tensor, "b d m"] | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
-    """Step by step: y_t = 2 Re(C · h_t) with h_t = Ā h_{t-1} + B̄ u_t.
+    """Step by step: y_t = 2 Re(C · h_t) with h_t = Ā h_{t-1} + B̄ u_t. All fit each other: `S4D` has seen to it.
 
     Args:
         u: input (B, L, D), float32 or float64; L may be 0.

@@ -43,7 +43,7 @@ def discretize(
         Ā (N, N) and B̄ (N, K), in A's dtype; differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown rule.
+        ValueError: shapes or dtypes that do not fit, or an unknown rule.
     """
     n, k = _check(A, B, rule)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
@@ -80,9 +80,9 @@ def run(
         h (B, L, N) and the last state (B, N); differentiable.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit.
     """
-    n, k = _check(A_bar, B_bar)
+    n, k = _check(A_bar, B_bar, u=u, state=state)
     if u.ndim != 3 or u.shape[2] != k:
         raise ValueError(f"u must be (B, L, K) with K = {k} as in B_bar, got {tuple(u.shape)}")
     if state is not None and tuple(state.shape) != (u.shape[0], n):
@@ -95,14 +95,19 @@ def run(
     return torch.stack(states, 1) if states else u.new_zeros(u.shape[0], 0, n), h
 
 
-def _check(A: Tensor, B: Tensor, rule: str = "zoh") -> tuple[int, int]:
-    """N and K of a system whose matrices fit each other."""
-    if A.ndim != 2 or A.shape[0] != A.shape[1]:
-        raise ValueError(f"A must be square (N, N), got {tuple(A.shape)}")
+def _check(A: Tensor, B: Tensor, rule: str = "zoh", **others: Tensor | None) -> tuple[int, int]:
+    """N and K of a system whose matrices fit each other; the others have its dtype and its device."""
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not A.is_floating_point():
+        raise ValueError(f"A must be floating point and square (N, N), got {A.dtype} {tuple(A.shape)}")
     if B.ndim != 2 or B.shape[0] != A.shape[0]:
         raise ValueError(
             f"B must be (N, K) with N = {A.shape[0]} as in A, got {tuple(B.shape)}; one input is B[:, None]"
         )
+    for name, x in ({"B": B} | others).items():
+        if x is not None and (x.dtype, x.device) != (A.dtype, A.device):
+            raise ValueError(
+                f"{name} must have A's dtype and device, {A.dtype} on {A.device}, got {x.dtype} on {x.device}"
+            )
     if rule not in RULES:
         raise ValueError(f"rule must be one of {list(RULES)}, got {rule!r}")
     return B.shape

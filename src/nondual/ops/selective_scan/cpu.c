@@ -41,7 +41,7 @@ typedef int32_t bits;
 enum { MANTISSA = 23, REACH = 120 };
 #endif
 
-enum { LANES = BYTES / sizeof(real), VECTORS = WIDTH / LANES };
+enum { LANES = BYTES / sizeof(real), VECTORS = WIDTH / LANES, TOGETHER = 4 };
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef bits ivec __attribute__((vector_size(BYTES)));
 #define INLINE static inline __attribute__((always_inline))
@@ -68,13 +68,7 @@ INLINE vec splat(real x) { return x - (vec){0}; }
 INLINE vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec absolute(vec x) { return (vec)((ivec)x & ~(ivec)splat(-(real)0.0)); }
 
-INLINE vec load(const real *from, int64_t lanes) {
-  vec x = {0};
-  memcpy(&x, from, lanes == LANES ? sizeof x : lanes * sizeof(real));
-  return x;
-}
-
-INLINE void store(real *to, vec x, int64_t lanes) { memcpy(to, &x, lanes == LANES ? sizeof x : lanes * sizeof(real)); }
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias)); /* as it lies in a tensor */
 
 INLINE vec gather(const real *from, int64_t stride, int64_t lanes) {
   vec x = {0};
@@ -86,12 +80,28 @@ INLINE void scatter(real *to, int64_t stride, vec x, int64_t lanes) {
   for (int64_t i = 0; i < lanes; i++) to[i * stride] = x[i];
 }
 
-INLINE real sum(vec x) { /* in halves: always in the same order */
-  real part[LANES];
-  memcpy(part, &x, sizeof x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
+INLINE vec load(const real *from, int64_t lanes) {
+  return lanes == LANES ? (vec)*(const loose *)from : gather(from, 1, lanes);
+}
+
+INLINE void store(real *to, vec x, int64_t lanes) {
+  if (lanes == LANES) *(loose *)to = x;
+  else scatter(to, 1, x, lanes);
+}
+
+typedef real half __attribute__((vector_size(BYTES / 2), may_alias));
+
+INLINE real sum(const vec *x) { /* always in the same order */
+  const half *h = (const half *)x, halves = h[0] + h[1];
+  real total = 0;
+  for (int i = 0; i < LANES / 2; i++) total += halves[i];
+  return total;
+}
+
+INLINE real greatest(vec x) { /* a NaN comes through */
+  real most = 0;
+  for (int i = 0; i < LANES; i++) most = x[i] <= most ? most : x[i];
+  return most;
 }
 
 /* --- functions ---------------------------------------------------------------------------------------------------
@@ -206,19 +216,21 @@ struct room {
   struct pair *A2;            /* (N, V) A log2 e */
   vec *A, *B, *C;             /* (N, V); B and C where they are (D, N) */
   vec *h, *g, *dA, *dB, *dC;  /* (N, V) */
+  real *reach;                /* (N, V) the greatest |A log2 e| over all lanes */
   real *B_t, *C_t;            /* (N, STEPS), this chunk's */
-  vec delta[VECTORS][STEPS], x[VECTORS][STEPS], y[VECTORS][STEPS]; /* x = Δ u */
-  vec dy[VECTORS][STEPS], ddelta[VECTORS][STEPS], dx[VECTORS][STEPS];
-  vec a[STEPS], hs[STEPS + 1], dB_t[STEPS], dC_t[STEPS];
+  /* What belongs to one step lies together: arrays of STEPS vectors would all fall on the same lines of the cache. */
+  struct { vec delta, x, y, dy, ddelta, dx; } at[VECTORS][STEPS]; /* x = Δ u */
+  struct { vec a, before; } path[STEPS][TOGETHER]; /* before: h of the last step, be it forgotten in this or not */
+  struct { vec dB, dC; } sums[STEPS][TOGETHER];
   vec dD[VECTORS], dbias[VECTORS];
-  real most[VECTORS][LANES];  /* the greatest |Δ| of the chunk */
+  real most[VECTORS];         /* the greatest |Δ| of the chunk, over all lanes */
   uint8_t reset[STEPS];
 };
 
 static struct room *make_room(int64_t states) {
   size_t fixed = (sizeof(struct room) + 63) / 64 * 64, table = states * VECTORS * sizeof(vec);
   size_t rows = (states * STEPS * sizeof(real) + 63) / 64 * 64;
-  char *memory = aligned_alloc(64, fixed + 10 * table + 2 * rows);
+  char *memory = aligned_alloc(64, fixed + 10 * table + 3 * rows);
   if (!memory) return NULL;
   struct room *r = (struct room *)memory;
   memory += fixed;
@@ -226,6 +238,7 @@ static struct room *make_room(int64_t states) {
   vec **tables[] = {&r->A, &r->B, &r->C, &r->h, &r->g, &r->dA, &r->dB, &r->dC};
   for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) *tables[i] = (vec *)memory, memory += table;
   r->B_t = (real *)memory, memory += rows;
+  r->reach = (real *)memory, memory += rows;
   r->C_t = (real *)memory;
   return r;
 }
@@ -237,6 +250,7 @@ static void enter(const struct scan *s, struct task k, struct room *r) {
       int64_t i = n * VECTORS + v, at = (k.first + v * LANES) * s->states + n;
       r->A[i] = gather(s->A + at, s->states, lanes_of(k, v));
       r->A2[i] = in_base_2(r->A[i]);
+      r->reach[i] = greatest(absolute(r->A2[i].high));
       if (!s->b_unit) r->B[i] = gather(s->B + at, s->states, lanes_of(k, v));
       if (!s->c_unit) r->C[i] = gather(s->C + at, s->states, lanes_of(k, v));
     }
@@ -277,11 +291,14 @@ static void read_chunk(const struct scan *s, struct task k, struct room *r, int6
     vec most = {0}, raw;
     for (int64_t t = 0; t < steps; t++) {
       vec delta = step_length(s, k, v, start + t, &raw), far = absolute(delta);
-      r->delta[v][t] = delta;
-      r->x[v][t] = delta * load(s->u + k.batch * s->u_b + (start + t) * s->u_l + k.first + v * LANES, lanes_of(k, v));
+      r->at[v][t].delta = delta, r->at[v][t].y = r->at[v][t].dx = r->at[v][t].ddelta = splat(0);
+      const real *u = s->u + k.batch * s->u_b + (start + t) * s->u_l + k.first + v * LANES;
+      r->at[v][t].x = delta * load(u, lanes_of(k, v));
+      __builtin_prefetch(u + STEPS * s->u_l, 0, 2);
+      __builtin_prefetch(s->delta + k.batch * s->delta_b + (start + t + STEPS) * s->delta_l + k.first + v * LANES, 0, 2);
       most = choose(far <= most, most, far); /* a NaN comes through */
     }
-    memcpy(r->most[v], &most, sizeof most);
+    r->most[v] = greatest(most);
   }
   const real *B = s->B + k.batch * s->b_b + start * s->b_l + k.b_group * s->b_g;
   const real *C = s->C + k.batch * s->c_b + start * s->c_l + k.c_group * s->c_g;
@@ -296,32 +313,39 @@ static void read_chunk(const struct scan *s, struct task k, struct room *r, int6
     memset(r->reset, 0, steps);
 }
 
-/* Whether exp(Δ A) stays within reach of the plain form for a vector of channels, all through the chunk. */
-INLINE int is_near(const struct room *r, int64_t n, int64_t v) {
+/* Whether exp(Δ A) stays within reach of the plain form for `count` states, from n on, all through the chunk. */
+INLINE int is_near(const struct room *r, int64_t n, int64_t count, int64_t v) {
   int near = 1;
-  for (int i = 0; i < LANES; i++) {
-    real x = r->most[v][i] * r->A2[n * VECTORS + v].high[i];
-    near &= x < REACH && x > -REACH;
-  }
+  for (int64_t j = n; j < n + count; j++) near &= r->most[v] * r->reach[j * VECTORS + v] < REACH;
   return near;
 }
 
 /* --- forward ----------------------------------------------------------------------------------------------------- */
 
-/* One state of one vector of channels through one chunk. The last three arguments are known where it is inlined. */
-INLINE void scan_chunk(struct room *r, int64_t n, int64_t v, int64_t steps, int near, int b_timed, int c_timed) {
-  int64_t i = n * VECTORS + v;
-  const struct pair A2 = r->A2[i];
+/* `count` states of one vector of channels, from n on, through one chunk; those together that the processor can keep in
+   flight at once. The last four arguments are known where it is inlined. */
+INLINE void scan_chunk(
+    struct room *r, int64_t n, int64_t v, int64_t steps, int count, int near, int b_timed, int c_timed) {
+  const int64_t i = n * VECTORS + v;
   const real *B_t = r->B_t + n * STEPS, *C_t = r->C_t + n * STEPS;
-  vec h = r->h[i];
+  struct pair A2[TOGETHER];
+  vec h[TOGETHER];
+  for (int j = 0; j < count; j++) A2[j] = r->A2[i + j * VECTORS], h[j] = r->h[i + j * VECTORS];
   for (int64_t t = 0; t < steps; t++) {
-    vec a = near ? exp_near(r->delta[v][t], A2) : exp_any(r->delta[v][t], A2);
-    vec B = b_timed ? splat(B_t[t]) : r->B[i], C = c_timed ? splat(C_t[t]) : r->C[i];
-    if (r->reset[t]) h = splat(0);
-    h = a * h + r->x[v][t] * B;
-    r->y[v][t] += C * h;
+    vec y = r->at[v][t].y, delta = r->at[v][t].delta, x = r->at[v][t].x;
+    if (r->reset[t])
+      for (int j = 0; j < count; j++) h[j] = splat(0);
+#pragma GCC unroll 8
+    for (int j = 0; j < count; j++) {
+      vec B = b_timed ? splat(B_t[j * STEPS + t]) : r->B[i + j * VECTORS];
+      vec C = c_timed ? splat(C_t[j * STEPS + t]) : r->C[i + j * VECTORS];
+      vec a = near ? exp_near(delta, A2[j]) : exp_any(delta, A2[j]);
+      h[j] = a * h[j] + x * B;
+      y += C * h[j];
+    }
+    r->at[v][t].y = y;
   }
-  r->h[i] = h;
+  for (int j = 0; j < count; j++) r->h[i + j * VECTORS] = h[j];
 }
 
 static void forward_task(const struct scan *s, struct task k, struct room *r) {
@@ -331,17 +355,17 @@ static void forward_task(const struct scan *s, struct task k, struct room *r) {
     int64_t steps = s->length - start < STEPS ? s->length - start : STEPS;
     if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
     read_chunk(s, k, r, start, steps);
-    memset(r->y, 0, sizeof r->y);
-    for (int64_t n = 0; n < s->states; n++)
-      for (int64_t v = 0; v < k.vectors; v++) {
-        if (!is_near(r, n, v)) scan_chunk(r, n, v, steps, 0, s->b_unit != 0, s->c_unit != 0);
-        else if (s->b_unit && s->c_unit) scan_chunk(r, n, v, steps, 1, 1, 1);
-        else scan_chunk(r, n, v, steps, 1, s->b_unit != 0, s->c_unit != 0);
+    for (int64_t v = 0; v < k.vectors; v++)
+      for (int64_t n = 0, count; n < s->states; n += count) {
+        int plain = s->b_unit && s->c_unit && n + TOGETHER <= s->states && is_near(r, n, TOGETHER, v);
+        count = plain ? TOGETHER : 1;
+        if (plain) scan_chunk(r, n, v, steps, TOGETHER, 1, 1, 1);
+        else scan_chunk(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0);
       }
     for (int64_t v = 0; v < k.vectors; v++)
       for (int64_t t = 0; t < steps; t++) {
         int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
-        vec y = r->y[v][t];
+        vec y = r->at[v][t].y;
         if (s->D) y += load(s->D + channel, lanes) * load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes);
         if (s->z) {
           vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
@@ -355,44 +379,60 @@ static void forward_task(const struct scan *s, struct task k, struct room *r) {
 
 /* --- backward ---------------------------------------------------------------------------------------------------- */
 
-/* The states of a chunk anew, then time the other way. The last four arguments are known where it is inlined. */
+/* The states of a chunk anew, then time the other way; otherwise as scan_chunk. */
 INLINE void scan_chunk_back(
-    struct room *r, int64_t n, int64_t v, int64_t steps, int near, int b_timed, int c_timed, int gated) {
-  int64_t i = n * VECTORS + v;
-  const struct pair A2 = r->A2[i];
+    struct room *r, int64_t n, int64_t v, int64_t steps, int count, int near, int b_timed, int c_timed, int gated) {
+  const int64_t i = n * VECTORS + v;
   const real *B_t = r->B_t + n * STEPS, *C_t = r->C_t + n * STEPS;
-  vec h = r->h[i], g = r->g[i], A = r->A[i], dA = {0}, dB = {0}, dC = {0};
-  r->hs[0] = h;
+  struct pair A2[TOGETHER];
+  vec h[TOGETHER], g[TOGETHER], A[TOGETHER], dA[TOGETHER], dB[TOGETHER], dC[TOGETHER];
+  for (int j = 0; j < count; j++) {
+    int64_t at = i + j * VECTORS;
+    A2[j] = r->A2[at], A[j] = r->A[at], g[j] = r->g[at];
+    h[j] = r->h[at];
+    dA[j] = dB[j] = dC[j] = splat(0);
+  }
   for (int64_t t = 0; t < steps; t++) {
-    vec a = near ? exp_near(r->delta[v][t], A2) : exp_any(r->delta[v][t], A2);
-    vec B = b_timed ? splat(B_t[t]) : r->B[i];
-    if (r->reset[t]) h = splat(0);
-    h = a * h + r->x[v][t] * B;
-    r->a[t] = a;
-    r->hs[t + 1] = h;
-    if (gated) r->y[v][t] += (c_timed ? splat(C_t[t]) : r->C[i]) * h;
+    vec delta = r->at[v][t].delta, x = r->at[v][t].x, y = {0};
+    for (int j = 0; j < count; j++) r->path[t][j].before = h[j];
+    if (r->reset[t])
+      for (int j = 0; j < count; j++) h[j] = splat(0);
+#pragma GCC unroll 8
+    for (int j = 0; j < count; j++) {
+      vec B = b_timed ? splat(B_t[j * STEPS + t]) : r->B[i + j * VECTORS];
+      vec a = near ? exp_near(delta, A2[j]) : exp_any(delta, A2[j]);
+      r->path[t][j].a = a;
+      h[j] = a * h[j] + x * B;
+      if (gated) y += (c_timed ? splat(C_t[j * STEPS + t]) : r->C[i + j * VECTORS]) * h[j];
+    }
+    if (gated) r->at[v][t].y += y;
   }
   for (int64_t t = steps - 1; t >= 0; t--) {
-    vec B = b_timed ? splat(B_t[t]) : r->B[i], C = c_timed ? splat(C_t[t]) : r->C[i];
-    vec dy = r->dy[v][t], before = r->hs[t];
-    if (c_timed) r->dC_t[t] += dy * h;
-    else dC += dy * h;
-    h = before;
-    if (r->reset[t]) before = splat(0);
-    g += C * dy;
-    if (b_timed) r->dB_t[t] += g * r->x[v][t];
-    else dB += g * r->x[v][t];
-    r->dx[v][t] += g * B;
-    g *= r->a[t];
-    vec dstep = g * before;
-    r->ddelta[v][t] += A * dstep;
-    dA += r->delta[v][t] * dstep;
-    if (r->reset[t]) g = splat(0);
+    vec delta = r->at[v][t].delta, x = r->at[v][t].x, dy = r->at[v][t].dy, dx = r->at[v][t].dx, ddelta = r->at[v][t].ddelta;
+#pragma GCC unroll 8
+    for (int j = 0; j < count; j++) {
+      vec B = b_timed ? splat(B_t[j * STEPS + t]) : r->B[i + j * VECTORS];
+      vec C = c_timed ? splat(C_t[j * STEPS + t]) : r->C[i + j * VECTORS];
+      if (c_timed) r->sums[t][j].dC += dy * h[j];
+      else dC[j] += dy * h[j];
+      h[j] = r->path[t][j].before;
+      g[j] += C * dy;
+      if (b_timed) r->sums[t][j].dB += g[j] * x;
+      else dB[j] += g[j] * x;
+      dx += g[j] * B;
+      g[j] = r->reset[t] ? splat(0) : g[j] * r->path[t][j].a;
+      vec dstep = r->reset[t] ? splat(0) : g[j] * h[j];
+      ddelta += A[j] * dstep;
+      dA[j] += delta * dstep;
+    }
+    r->at[v][t].dx = dx, r->at[v][t].ddelta = ddelta;
   }
-  r->g[i] = g;
-  r->dA[i] += dA;
-  if (!b_timed) r->dB[i] += dB;
-  if (!c_timed) r->dC[i] += dC;
+  for (int j = 0; j < count; j++) {
+    int64_t at = i + j * VECTORS;
+    r->g[at] = g[j], r->dA[at] += dA[j];
+    if (!b_timed) r->dB[at] += dB[j];
+    if (!c_timed) r->dC[at] += dC[j];
+  }
 }
 
 static void backward_task(const struct scan *s, struct task k, struct room *r) {
@@ -404,7 +444,6 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
     int64_t start = chunk * STEPS, steps = s->length - start < STEPS ? s->length - start : STEPS;
     read_states(s, k, chunk ? kept_at(s, k, chunk) : s->state ? s->state + place(s, k) : NULL, r->h);
     read_chunk(s, k, r, start, steps);
-    memset(r->y, 0, sizeof r->y), memset(r->ddelta, 0, sizeof r->ddelta), memset(r->dx, 0, sizeof r->dx);
     for (int64_t v = 0; v < k.vectors; v++)
       for (int64_t t = 0; t < steps; t++) {
         int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
@@ -413,21 +452,23 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
           vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
           dy *= z * sigmoid(z);
         }
-        r->dy[v][t] = dy;
+        r->at[v][t].dy = dy;
       }
-    for (int64_t n = 0; n < s->states; n++) {
-      memset(r->dB_t, 0, sizeof r->dB_t), memset(r->dC_t, 0, sizeof r->dC_t);
-      for (int64_t v = 0; v < k.vectors; v++) {
-        int plain = is_near(r, n, v) && s->b_unit && s->c_unit;
-        if (plain && s->z) scan_chunk_back(r, n, v, steps, 1, 1, 1, 1);
-        else if (plain) scan_chunk_back(r, n, v, steps, 1, 1, 1, 0);
-        else scan_chunk_back(r, n, v, steps, 0, s->b_unit != 0, s->c_unit != 0, s->z != NULL);
-      }
-      for (int64_t t = 0; t < steps; t++) {
-        int64_t at = (k.index * s->length + start + t) * s->states + n;
-        if (s->b_unit) s->dB[at] = sum(r->dB_t[t]);
-        if (s->c_unit) s->dC[at] = sum(r->dC_t[t]);
-      }
+    for (int64_t n = 0, count; n < s->states; n += count) {
+      int plain = s->b_unit && s->c_unit && n + TOGETHER <= s->states;
+      for (int64_t v = 0; v < k.vectors; v++) plain = plain && is_near(r, n, TOGETHER, v);
+      count = plain ? TOGETHER : 1;
+      memset(r->sums, 0, sizeof r->sums);
+      for (int64_t v = 0; v < k.vectors; v++)
+        if (!plain) scan_chunk_back(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0, s->z != NULL);
+        else if (s->z) scan_chunk_back(r, n, v, steps, TOGETHER, 1, 1, 1, 1);
+        else scan_chunk_back(r, n, v, steps, TOGETHER, 1, 1, 1, 0);
+      for (int64_t t = 0; t < steps; t++)
+        for (int64_t j = 0; j < count; j++) {
+          int64_t at = (k.index * s->length + start + t) * s->states + n + j;
+          if (s->b_unit) s->dB[at] = sum(&r->sums[t][j].dB);
+          if (s->c_unit) s->dC[at] = sum(&r->sums[t][j].dC);
+        }
     }
     for (int64_t v = 0; v < k.vectors; v++) {
       vec dD = {0}, dbias = {0};
@@ -435,10 +476,10 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
         int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
         int64_t at = (k.batch * s->length + row) * s->channels + channel;
         vec u = load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes), raw;
-        vec du = r->delta[v][t] * r->dx[v][t], ddelta = r->ddelta[v][t] + u * r->dx[v][t], y = r->y[v][t];
+        vec du = r->at[v][t].delta * r->at[v][t].dx, ddelta = r->at[v][t].ddelta + u * r->at[v][t].dx, y = r->at[v][t].y;
         if (s->D) {
           vec D = load(s->D + channel, lanes);
-          du += D * r->dy[v][t], y += D * u, dD += u * r->dy[v][t];
+          du += D * r->at[v][t].dy, y += D * u, dD += u * r->at[v][t].dy;
         }
         if (s->softplus) {
           step_length(s, k, v, row, &raw);

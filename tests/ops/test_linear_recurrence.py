@@ -120,6 +120,19 @@ def test_layouts_of_inputs_and_of_the_gradient(layout, impl):
         torch.testing.assert_close((h, ours.grad), (again, copies.grad))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("impl", ["auto", *ENGINES])
+def test_a_gpu_gives_what_a_cpu_gives(impl, dtype):
+    outs = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in arguments(111, dtype)]
+        h, last = linear_recurrence(*leaves, impl=impl)
+        (h.abs().square().sum() + last.real.sum()).backward()
+        outs.append([x.cpu() for x in (h, last, *(leaf.grad for leaf in leaves))])
+    torch.testing.assert_close(*outs)
+
+
 # --- precision -----------------------------------------------------------------------------------------------------
 
 

@@ -103,10 +103,10 @@ class Mamba(nn.Module):
             u, self.conv1d.weight[:, 0], self.conv1d.bias, None if cache is None else cache.history(u), reset=reset
         )
         u = F.silu(u)
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta, B, C = self.select(u)
         y, state = selective_scan(
             u,
-            F.linear(delta, self.dt_proj.weight),  # its bias is added inside the scan, in float32
+            delta,
             -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
@@ -122,6 +122,17 @@ class Mamba(nn.Module):
         if cache is not None:
             cache.conv, cache.state = history, state
         return self.out_proj(y)
+
+    # --8<-- [start:select]
+    def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the content decides: Δ before bias and softplus (B, N, D), and B and C (B, N, S). A is not among them.
+
+        A subclass that returns the same whatever u is, B and C as (D, S), is a time-invariant model.
+        """
+        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(delta, self.dt_proj.weight), B, C  # the bias is added inside the scan, in float32
+
+    # --8<-- [end:select]
 
     def step(self, x: Float[Tensor, "b e"], cache: "MambaCache") -> Float[Tensor, "b e"]:
         """One position: x (B, E) -> (B, E), in time and memory that do not depend on how many came before.

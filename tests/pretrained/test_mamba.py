@@ -48,8 +48,8 @@ def load(folder, **more):
     return (load_mamba2 if mamba2 else load_mamba)(folder, **more)
 
 
-def tokens(length=N):
-    return torch.randint(V, (B, length), generator=torch.Generator().manual_seed(1))
+def tokens(length=N, batch=B):
+    return torch.randint(V, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,12 +82,15 @@ def test_scores_and_every_gradient_are_transformers_own(variant, dtype, toleranc
 def test_greedy_generation_is_transformers_own_token_by_token(variant, tmp_path):
     judge = theirs(variant)
     judge.save_pretrained(tmp_path)
+    prompts = tokens(5, batch=16)
     # transformers limits the steps of Mamba-2 where it reads a prompt, but not where it decodes from its cache: that
     # variant's judge reads the whole text again for every token
     cached = "time_step_limit" not in VARIANTS[variant]
-    judged = judge.generate(tokens(5), max_new_tokens=12, do_sample=False, use_cache=cached)
-    assert judged.shape == (B, 17) and len(judged[:, 5:].unique()) > 4  # so that there is something to get wrong
-    assert torch.equal(load(tmp_path).generate(tokens(5), 12), judged)
+    judged = judge.generate(  # a mask, or it would take each 0 or 1 of the prompts for padding
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=24, do_sample=False, use_cache=cached
+    )
+    assert judged.shape == (16, 29) and len(judged[:, 5:].unique()) > 4  # so that there is something to get wrong
+    assert torch.equal(load(tmp_path).generate(prompts, 24), judged)
 
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2"])

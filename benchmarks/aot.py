@@ -59,22 +59,27 @@ def report(kernel) -> dict[str, int]:
             for name, key in (("registers", "vgpr_count"), ("spills", "vgpr_spill_count"))
         }
         return facts | count | {"tensor": text.count("v_mfma")}
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = (_dump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    usage, instructions = _dump(kernel, "-res-usage"), sass(kernel)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    ptx, wgmma = kernel.asm["ptx"], len(re.findall(r"\bHGMMA\b", sass))
+    ptx, wgmma = kernel.asm["ptx"], len(re.findall(r"\bHGMMA\b", instructions))
     facts |= {
         "registers": int(registers),
         "stack": int(stack),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", instructions)),
         "tensor": sum(ptx.count(word) for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")),
     }
     if wgmma:
-        facts |= {"wgmma": wgmma, "serial": round(sass.count("WARPGROUP.ARRIVE") / wgmma, 2)}
+        facts |= {"wgmma": wgmma, "serial": round(instructions.count("WARPGROUP.ARRIVE") / wgmma, 2)}
     return facts
 
 
-def _dump(*arguments: str) -> str:
-    return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout
+def sass(kernel) -> str:
+    """The instructions of a kernel compiled for an NVIDIA chip, as cuobjdump lists them."""
+    return _dump(kernel, "-sass")
+
+
+def _dump(kernel, flag: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout

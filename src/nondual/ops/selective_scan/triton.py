@@ -84,6 +84,15 @@ def load_steps(p, t, S: tl.constexpr, o, STEPS: tl.constexpr, last=0, EDGE: tl.c
 
 
 @triton.jit
+def store_step(p, t, k: tl.constexpr, S: tl.constexpr, o, b_step, last, EDGE: tl.constexpr):
+    """Step t + k; at an EDGE not from the step `last` on."""
+    if EDGE:
+        tl.store(p + t * S + k * S + o, b_step.to(p.dtype.element_ty), mask=(o >= 0) & (t + k < last))
+    else:
+        tl.store(p + t * S + k * S + o, b_step.to(p.dtype.element_ty))
+
+
+@triton.jit
 def place(blocks, spans, GROUPS: tl.constexpr):
     """What this program does: its batch, span, group and block of the group's channels."""
     i = tl.program_id(0)
@@ -216,8 +225,8 @@ def forward_kernel(
     for t in tl.range(first, whole, STEPS):
         checkpoint(p_checkpoint, b_h, i_b, t, length, o_h, m_h, N * D, CHUNK)
         b_h, b_more, m_more = scan_steps(
-            b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t, o_d, m_d, o_n,
-            S_U, S_DELTA, S_Z, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, D, SOFTPLUS, STEPS,
+            b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t,
+            o_d, m_d, o_n, S_U, S_DELTA, S_Z, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, D, SOFTPLUS, STEPS,
         )  # fmt: skip
         if p_decay is not None:
             b_passed += b_more
@@ -225,8 +234,8 @@ def forward_kernel(
     for t in tl.range(whole, last):
         checkpoint(p_checkpoint, b_h, i_b, t, length, o_h, m_h, N * D, CHUNK)
         b_h, b_more, m_more = scan_steps(
-            b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t, o_d, m_d, o_n,
-            S_U, S_DELTA, S_Z, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, D, SOFTPLUS, 1,
+            b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t,
+            o_d, m_d, o_n, S_U, S_DELTA, S_Z, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, D, SOFTPLUS, 1,
         )  # fmt: skip
         if p_decay is not None:
             b_passed += b_more
@@ -355,9 +364,9 @@ def adjoint_kernel(
 
 
 # --8<-- [start:tile]
-# The backward's tile is (D_LO, N_HI, D_HI, N_LO): channel d_lo * D_HI + d_hi, state n_hi * N_LO + n_lo. The threads of a
-# warp lie along N_HI and D_HI, and each holds D_LO x N_LO numbers, so that sums over channels and over states both begin
-# in a thread's own registers, and end among 8 and 4 threads.
+# The backward's tile is (D_LO, N_HI, D_HI, N_LO): channel d_lo * D_HI + d_hi, state n_hi * N_LO + n_lo. The threads of
+# a warp lie along N_HI and D_HI, and each holds D_LO x N_LO numbers: sums over channels and sums over states both begin
+# in a thread's own registers, and end among 8 threads and 4.
 
 
 @triton.jit
@@ -422,8 +431,6 @@ def backward_steps(
     b_dys = load_steps(p_dy, t, S_DY, o_d, STEPS, last, EDGE)
     if S_B > 0:
         b_Bs = load_steps(p_B, t, S_B, o_n, STEPS, last, EDGE)  # (N_HI, N_LO) each
-    if S_C > 0:
-        b_Cs = load_steps(p_C, t, S_C, o_n, STEPS, last, EDGE)
     if p_z is not None:
         b_zs = load_steps(p_z, t, S_Z, o_d, STEPS, last, EDGE)
         b_ss = load_steps(p_ungated, t, D, o_d, STEPS, last, EDGE)
@@ -441,7 +448,10 @@ def backward_steps(
             b_B = b_Bs[k][None, :, None, :]
         b_a = tl.exp2(spread(b_delta, D_LO, D_HI) * b_A)
         b_h = b_a * b_h + spread(b_delta * b_us[k], D_LO, D_HI) * b_B
-        b_hs, b_as, b_deltas, b_slopes = b_hs + (b_h,), b_as + (b_a,), b_deltas + (b_delta,), b_slopes + (b_slope,)
+        b_hs += (b_h,)
+        b_as += (b_a,)
+        b_deltas += (b_delta,)
+        b_slopes += (b_slope,)
 
     for k in tl.static_range(STEPS - 1, -1, -1):
         m_t = m_d & (t + k < last) if EDGE else m_d
@@ -453,10 +463,10 @@ def backward_steps(
             tl.store(p_dz + t * D + k * D + o_d, b_dz.to(p_dz.dtype.element_ty), mask=m_t)
             b_g = b_g * b_zs[k] * b_sigmoid
         b_gs = spread(b_g, D_LO, D_HI)
-        if S_B > 0:
-            b_B = b_Bs[k][None, :, None, :]
+        if S_B > 0:  # once more: the registers to hold it are dearer
+            b_B = load_steps(p_B, t + k, S_B, o_n, 1, last, EDGE)[0][None, :, None, :]
         if S_C > 0:
-            b_C = b_Cs[k][None, :, None, :]
+            b_C = load_steps(p_C, t + k, S_C, o_n, 1, last, EDGE)[0][None, :, None, :]
         b_dh = b_q + b_gs * b_C  # (6)  the tile
         b_dC_t = b_hs[k + 1] * b_gs  # (8), before its sum
         b_dB_t = b_dh * spread(b_delta * b_u, D_LO, D_HI)  # (9), before its sum
@@ -477,11 +487,11 @@ def backward_steps(
         tl.store(p_ddelta + t * D + k * D + o_d, b_ddelta.to(p_ddelta.dtype.element_ty), mask=m_t)
         b_dbias += tl.where(t + k < last, b_ddelta, 0.0) if EDGE else b_ddelta
         if S_B > 0:
-            tl.store(p_dB + t * S_DB + k * S_DB + o_n, over_channels(b_dB_t), mask=(o_n >= 0) & (t + k < last))
+            store_step(p_dB, t, k, S_DB, o_n, over_channels(b_dB_t), last, EDGE)
         else:
             b_dB += b_dB_t
         if S_C > 0:
-            tl.store(p_dC + t * S_DB + k * S_DB + o_n, over_channels(b_dC_t), mask=(o_n >= 0) & (t + k < last))
+            store_step(p_dC, t, k, S_DB, o_n, over_channels(b_dC_t), last, EDGE)
         else:
             b_dC += b_dC_t
     return b_q, b_dA, b_dB, b_dC, b_dD, b_dbias
@@ -899,7 +909,7 @@ def selective_scan(
     state: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every output and the last state by the kernels; the input is taken as `nondual.ops.selective_scan` has checked it.
+    """Every output and the last state, by the kernels; the input is as `nondual.ops.selective_scan` has checked it.
 
     Args:
         u: input (B, L, D), float16, bfloat16 or float32, in any layout.

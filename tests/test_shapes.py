@@ -14,7 +14,11 @@ with install_import_hook("nondual", "beartype.beartype"):
     from nondual import attention_mechanism, positional_encoding, pretrained, self_attention, tasks, transformer
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
+    from nondual.efficient_attention.mamba import Mamba, step_bias
+    from nondual.efficient_attention.mamba2 import Mamba2
+    from nondual.language_models.mamba import MambaLM
     from nondual.ops.attention import attention, masked_softmax
+    from nondual.ops.causal_conv1d import causal_conv1d
     from nondual.ops.flash_attention import flash_attention
 
 q, k, v = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 11, 7), torch.randn(2, 3, 11, 13)
@@ -40,6 +44,17 @@ self_attention.MultiHeadAttention(12, 4, n_kv_heads=2, op=FlashAttention(window=
 cache = self_attention.KVCache(2, 4, 8, 3)
 with torch.no_grad():
     self_attention.MultiHeadAttention(12, 4)(x, cache=cache, causal=True)
+
+first = torch.zeros(2, 5, dtype=torch.bool)
+causal_conv1d(x, torch.randn(12, 4), torch.randn(12), torch.randn(2, 3, 12), reset=first)
+step_bias(7, 0.001, 0.1)
+for mixer in (Mamba(12, d_state=7), Mamba2(12, d_state=7, d_head=3, n_groups=2)):
+    memory = mixer.new_cache(2)
+    mixer(x, cache=memory, reset=first), mixer.step(x[:, 0], memory)
+    lm = MambaLM(31, 12, 2, mixer=lambda _, mixer=mixer: mixer)
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    lm(ids, cache=lm.new_cache(2), reset=first), lm.loss(ids, reset=first)
+    lm.generate(ids, 2), lm.generate(ids, 2, temperature=1.0, top_k=3, eos=4, reset=first)
 
 positional_encoding.LearnedPositions(9, 12)(4, start=2)
 transformer.Encoder(12, 4, 48, n_layers=2, norm_first=True)(x, return_weights=True)

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from nondual.pretrained.mamba import from_mamba, load_mamba, load_mamba2
+from nondual.pretrained import load_mamba, load_mamba2
+from nondual.pretrained.mamba import from_mamba
 
 B, N, V, E = 2, 11, 53, 12
 VARIANTS = {

@@ -31,15 +31,7 @@ from nondual.ops.selective_scan.reference import step_length
 CHUNK = 64  # steps between two kept states
 BLOCK = 64  # channels that one thread takes at a time
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = (
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-)
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler knows
 
 # --- the compiled loop ---------------------------------------------------------------------------------------------
@@ -48,17 +40,13 @@ SIZES = (
     "batch length channels states unit u_b u_l delta_b delta_l z_b z_l dy_b dy_l "
     "b_b b_l b_g b_unit c_b c_l c_g c_unit softplus threads"
 ).split()
-POINTERS = (
-    "u delta A B C D z bias state reset y last kept dy dlast du ddelta dz dstate dA dB dC dD dbias"
-).split()  # fmt: skip
+POINTERS = "u delta A B C D z bias state reset y last kept dy dlast du ddelta dz dstate dA dB dC dD dbias".split()
 
 
 class Scan(ctypes.Structure):
     """`struct scan` of cpu.c."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in SIZES] + [
-        (f"p_{name}", ctypes.c_void_p) for name in POINTERS
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in SIZES] + [(f"p_{name}", ctypes.c_void_p) for name in POINTERS]
 
 
 _building = threading.Lock()
@@ -100,30 +88,12 @@ def build(dtype: torch.dtype) -> Path:
         OSError: no compiler, or nowhere to write.
         subprocess.CalledProcessError: the compiler's refusal.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or [
-        next(filter(shutil.which, ("cc", "gcc", "clang")), "")
-    ]
+    compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "")]
     if not shutil.which(compiler[0]):
-        raise FileNotFoundError(
-            f"no C compiler found: {compiler[0] or 'cc, gcc or clang'}"
-        )
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    defines = [
-        f"-DSTEPS={CHUNK}",
-        f"-DWIDTH={BLOCK}",
-        *(["-DDOUBLE"] if dtype == torch.float64 else []),
-    ]
-    told = [
-        SOURCE.read_text(encoding="utf-8"),
-        compiler,
-        version,
-        FLAGS,
-        NATIVE,
-        defines,
-        _processor(),
-    ]
+        raise FileNotFoundError(f"no C compiler found: {compiler[0] or 'cc, gcc or clang'}")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    defines = [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
+    told = [SOURCE.read_text(encoding="utf-8"), compiler, version, FLAGS, NATIVE, defines, _processor()]
     name = f"selective_scan-{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
     for folder in (_cache(), Path(tempfile.gettempdir()) / f"nondual-{os.getpid()}"):
         with contextlib.suppress(PermissionError):
@@ -131,9 +101,7 @@ def build(dtype: torch.dtype) -> Path:
             if not (folder / name).exists():
                 _compile(compiler, defines, folder / name)
             return folder / name
-    raise PermissionError(
-        f"no folder to write to: neither {_cache()} nor {tempfile.gettempdir()}; set NONDUAL_CACHE"
-    )
+    raise PermissionError(f"no folder to write to: neither {_cache()} nor {tempfile.gettempdir()}; set NONDUAL_CACHE")
 
 
 def _compile(compiler: list[str], defines: list[str], to: Path) -> None:
@@ -142,23 +110,12 @@ def _compile(compiler: list[str], defines: list[str], to: Path) -> None:
     os.close(handle)
     try:
         for native in NATIVE:
-            command = [
-                *compiler,
-                *FLAGS,
-                *filter(None, [native]),
-                *defines,
-                str(SOURCE),
-                "-o",
-                new,
-                "-lm",
-            ]
+            command = [*compiler, *FLAGS, *filter(None, [native]), *defines, str(SOURCE), "-o", new, "-lm"]
             ran = subprocess.run(command, capture_output=True, text=True)
             if ran.returncode == 0:
                 os.replace(new, to)
                 return
-        raise subprocess.CalledProcessError(
-            ran.returncode, command, stderr=ran.stderr.strip()
-        )
+        raise subprocess.CalledProcessError(ran.returncode, command, stderr=ran.stderr.strip())
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)
@@ -166,12 +123,7 @@ def _compile(compiler: list[str], defines: list[str], to: Path) -> None:
 
 def _cache() -> Path:
     cache = os.environ.get("NONDUAL_CACHE")
-    return (
-        Path(cache)
-        if cache
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "nondual"
-    )
+    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nondual"
 
 
 def _processor() -> str:
@@ -180,23 +132,12 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    return " ".join(
-        sorted(
-            {
-                line
-                for line in lines
-                if line.startswith(("model name", "flags", "Features"))
-            }
-        )
-    )
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
     """What changes with time: its last axis dense, as the loop reads it. What does not, (D, N): dense altogether."""
-    return [
-        x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else x.contiguous()
-        for x in tensors
-    ]
+    return [x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else x.contiguous() for x in tensors]
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -215,21 +156,13 @@ def _call(run, **given: Tensor | int | None) -> None:
         raise MemoryError("the selective scan found no memory to work in")
 
 
-def _shape(
-    u: Tensor, A: Tensor, B: Tensor, C: Tensor, softplus: bool
-) -> dict[str, int]:
+def _shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, softplus: bool) -> dict[str, int]:
     """The sizes, and the strides of B and C; no stride where they are (D, N)."""
     (batch, length, channels), states = u.shape, A.shape[1]
-    unit = (
-        math.gcd(*(channels // x.shape[2] for x in (B, C) if x.ndim == 4)) or channels
-    )
+    unit = math.gcd(*(channels // x.shape[2] for x in (B, C) if x.ndim == 4)) or channels
     # A few tens of microseconds are what a thread costs: one for each 100,000 states.
-    threads = min(
-        torch.get_num_threads(), 1 + batch * length * channels * states // 100_000
-    )
-    sizes = dict(
-        batch=batch, length=length, channels=channels, states=states, unit=unit
-    )
+    threads = min(torch.get_num_threads(), 1 + batch * length * channels * states // 100_000)
+    sizes = dict(batch=batch, length=length, channels=channels, states=states, unit=unit)
     sizes |= dict(softplus=int(softplus), threads=threads)
     for name, x in (("b", B), ("c", C)):
         if x.ndim == 4:
@@ -242,18 +175,11 @@ def _shape(
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
     """The strides over batch and time, by the names of `struct scan`."""
     given = {name: x for name, x in tensors.items() if x is not None}
-    return {
-        f"{name}_{axis}": x.stride(i)
-        for name, x in given.items()
-        for i, axis in enumerate("bl")
-    }
+    return {f"{name}_{axis}": x.stride(i) for name, x in given.items() for i, axis in enumerate("bl")}
 
 
 def _forward_compiled(run, u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    (u, delta, B, C, z), (A, D, bias, state, reset) = (
-        _rows(u, delta, B, C, z),
-        _dense(A, D, bias, state, reset),
-    )
+    (u, delta, B, C, z), (A, D, bias, state, reset) = _rows(u, delta, B, C, z), _dense(A, D, bias, state, reset)
     y, last, kept = _outputs(u, A)
     _call(
         run.forward, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, bias=bias, state=state, reset=reset,
@@ -262,9 +188,7 @@ def _forward_compiled(run, u, delta, A, B, C, D, z, bias, state, reset, softplus
     return y, last, kept
 
 
-def _backward_compiled(
-    run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus
-):
+def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
     dy, u, delta, B, C, z = _rows(dy, u, delta, B, C, z)
     dlast, A, D, bias, state, reset = _dense(dlast, A, D, bias, state, reset)
     (batch, length, channels), states = u.shape, A.shape[1]
@@ -275,11 +199,7 @@ def _backward_compiled(
         return None if x is None else u.new_empty(shape)
 
     def sums(x):  # of each task over its channels, or of each batch over time
-        return (
-            like(x, batch, tasks, length, states)
-            if x.ndim == 4
-            else like(x, batch, channels, states)
-        )
+        return like(x, batch, tasks, length, states) if x.ndim == 4 else like(x, batch, channels, states)
 
     def whole(sums, x):
         if x.ndim == 2:
@@ -301,7 +221,7 @@ def _backward_compiled(
 
 # --- the same in torch ---------------------------------------------------------------------------------------------
 # Time first within a chunk of T steps, so that a step's numbers lie together: x (T, B, D), states (T, B, D, N), and B
-# or C (T, B, G, N), or (D, N). Each of the first three functions is made of the gradients of the other two.
+# or C (T, B, G, N), or (D, N). Each of the next three functions has its gradients from the other two.
 
 
 def _spread(x: Tensor, B: Tensor) -> Tensor:
@@ -328,10 +248,7 @@ def _meet(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
 
 def _chunk(start: int, *tensors: Tensor | None) -> list[Tensor | None]:
     """CHUNK steps of tensors (B, L, …), time first; (D, N) as it is."""
-    return [
-        x if x is None or x.ndim == 2 else x[:, start : start + CHUNK].transpose(0, 1)
-        for x in tensors
-    ]
+    return [x if x is None or x.ndim == 2 else x[:, start : start + CHUNK].transpose(0, 1) for x in tensors]
 
 
 def _states(h, delta, x, A, B, resets) -> tuple[Tensor, Tensor]:
@@ -347,11 +264,7 @@ def _states(h, delta, x, A, B, resets) -> tuple[Tensor, Tensor]:
 def _resets(start: int, reset: Tensor | None) -> dict[int, Tensor]:
     """The steps of a chunk at which some sequence begins, and for which of the batch (B, 1, 1)."""
     (reset,) = _chunk(start, None if reset is None else reset[..., None, None])
-    return (
-        {}
-        if reset is None
-        else {t: reset[t] for t in reset.flatten(1).any(1).nonzero().flatten().tolist()}
-    )
+    return {} if reset is None else {t: reset[t] for t in reset.flatten(1).any(1).nonzero().flatten().tolist()}
 
 
 def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
@@ -370,9 +283,7 @@ def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
     return y if z is None else y * F.silu(z), last.copy_(h), kept
 
 
-def _backward_plain(
-    dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus
-):
+def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
     raw = delta if bias is None else delta + bias
     delta = F.softplus(raw) if softplus else raw
     dy = dout if z is None else dout * F.silu(z)
@@ -383,13 +294,7 @@ def _backward_plain(
     for start in reversed(range(0, u.shape[1], CHUNK)):
         here, resets = slice(start, start + CHUNK), _resets(start, reset)
         u_, delta_, B_, C_, dy_ = _chunk(start, u, delta, B, C, dy)
-        h = (
-            kept[:, start // CHUNK - 1]
-            if start
-            else torch.zeros_like(g)
-            if state is None
-            else state
-        )
+        h = kept[:, start // CHUNK - 1] if start else torch.zeros_like(g) if state is None else state
         a, hs = _states(h, delta_, delta_ * u_, A, B_, resets)
         gs = _spread(dy_, C_)
         for t in reversed(range(len(gs))):
@@ -399,10 +304,7 @@ def _backward_plain(
         before = torch.cat([h[None], hs[:-1]])
         for t, at in resets.items():
             before[t].masked_fill_(at, 0)
-        for d, like, sums in (
-            (dB, B_, _meet(gs, delta_ * u_, B_)),
-            (dC, C_, _meet(hs, dy_, C_)),
-        ):
+        for d, like, sums in ((dB, B_, _meet(gs, delta_ * u_, B_)), (dC, C_, _meet(hs, dy_, C_))):
             if like.ndim == 2:
                 d += sums
             else:
@@ -419,9 +321,7 @@ def _backward_plain(
     if D is not None:
         du += D * dy
         y += D * u
-    dD, dbias = (
-        None if x is None else d.sum((0, 1)) for x, d in ((D, dy * u), (bias, ddelta))
-    )
+    dD, dbias = (None if x is None else d.sum((0, 1)) for x, d in ((D, dy * u), (bias, ddelta)))
     dz = None
     if z is not None:
         gate = torch.sigmoid(z)
@@ -437,11 +337,7 @@ def _outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, channels), states = u.shape, A.shape[1]
     wide = torch.promote_types(u.dtype, torch.float32)
     last = u.new_empty(batch, channels, states, dtype=wide)
-    return (
-        u.new_empty(u.shape),
-        last,
-        last.new_empty(batch, (length - 1) // CHUNK, channels, states),
-    )
+    return u.new_empty(u.shape), last, last.new_empty(batch, (length - 1) // CHUNK, channels, states)
 
 
 def _wide(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -450,9 +346,7 @@ def _wide(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None or x.dtype == torch.bool else x.to(wide) for x in tensors]
 
 
-@torch.library.custom_op(
-    "nondual::selective_scan_cpu", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("nondual::selective_scan_cpu", mutates_args=(), device_types="cpu")
 def _forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None, state: Tensor | None, reset: Tensor | None, softplus: bool,
@@ -460,11 +354,7 @@ def _forward(
     given = _wide(u, u, delta, A, B, C, D, z, bias, state, reset)
     compiled = library(given[0].dtype)
     with torch.autocast("cpu", enabled=False):
-        y, last, kept = (
-            _forward_compiled(compiled, *given, softplus)
-            if compiled
-            else _forward_plain(*given, softplus)
-        )
+        y, last, kept = _forward_compiled(compiled, *given, softplus) if compiled else _forward_plain(*given, softplus)
     return y.to(u.dtype), last, kept
 
 
@@ -473,9 +363,7 @@ def _(u, delta, A, B, C, D, z, bias, state, reset, softplus):
     return _outputs(u, A)
 
 
-@torch.library.custom_op(
-    "nondual::selective_scan_cpu_backward", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("nondual::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dy: Tensor, dlast: Tensor | None, kept: Tensor,
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -485,29 +373,17 @@ def _backward(
     given = [*_wide(u, dy, dlast, kept, *inputs, reset), softplus]
     compiled = library(given[0].dtype)
     with torch.autocast("cpu", enabled=False):
-        grads = (
-            _backward_compiled(compiled, *given)
-            if compiled
-            else _backward_plain(*given)
-        )
-    return tuple(
-        u.new_empty(0) if x is None else grad.to(x.dtype)
-        for grad, x in zip(grads, inputs)
-    )
+        grads = _backward_compiled(compiled, *given) if compiled else _backward_plain(*given)
+    return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for grad, x in zip(grads, inputs))
 
 
 @_backward.register_fake
 def _(dy, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    return tuple(
-        u.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (u, delta, A, B, C, D, z, bias, state)
-    )
+    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, bias, state))
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(
-        False
-    )  # no zeros for what nobody asked after, the states between chunks least of all
+    ctx.set_materialize_grads(False)  # no zeros for what nobody asked after, the states between chunks least of all
     *tensors, ctx.softplus = inputs
     ctx.save_for_backward(*tensors, output[2])
 
@@ -517,17 +393,11 @@ def _differentiate(ctx, dy, dlast, dkept):
     if dy is None:
         dy = inputs[0].new_zeros(()).expand(inputs[0].shape)
     grads = _backward(dy, dlast, kept, *inputs, ctx.softplus)
-    return (
-        *(None if x is None else grad for grad, x in zip(grads, inputs)),
-        None,
-        None,
-    )  # none for reset, softplus
+    return *(None if x is None else grad for grad, x in zip(grads, inputs)), None, None  # none for reset, softplus
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError(
-        "selective_scan(impl='cpu') has no second derivative; impl='reference' has one"
-    )
+    raise RuntimeError("selective_scan(impl='cpu') has no second derivative; impl='reference' has one")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -571,7 +441,5 @@ def selective_scan(
         RuntimeError: a second derivative.
         MemoryError: no memory for what a thread works in.
     """
-    y, last, _ = _forward(
-        u, delta, A, B, C, D, z, delta_bias, state, reset, delta_softplus
-    )
+    y, last, _ = _forward(u, delta, A, B, C, D, z, delta_bias, state, reset, delta_softplus)
     return y, last

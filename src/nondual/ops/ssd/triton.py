@@ -17,8 +17,6 @@ start[t] <= s <= t, and the state before a chunk if start[t] lies before it. Off
 in one order: no atomics, so the same input gives the same bits. The backward keeps nothing but the inputs.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +29,9 @@ from torch import Tensor
 def load_rows(p, o_row, s_row, m_row, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Rows o_row of a matrix (len(o_row), BLOCK_W); 0 where m_row is not, and beyond its WIDTH."""
     o_col = tl.arange(0, BLOCK_W)
-    m_tile = m_row[:, None] & (o_col < WIDTH)[None, :]
+    m_tile = m_row[:, None]
+    if WIDTH < BLOCK_W:
+        m_tile = m_tile & (o_col < WIDTH)[None, :]
     return tl.load(p + o_row.to(tl.int64)[:, None] * s_row + o_col[None, :], mask=m_tile, other=0.0)
 
 
@@ -39,9 +39,23 @@ def load_rows(p, o_row, s_row, m_row, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr
 def store_rows(p, o_row, s_row, m_row, b_tile, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr):
     """Write rows o_row of a matrix, where m_row is."""
     o_col = tl.arange(0, BLOCK_W)
-    m_tile = m_row[:, None] & (o_col < WIDTH)[None, :]
+    m_tile = m_row[:, None]
+    if WIDTH < BLOCK_W:
+        m_tile = m_tile & (o_col < WIDTH)[None, :]
     p_tile = p + o_row.to(tl.int64)[:, None] * s_row + o_col[None, :]
     tl.store(p_tile, b_tile.to(p.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def load_state(p, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A whole state (BLOCK_P, BLOCK_N), in float32; its strides are constants, which saves registers for addresses."""
+    o_p, o_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    p_tile = p + o_p[:, None] * N + o_n[None, :]
+    if P == BLOCK_P and N == BLOCK_N:
+        b_state = tl.load(p_tile)
+    else:
+        b_state = tl.load(p_tile, mask=(o_p < P)[:, None] & (o_n < N)[None, :], other=0.0)
+    return b_state
 
 
 # --8<-- [start:narrowed]
@@ -54,7 +68,7 @@ def narrowed(b_tile, b_like):
     scale = 1.0
     if b_like.dtype == tl.float16:
         scale = tl.max(tl.max(tl.abs(b_tile), 1), 0)
-        scale = tl.where((scale > 0) & (scale < float("inf")), scale, 1.0)
+        scale = tl.where(scale < float("inf"), tl.maximum(scale, 1e-30), 1.0)  # 1 / scale is a number too
         b_tile = b_tile * (1.0 / scale)
     return b_tile.to(b_like.dtype), scale
 
@@ -269,7 +283,7 @@ def output_kernel(
 
     # what was before the chunk
     o_p = tl.arange(0, BLOCK_P)
-    b_h = load_rows(p_states + (i_bh * chunks + i_c) * P * N, o_p, N, o_p < P, N, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+    b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
     b_h, scale = narrowed(b_h, b_c)
     b_y = tl.dot(b_c, tl.trans(b_h), input_precision="ieee") * scale  # (BLOCK, BLOCK_P)
     m_reached = m_t & (b_start < begin)
@@ -303,9 +317,9 @@ def output_kernel(
 
 
 # --- kernels: backward ---------------------------------------------------------------------------------------------
-# With W = fade · Δ_s · (C_t · B_s), y = W x and dW = dy xᵀ, the log of a step's own fade receives Q = W ∘ dW of all pairs
-# s < r <= t whose way passes over it. These are added up by themselves, in four sums (rows, columns, over, own): as sums
-# over all rows less sums over all columns they would be the small difference of large numbers.
+# With W = fade · Δ_s · (C_t · B_s), y = W x and dW = dy xᵀ, the log of a step r's own fade receives Q = W ∘ dW of all
+# pairs s < r <= t, whose way passes over it. These are added up by themselves, in four sums (rows, columns, over, own):
+# as sums over all rows less sums over all columns they would be the small difference of large numbers.
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -344,7 +358,8 @@ def pass_back_kernel(
 # --8<-- [start:rows]
 @triton.jit(do_not_specialize=["batch", "length", "chunks", "tiles", "splits"])
 def rows_kernel(
-    p_x, p_b, p_c, p_d, p_z, p_dy, p_step, p_high, p_low, p_start, p_states, p_dc, p_dz, p_rows, p_over, p_own, p_before,
+    p_x, p_b, p_c, p_d, p_z, p_dy, p_step, p_high, p_low, p_start, p_states, p_dc, p_dz, p_rows, p_over, p_own,
+    p_before,
     s_xb, s_xl, s_xh, s_bb, s_bl, s_bg, s_cb, s_cl, s_cg, s_zb, s_zl, s_zh, s_dyb, s_dyl, s_dyh,
     batch, length, heads, chunks, tiles, splits,
     SKIP: tl.constexpr, GATED: tl.constexpr, RESET: tl.constexpr, SHARE: tl.constexpr, PER: tl.constexpr,
@@ -381,7 +396,7 @@ def rows_kernel(
         b_dyn, s_dyn = narrowed(b_dy, b_c)
 
         # what was before the chunk
-        b_h = load_rows(p_states + (i_bh * chunks + i_c) * P * N, o_p, N, o_p < P, N, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+        b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_h, s_h = narrowed(b_h, b_c)
         b_fade = tl.exp2(tl.where(m_reached, b_high_t + b_low_t, float("-inf")))
         b_y = tl.dot(b_c, tl.trans(b_h), input_precision="ieee") * (b_fade * s_h)[:, None]  # (BLOCK, BLOCK_P)
@@ -479,7 +494,7 @@ def columns_kernel(
         b_x = load_rows(p_x + i_b * s_xb + i_h * s_xh, o_s, s_xl, m_s, P, BLOCK_P)  # (BLOCK, BLOCK_P)
 
         # what goes on after the chunk; b_du is the gradient of u = Δ x
-        b_dh = load_rows(p_grads + (i_bh * chunks + i_c) * P * N, o_p, N, o_p < P, N, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+        b_dh = load_state(p_grads + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_dh, s_dh = narrowed(b_dh, b_b)
         high_end, low_end = tl.load(p_high + i_bh * length + end - 1), tl.load(p_low + i_bh * length + end - 1)
         b_fade = between(high_end, low_end, b_high_s, b_low_s, m_kept)
@@ -539,9 +554,9 @@ def steps_back_kernel(
     """One program: from what the fades of a chunk of a head receive to ddelta, and the chunk's parts of dA and dbias.
 
     A step fades what came before it on the way to all that comes after it, itself included: it receives every Q across
-    it (from its tile's later rows, from its tile's earlier columns, within its tile, and over it), what the outputs from
-    it on read of the state before the chunk, what the inputs before it leave to the state after, and what of the one
-    state is in the other.
+    it (from its tile's later rows, from its tile's earlier columns, within its tile, and over it), what the outputs
+    from it on read of the state before the chunk, what the inputs before it leave to the state after, and what of the
+    one state is in the other.
     """
     own: tl.constexpr = CHUNK // BLOCK  # tiles of a chunk
     i_c = tl.program_id(0) % chunks
@@ -587,14 +602,14 @@ TILES = {  # BLOCK, num_warps, num_stages for states up to 128 and 256; rows and
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
         "states": ((64, 4, 2), (64, 4, 2)),
         "output": ((64, 4, 2), (32, 4, 2)),
-        "rows": ((32, 4, 1), (32, 8, 1)),
-        "columns": ((32, 4, 1), (32, 8, 1)),
+        "rows": ((32, 8, 1), (32, 8, 1)),
+        "columns": ((32, 8, 1), (32, 8, 1)),
     },
     "sm_90": {
         "states": ((64, 4, 2), (64, 4, 2)),
         "output": ((64, 4, 2), (64, 4, 2)),
-        "rows": ((64, 8, 1), (64, 8, 1)),
-        "columns": ((64, 8, 1), (64, 8, 1)),
+        "rows": ((32, 8, 1), (32, 8, 1)),
+        "columns": ((32, 8, 1), (32, 8, 1)),
     },
     "float32": {  # everywhere
         "states": ((16, 8, 1), (16, 8, 1)),
@@ -781,7 +796,8 @@ class Launcher:
         self.launch(
             "rows", tiles * splits, self.x, self.B, self.C, self.D, self.z, dy, *self.fades(), states,
             dc, dz, rows, over, own, before, *self.strides(self.x, self.B, self.C, self.z, dy),
-            self.batch, *self.sizes(), tiles, splits, heads=self.groups, PER=per, **self.constants("SKIP", "GATED", "RESET"),
+            self.batch, *self.sizes(), tiles, splits, heads=self.groups, PER=per,
+            **self.constants("SKIP", "GATED", "RESET"),
         )  # fmt: skip
         return dc.sum(0).to(self.C.dtype), dz, rows, over, own, before
 
@@ -794,7 +810,8 @@ class Launcher:
         self.launch(
             "columns", tiles * splits, self.x, self.B, self.C, self.D, self.z, dy, *self.fades(), grads,
             db, dx, dd, d_step, columns, after, *self.strides(self.x, self.B, self.C, self.z, dy),
-            self.batch, *self.sizes(), tiles, splits, heads=self.groups, PER=per, **self.constants("SKIP", "GATED", "RESET"),
+            self.batch, *self.sizes(), tiles, splits, heads=self.groups, PER=per,
+            **self.constants("SKIP", "GATED", "RESET"),
         )  # fmt: skip
         return db.sum(0).to(self.B.dtype), dx, dd.sum(0), d_step, columns, after
 

@@ -223,6 +223,10 @@ def test_it_compiles_whole():
     y, judged, g = compiled(x), mamba(x), torch.randn(B, 5, E)
     torch.testing.assert_close(y, judged)
     assert_close(gradients(mamba, x, y, g), gradients(mamba, x, judged, g), 1e-5)
+    one, other = mamba.new_cache(B), mamba.new_cache(B)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, cache=one), mamba(x, cache=other))
+    torch.testing.assert_close(one.state, other.state)
 
 
 def test_its_state_comes_back():

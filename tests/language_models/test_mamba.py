@@ -147,6 +147,44 @@ def test_it_compiles_whole():
     torch.testing.assert_close(compiled(tokens(5)), model(tokens(5)))
 
 
+LARGER = {"mamba": Mamba, "mamba2": partial(Mamba2, d_state=16, d_head=16)}
+ON_A_GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), *ON_A_GPU], ids=str)
+def test_the_engine_does_not_matter(kind, device, dtype):
+    """Scores no further off than 2 times what the plain engine is from float64, and every gradient than 3 times."""
+
+    def run(impl, device, dtype):
+        torch.manual_seed(0)
+        model = MambaLM(61, 32, 2, mixer=partial(LARGER[kind], impl=impl)).to(device, dtype)
+        ids = torch.randint(61, (B, 67), generator=torch.Generator().manual_seed(1)).to(device)
+        scores = model(ids)
+        found = {"scores": scores, **all_gradients(model, model.loss(ids))}
+        return {name: value.detach().double().cpu() for name, value in found.items()}
+
+    exact = run("reference", "cpu", torch.float64)
+    plain, ours = run("reference", device, dtype), run("auto", device, dtype)
+    for name, right in exact.items():
+        allowed = (2 if name == "scores" else 3) * (plain[name] - right).abs().max()
+        floor = 4 * torch.finfo(dtype).eps * right.abs().max()
+        assert (ours[name] - right).abs().max() <= allowed + floor, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_on_a_gpu_it_goes_on_as_it_does_on_a_cpu(kind):
+    torch.manual_seed(0)
+    model = MambaLM(61, 32, 2, mixer=LARGER[kind])
+    ids = torch.randint(61, (B, 67), generator=torch.Generator().manual_seed(1))
+    scores, cache = model(ids), model.to("cuda").new_cache(B)
+    parts = torch.cat([model(part.to("cuda"), cache=cache).cpu() for part in ids.split([64, 1, 1, 1], 1)], 1)
+    torch.testing.assert_close(parts, scores, atol=1e-5, rtol=1e-4)
+    assert model.generate(ids.to("cuda"), 5, temperature=1.0, top_k=9).shape == (B, 72)
+
+
 def test_on_the_meta_device():
     with torch.device("meta"):
         scores = MambaLM(V, E, 2)(torch.empty(B, N, dtype=torch.long))

@@ -130,7 +130,8 @@ class Mamba2(nn.Module):
         Args:
             x: (B, N, E); N may be 0.
             cache: what is remembered of the positions before x, as in `Mamba`; it is brought up to date.
-            reset: True at the first position of each of several sequences packed along N, as in `Mamba`.
+            reset: True at the first position of each of several sequences packed along N, as in `Mamba`; but see
+                `nondual.ops.ssd` on a NaN, which may reach its neighbours in a chunk.
 
         Raises:
             ValueError: x of another rank or width, a cache made for another batch or module.

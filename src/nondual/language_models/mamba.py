@@ -1,6 +1,6 @@
 """A language model of Mamba blocks: embeddings, residual blocks each with its norm, a last norm, and scores for tokens.
 
-Source: Gu and Dao 2023 (2312.00752), section 3.4 and appendix E.2; root-mean-square norm: Zhang and Sennrich 2019
+Source: Gu and Dao 2023 (2312.00752), section 3.4 and figure 3; root-mean-square norm: Zhang and Sennrich 2019
 (1910.07467). Symbols: ids (B, N), E width, V tokens in the vocabulary.
 """
 

@@ -109,7 +109,6 @@ def _load(folder: str | Path, config: dict, mixer: Callable[[int], nn.Module], d
     if found := "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names):
         raise ValueError(f"the tensors of {folder} must be those that its config.json describes; {found}")
     model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
     return (model if dtype is None else model.to(dtype)).eval()
 
 

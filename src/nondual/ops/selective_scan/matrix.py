@@ -16,8 +16,8 @@ from nondual.ops.selective_scan.reference import step_length
 def selective_scan_matrix(
     delta: Float[Tensor, "b l d"],
     A: Float[Tensor, "d n"],
-    B: Float[Tensor, "b l n"],
-    C: Float[Tensor, "b l n"],
+    B: Float[Tensor, "..."],
+    C: Float[Tensor, "..."],
     D: Float[Tensor, " d"] | None = None,
     delta_bias: Float[Tensor, " d"] | None = None,
     delta_softplus: bool = False,
@@ -34,8 +34,8 @@ def selective_scan_matrix(
     Args:
         delta: step lengths (B, L, D), before bias and softplus.
         A: (D, N).
-        B: (B, L, N).
-        C: (B, L, N).
+        B: (B, L, N), (B, L, G, N) or (D, N), as in `selective_scan`.
+        C: likewise.
         D: skip (D,), added to the diagonal.
         delta_bias: (D,).
         delta_softplus: take the softplus of delta (+ delta_bias).
@@ -56,8 +56,17 @@ def selective_scan_matrix(
         seen = seen & (sequence[:, :, None] == sequence[:, None])
     seen = seen.expand(delta.shape[0], -1, -1)[..., None, None]
     fade = torch.exp((passed[..., None] * A).masked_fill(~seen, -torch.inf))  # (B, t, s, D, N)
-    M = torch.einsum("btn,btsdn,bsn,bsd->bdts", C, fade, B, delta)
+    B, C = (_for_each_channel(x, delta) for x in (B, C))
+    M = torch.einsum("btdn,btsdn,bsdn,bsd->bdts", C, fade, B, delta)
     return M if D is None else M + torch.diag_embed(D[:, None].expand(-1, length))
 
 
 # --8<-- [end:matrix]
+
+
+def _for_each_channel(x: Tensor, like: Tensor) -> Tensor:
+    """B or C as (B, L, D, N), whatever it was shared by."""
+    if x.ndim == 2:
+        return x.expand(*like.shape[:2], -1, -1)
+    x = x.unsqueeze(2) if x.ndim == 3 else x
+    return x.repeat_interleave(like.shape[2] // x.shape[2], dim=2)

@@ -10,6 +10,8 @@ from mambapy.mamba import MambaConfig as JudgeConfig
 from torch import nn
 
 from nondual.efficient_attention.mamba import Mamba, MambaCache
+from nondual.ops.selective_scan import selective_scan, selective_scan_matrix
+from nondual.tasks import selective_copying
 from nondual.transformer import FeedForward, TransformerLayer
 
 B, N, E, S, K = 2, 11, 7, 5, 4
@@ -281,3 +283,156 @@ def test_inputs_that_do_not_fit_are_named():
         block(impl="nonsense")(sequence())
     with pytest.raises(TypeError, match=r"return_weights"):  # it has none
         TransformerLayer(mamba, nn.Identity(), E).double()(sequence(), return_weights=True)
+
+
+# --- the claims ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A4.12", "does not hold")
+def test_the_content_sets_the_step_and_what_is_written_and_read_but_not_A():
+    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, but through
+    one number for each channel: the logarithms of a channel's transitions stand to each other as the entries of A do."""
+    torch.manual_seed(0)
+    mixer = Mamba(6, d_state=5).double()
+    x = torch.randn(2, 40, 6, dtype=torch.float64)
+    ratios, transitions = [], []
+    for t in range(40):
+        after = []
+        for fill in (0.0, 1.0):
+            cache = mixer.new_cache(2)
+            cache.state = torch.full_like(cache.state, fill)
+            mixer.step(x[:, t], cache)
+            after.append(cache.state)
+        transition = (after[1] - after[0]).log()  # (B, D, S): Δ_t A
+        transitions.append(transition)
+        ratios.append(transition / transition[..., :1])
+    transitions = torch.stack(transitions)
+    assert (transitions.std((0, 1)) > 1e-3 * transitions.abs().mean((0, 1))).all(), "the transition follows the content"
+    torch.testing.assert_close(
+        torch.stack(ratios), torch.arange(1.0, 6).double().expand(40, 2, 12, 5), rtol=1e-6, atol=0
+    )
+    u = torch.randn(1, 9, 12, dtype=torch.float64)
+    for first, second in zip(mixer.select(u), mixer.select(-u)):
+        assert ((first - second).abs().amax(-1) > 1e-6).all(), "Δ, B and C are made from the content"
+
+
+def test_the_recurrence_as_printed_is_linear_and_knows_no_time():
+    """With A, B and C constant it weighs by age alone; with B, C and Δ from the content it does not even scale."""
+    torch.manual_seed(0)
+    W = [torch.randn(3, n, dtype=torch.float64) for n in (3, 4, 4)]
+    A, B, C = -torch.rand(3, 4).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+
+    def printed(u):
+        return selective_scan(u, torch.ones_like(u), A, B, C)[0]
+
+    def selective(u):
+        return selective_scan(u, u @ W[0], A, u @ W[1], u @ W[2], delta_softplus=True)[0]
+
+    u, v = torch.randn(2, 1, 30, 3, dtype=torch.float64)
+    late = torch.cat([torch.zeros(1, 5, 3), u], 1)
+    torch.testing.assert_close(printed(2 * u + v), 2 * printed(u) + printed(v))
+    torch.testing.assert_close(printed(late)[:, 5:], printed(u))
+    assert not torch.allclose(selective(2 * u), 2 * selective(u), rtol=0.1)
+
+
+@pytest.mark.claim("A4.13", "holds if")
+def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_stays():
+    """Every input keeps a weight, and finer steps come to the integral at the rate of theory. But the weight fades, in
+    float32 to nothing; and of two twins only the selective one holds what matters past the length it was trained at."""
+    torch.manual_seed(0)
+    mixer = Mamba(4, d_state=4).double()
+    u = torch.randn(1, 300, 8, dtype=torch.float64)
+    delta, B, C = mixer.select(u)
+    A = -mixer.A_log.exp()
+    M = selective_scan_matrix(delta, A, B, C, None, mixer.dt_proj.bias, True)
+    assert (M[0, :, torch.tril(torch.ones(300, 300)).bool()] != 0).all(), "nothing in the past is without weight"
+
+    far = torch.zeros(1, 400, 1)
+    far[0, 0] = 1
+    one, steps = torch.ones(1, 1), torch.ones(1, 400, 1)
+    assert selective_scan(far, steps, -one, one, one)[1] == 0, "in float32 the far past is gone"
+    assert selective_scan(far.double(), steps.double(), -one.double(), one.double(), one.double())[1] > 0
+
+    def error(n, rule, at):  # a bump at 1, of width σ, through h' = -a h + u, to time T
+        a, sigma, T = 2.0, 0.2, 3.0
+        t = T / n * (torch.arange(n).double() + at)
+        bump = torch.exp(-((t - 1) ** 2) / (2 * sigma**2)).view(1, n, 1)
+        one = torch.ones(1, 1).double()
+        _, h = selective_scan(
+            bump, torch.full_like(bump, T / n), -a * one, one, one, discretization=rule, impl="reference"
+        )
+        root = sigma * math.sqrt(2)
+        exact = math.exp(-a * (T - 1) + (a * sigma) ** 2 / 2) * sigma * math.sqrt(math.pi / 2)
+        exact *= math.erf((T - 1 - a * sigma**2) / root) + math.erf((1 + a * sigma**2) / root)
+        return abs(h.item() - exact)
+
+    for rule, at, order in (("zoh-euler", 1.0, 1), ("zoh", 1.0, 1), ("zoh", 0.5, 2)):
+        slope = math.log2(error(400, rule, at) / error(1600, rule, at)) / 2
+        assert abs(slope - order) < 0.1, (rule, at, slope)
+
+    right = {mixer: selective_copying_learned(mixer) for mixer in (Mamba, TimeInvariant)}
+    assert right[Mamba][32] > 0.97 and right[Mamba][64] > 0.95 and right[Mamba][128] > 0.8
+    assert right[TimeInvariant][32] < 0.93 and right[TimeInvariant][64] < 0.75 and right[TimeInvariant][128] < 0.5
+
+
+class TimeInvariant(Mamba):
+    """The same block, in which nothing is selected: Δ, B and C are learned constants."""
+
+    def __init__(self, d_model, **sizes):
+        super().__init__(d_model, **sizes)
+        self.B, self.C = (nn.Parameter(torch.randn(self.d_inner, self.d_state)) for _ in range(2))
+
+    def select(self, u):
+        return torch.zeros_like(u), self.B, self.C
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def selective_copying_learned(mixer, steps=500, width=24):
+    """The share of letters named right at several lengths, after training at 32."""
+    torch.manual_seed(0)
+    blocks = [Residual(nn.RMSNorm(width), mixer(width, d_state=8)) for _ in range(2)]
+    model = nn.Sequential(nn.Embedding(8, width), *blocks, nn.RMSNorm(width), nn.Linear(width, 6))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    for _ in range(steps):
+        ids, answers = selective_copying(32, 32, tokens=3, vocabulary=6)
+        loss = F.cross_entropy(model(ids)[:, -3:].mT, answers)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    right = {}
+    with torch.no_grad():
+        for length in (32, 64, 128):
+            ids, answers = selective_copying(500, length, tokens=3, vocabulary=6)
+            right[length] = (model(ids)[:, -3:].argmax(-1) == answers).float().mean().item()
+    return right
+
+
+@pytest.mark.claim("A4.14", "does not hold")
+def test_the_block_has_a_matrix_with_queries_and_keys_that_nobody_computes():
+    """Written down, it gives the block's output; where the states of a channel share one rate it is C Bᵀ under a mask."""
+    torch.manual_seed(0)
+    mixer = Mamba(6, d_state=5).double()
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    seen = []
+    select = mixer.select
+    mixer.select = lambda u: seen.append((u, select(u))) or seen[0][1]
+    out = mixer(x)
+    u, (delta, B, C) = seen[0]
+    M = selective_scan_matrix(delta, -mixer.A_log.exp(), B, C, mixer.D, mixer.dt_proj.bias, True)
+    assert torch.equal(M, M.tril())
+    by_matrix = torch.einsum("bdts,bsd->btd", M, u) * F.silu(mixer.in_proj(x).chunk(2, -1)[1])
+    torch.testing.assert_close(mixer.out_proj(by_matrix), out)
+
+    step = F.softplus(delta + mixer.dt_proj.bias)
+    time = step.cumsum(1)
+    fade = torch.exp(-(time[:, :, None] - time[:, None]).clamp(min=0)).movedim(-1, 1).tril()  # (B, D, t, s)
+    linear = (C @ B.mT)[:, None] * fade * step.mT[:, :, None]  # query · key, faded; the step weighs the value
+    shared = selective_scan_matrix(step, -torch.ones(12, 5).double(), B, C)
+    torch.testing.assert_close(shared, linear)

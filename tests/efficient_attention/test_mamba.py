@@ -290,8 +290,8 @@ def test_inputs_that_do_not_fit_are_named():
 
 @pytest.mark.claim("A4.12", "does not hold")
 def test_the_content_sets_the_step_and_what_is_written_and_read_but_not_A():
-    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, but through
-    one number for each channel: the logarithms of a channel's transitions stand to each other as the entries of A do."""
+    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, but by one
+    number for each channel: the logarithms of a channel's transitions stand to each other as the entries of A."""
     torch.manual_seed(0)
     mixer = Mamba(6, d_state=5).double()
     x = torch.randn(2, 40, 6, dtype=torch.float64)
@@ -312,8 +312,8 @@ def test_the_content_sets_the_step_and_what_is_written_and_read_but_not_A():
         torch.stack(ratios), torch.arange(1.0, 6).double().expand(40, 2, 12, 5), rtol=1e-6, atol=0
     )
     u = torch.randn(1, 9, 12, dtype=torch.float64)
-    for first, second in zip(mixer.select(u), mixer.select(-u)):
-        assert ((first - second).abs().amax(-1) > 1e-6).all(), "Δ, B and C are made from the content"
+    for one, other in zip(mixer.select(u), mixer.select(-u)):
+        assert ((one - other).abs().amax(-1) > 1e-6).all(), "Δ, B and C are made from the content"
 
 
 def test_the_recurrence_as_printed_is_linear_and_knows_no_time():
@@ -416,7 +416,7 @@ def selective_copying_learned(mixer, steps=500, width=24):
 
 @pytest.mark.claim("A4.14", "does not hold")
 def test_the_block_has_a_matrix_with_queries_and_keys_that_nobody_computes():
-    """Written down, it gives the block's output; where the states of a channel share one rate it is C Bᵀ under a mask."""
+    """Written down, it gives the block's output; where a channel's states share one rate it is C Bᵀ under a mask."""
     torch.manual_seed(0)
     mixer = Mamba(6, d_state=5).double()
     x = torch.randn(2, 30, 6, dtype=torch.float64)

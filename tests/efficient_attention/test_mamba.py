@@ -290,7 +290,7 @@ def test_inputs_that_do_not_fit_are_named():
 
 @pytest.mark.claim("A4.12", "does not hold")
 def test_the_content_sets_the_step_and_what_is_written_and_read_but_not_A():
-    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, but by one
+    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, by one
     number for each channel: the logarithms of a channel's transitions stand to each other as the entries of A."""
     torch.manual_seed(0)
     mixer = Mamba(6, d_state=5).double()

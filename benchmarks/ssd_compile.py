@@ -14,26 +14,28 @@ from benchmarks import record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = ("steps", "states", "states_back", "pass", "output", "pass_back", "rows", "columns", "steps_back")
-SIZES = ((64, 128), (64, 64), (128, 128), (64, 256), (128, 256), (59, 111))  # P and N; the first is Mamba-2's
+SIZES = ((64, 128), (64, 64), (128, 128), (64, 256), (59, 111))  # P and N; the first is Mamba-2's
 
 
 def cases(target: str, brief: bool = False):
     """(name, kernel, types, constants, warps and stages) of what the launchers ask for on a chip.
 
     With D, z and resets, unless it is called "bare". float16, which alone scales its tiles, is compiled at Mamba-2's
-    size. `brief` takes Mamba-2's size and twice its states, which is each line of the table once.
+    size. `brief` takes Mamba-2's size and twice its states, which is each line of the table once. A head that a chip has
+    no room for is compiled in the parts into which the launchers take it.
     """
     from nondual.ops.ssd import triton as kernels
 
     for label, sizes in (("bf16", SIZES), ("fp16", SIZES[:1]), ("fp32", SIZES)):
-        for p, n in sizes:
-            if brief and (p, n) not in ((64, 128), (64, 256)):
+        for whole, n in sizes:
+            if brief and (whole, n) not in ((64, 128), (64, 256)):
                 continue
+            p = -(-whole // kernels.parts_of(target, whole, n, DTYPES[label]))
             for bare in (False, True):
-                if bare and (brief or (p, n) != (64, 128)):
+                if bare and (brief or (whole, n) != (64, 128)):
                     continue
                 for name in KERNELS:
-                    kernel, config = name.removesuffix("_back") if name == "states_back" else name, {}
+                    kernel = "states" if name == "states_back" else name
                     config = kernels.configuration(kernel, target, p, n, DTYPES[label], kernels.CHUNK[_kind(label)])
                     warps, stages = config.pop("num_warps"), config.pop("num_stages")
                     function = getattr(kernels, f"{kernel}_kernel")
@@ -42,7 +44,7 @@ def cases(target: str, brief: bool = False):
                     given |= {"BLOCK_PIECES": -(-p * n // kernels.PIECE)} | config
                     given["BLOCK_PIECES"] = 1 << (given["BLOCK_PIECES"] - 1).bit_length()
                     constants = {key: value for key, value in given.items() if key in function.arg_names}
-                    size = f"{name} P{p} N{n} {label}{' bare' if bare else ''}"
+                    size = f"{name} P{whole} N{n} {label}{' bare' if bare else ''}"
                     yield size, function, types(function, label), constants, warps, stages
 
 
@@ -68,7 +70,7 @@ def figures(targets: list[str], brief: bool = False) -> dict:
     found: dict = {}
     for target in targets:
         for name, kernel, signature, constants, warps, stages in cases(target, brief):
-            row = {"tiles": [constants.get("CHUNK"), constants.get("BLOCK"), warps, stages]}
+            row = {"tiles": [constants.get("P"), constants.get("CHUNK"), constants.get("BLOCK"), warps, stages]}
             try:
                 row |= aot.report(aot.compile_for(target, kernel, signature, constants, warps, stages))
             except Exception as error:  # a compiler's error has no type of its own; the tests refuse any

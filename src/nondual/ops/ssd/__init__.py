@@ -11,7 +11,7 @@ Three engines:
 - "reference": step by step in plain torch. Any floating dtype, differentiable twice.
 - "chunked": by blocks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
   L. Any floating dtype, differentiable twice.
-- "triton": our kernels, in float16, bfloat16 and float32, for P up to 128 and N up to 256. On CUDA tensors; on CPU
+- "triton": our kernels, in float16, bfloat16 and float32, for P and N up to 256. On CUDA tensors; on CPU
   tensors only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "chunked" for all others.
@@ -28,7 +28,7 @@ from nondual.ops.impl import choose
 from nondual.ops.ssd import chunked, reference
 from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
 
-WIDEST, MOST_STATES = 128, 256  # the widest head and the most states that the kernels hold on the chip
+WIDEST, MOST_STATES = 256, 256  # the widest head and the most states that the kernels take
 KERNEL_CHUNKS = (16, 32, 64, 128, 256)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

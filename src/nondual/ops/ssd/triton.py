@@ -197,7 +197,7 @@ def states_kernel(
     p_high += i_bh * length
     p_low += i_bh * length
     high_end, low_end = tl.load(p_high + end - 1), tl.load(p_low + end - 1)
-    b_acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    b_acc = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     for first in tl.range(i_c * CHUNK, end, BLOCK):
         o_t = first + tl.arange(0, BLOCK)
         m_t = o_t < end
@@ -218,10 +218,11 @@ def states_kernel(
             b_v = tl.where(m_t[:, None], b_v, 0.0)
         m_m = m_t[:, None] & (o_n < N)[None, :]
         b_m = tl.load(p_m + o_t.to(tl.int64)[:, None] * s_ml + o_n[None, :], mask=m_m, other=0.0)  # (BLOCK, BLOCK_N)
-        b_acc = product(tl.trans(b_v), b_m, b_acc)
+        b_v, scale = narrowed(b_v, b_m)
+        b_acc += tl.dot(tl.trans(b_m), b_v, input_precision="ieee") * scale
     o_p = tl.arange(0, BLOCK_P)
     p_tile = p_states + (i_bh * chunks + i_c) * P * N + o_p[:, None] * N + o_n[None, :]
-    tl.store(p_tile, b_acc, mask=(o_p < P)[:, None] & (o_n < N)[None, :])
+    tl.store(p_tile, tl.trans(b_acc), mask=(o_p < P)[:, None] & (o_n < N)[None, :])
 
 
 # --8<-- [start:pass]
@@ -598,27 +599,33 @@ INTERPRETED = not isinstance(steps_kernel, triton.runtime.JITFunction)
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 CHUNK = {"half": 256, "float32": 64}  # float32 runs on plain multipliers: less to multiply within a chunk
-TILES = {  # BLOCK, num_warps, num_stages for states up to 128 and 256; rows and columns have the same BLOCK
+TILES = {  # BLOCK, num_warps, num_stages for a state of 8192 numbers and of more; rows and columns have the same BLOCK
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
-        "states": ((64, 4, 2), (64, 4, 2)),
-        "output": ((64, 4, 2), (32, 4, 2)),
+        "states": ((64, 8, 2),),
+        "output": ((64, 4, 2),),
+        "rows": ((32, 8, 1),),
+        "columns": ((32, 8, 1),),
+    },
+    "sm_90": {
+        "states": ((64, 8, 2), (64, 8, 2)),
+        "output": ((64, 4, 2), (64, 8, 2)),
         "rows": ((32, 8, 1), (32, 8, 1)),
         "columns": ((32, 8, 1), (32, 8, 1)),
     },
-    "sm_90": {
-        "states": ((64, 4, 2), (64, 4, 2)),
+    "sm_100": {
+        "states": ((64, 8, 2), (64, 8, 2)),
         "output": ((64, 4, 2), (64, 4, 2)),
         "rows": ((32, 8, 1), (32, 8, 1)),
         "columns": ((32, 8, 1), (32, 8, 1)),
     },
     "float32": {  # everywhere
-        "states": ((16, 8, 1), (16, 8, 1)),
-        "output": ((16, 4, 1), (16, 4, 1)),
-        "rows": ((16, 8, 1), (16, 8, 1)),
-        "columns": ((16, 8, 1), (16, 8, 1)),
+        "states": ((16, 8, 1),),
+        "output": ((16, 8, 1),),
+        "rows": ((16, 8, 1),),
+        "columns": ((16, 8, 1),),
     },
 }
-TILES["sm_100"] = TILES["sm_90"]
+HELD = 8192  # numbers of a state that a program holds on the chip, or twice that where TILES has a second entry
 PIECE = 1024  # numbers of a state that one program hands on
 
 
@@ -642,7 +649,8 @@ def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, ch
     if kernel == "steps_back":
         block = configuration("rows", chip, p, n, dtype, chunk)["BLOCK"]
         return {"CHUNK": chunk, "BLOCK": block, "num_warps": 4, "num_stages": 1}
-    block, warps, stages = TILES["float32" if dtype == torch.float32 else chip][kernel][n > 128]
+    line = TILES["float32" if dtype == torch.float32 else chip][kernel]
+    block, warps, stages = line[_power(p) * _power(n) > HELD]
     if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many
         block = 16
     widest = 128 if kernel == "states" else 256
@@ -666,6 +674,32 @@ def chip_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
+def parts_of(chip: str, p: int, n: int, dtype: torch.dtype) -> int:
+    """Into how many heads of fewer channels a head is taken apart, so that a program can hold its state: its channels
+    have A, Δ, B and C in common, and nothing else."""
+    held = HELD * len(TILES["float32" if dtype == torch.float32 else chip]["states"])
+    parts = 1
+    while _power(triton.cdiv(p, parts)) * _power(n) > held:
+        parts *= 2
+    return parts
+
+
+def apart(v: Tensor | None, axis: int, parts: int) -> Tensor | None:
+    """(…, H, P, …) as (…, H · parts, P / parts, …), with zeros where P does not divide; `axis` is that of H."""
+    if v is None or parts == 1:
+        return v
+    if missing := -v.shape[axis + 1] % parts:
+        v = torch.cat([v, v.new_zeros(*v.shape[: axis + 1], missing, *v.shape[axis + 2 :])], axis + 1)
+    return v.unflatten(axis + 1, (parts, -1)).flatten(axis, axis + 1)
+
+
+def together(v: Tensor, axis: int, parts: int, p: int) -> Tensor:
+    """`apart`, turned back; P is p."""
+    if parts == 1:
+        return v
+    return v.unflatten(axis, (-1, parts)).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, p).contiguous()
+
+
 def heads_of_a_program(programs: int, share: int, device: torch.device) -> int:
     """How many heads of a group the programs of dB and dC add up themselves, so that there are two programs for each
     multiprocessor where the heads suffice: each further part costs its own copy of dB and dC in memory."""
@@ -687,6 +721,12 @@ class Launcher:
     """One call of the operator: its sizes, its inputs as the kernels take them, and the launch of each kernel."""
 
     def __init__(self, x, delta, A, B, C, D, z, delta_bias, state, reset, softplus, chunk):
+        self.whole, self.parts = x.shape[3], parts_of(chip_of(x.device), x.shape[3], B.shape[3], x.dtype)
+        x, z, D, state = (apart(v, axis, self.parts) for v, axis in ((x, 2), (z, 2), (D, 0), (state, 1)))
+        if self.parts > 1:
+            delta, A, delta_bias = (
+                None if v is None else v.repeat_interleave(self.parts, -1) for v in (delta, A, delta_bias)
+            )
         self.batch, self.length, self.heads, self.p = x.shape
         self.groups, self.n = B.shape[2:]
         self.chunk, self.chunks = chunk, triton.cdiv(self.length, chunk)
@@ -817,14 +857,19 @@ class Launcher:
 
     def steps_back(self, *received: Tensor) -> tuple[Tensor, ...]:
         """ddelta, dA and dbias."""
-        d_delta = torch.empty(self.delta.shape, dtype=self.delta.dtype, device=self.delta.device)
+        d_delta = torch.empty(
+            self.delta.shape, dtype=self.delta.dtype if self.parts == 1 else torch.float32, device=self.delta.device
+        )
         da, dbias = (self.room(self.batch, self.heads, self.chunks) for _ in range(2))
         self.launch(
             "steps_back", self.chunks, self.delta, self.A, self.bias, self.step, *received, d_delta, da, dbias,
             *self.delta.stride(), *self.sizes(), self.tiles("rows"), self.pieces(), SOFTPLUS=self.softplus,
             BLOCK_PIECES=triton.next_power_of_2(self.pieces()),
         )  # fmt: skip
-        return d_delta, da.sum((0, 2)), dbias.sum((0, 2))
+        da, dbias = da.sum((0, 2)), dbias.sum((0, 2))
+        if self.parts > 1:
+            d_delta, da, dbias = (v.unflatten(-1, (-1, self.parts)).sum(-1) for v in (d_delta, da, dbias))
+        return d_delta.to(self.delta.dtype), da, dbias
 
 
 def starts(reset: Tensor) -> Tensor:
@@ -846,7 +891,7 @@ def _forward(
     call = Launcher(x, delta, A, B, C, D, z, delta_bias, state, reset, softplus, chunk)
     call.steps()
     states, last = call.pass_on()
-    return call.output(states), last
+    return together(call.output(states), 2, call.parts, call.whole), together(last, 1, call.parts, call.whole)
 
 
 @_forward.register_fake
@@ -862,13 +907,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the first nine, those of D and z empty where they are not given."""
     call = Launcher(x, delta, A, B, C, D, z, delta_bias, state, reset, softplus, chunk)
-    d_y = _rows(d_y)
+    d_y, d_last = _rows(apart(d_y, 2, call.parts)), apart(d_last, 1, call.parts)
     call.steps()
     states, _ = call.pass_on()
     grads, d_first, whole = call.pass_back(d_y, d_last, states)
     d_c, d_z, *crossing = call.rows(d_y, states)
     d_b, d_x, d_d, d_step, columns, after = call.columns(d_y, grads)
     d_delta, d_a, d_bias = call.steps_back(*crossing, columns, after, whole, d_step)
+    d_x, d_first = together(d_x, 2, call.parts, call.whole), together(d_first, 1, call.parts, call.whole)
+    d_d = d_a.new_empty(A.shape) if D is None else together(d_d, 0, call.parts, call.whole)
+    d_z = d_z if z is None else together(d_z, 2, call.parts, call.whole)
     return d_x, d_delta, d_a, d_b, d_c, d_d, d_z, d_bias, d_first
 
 
@@ -918,7 +966,7 @@ def ssd(
     """Outputs and last state by the kernels; the input is taken as `nondual.ops.ssd` has checked it, and is not empty.
 
     Args:
-        x: input (B, L, H, P), float16, bfloat16 or float32, in any layout; P at most 128.
+        x: input (B, L, H, P), float16, bfloat16 or float32, in any layout; P at most 256.
         delta: step lengths (B, L, H), before bias and softplus.
         A: (H,).
         B: (B, L, G, N), N at most 256.

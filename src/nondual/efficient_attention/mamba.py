@@ -125,12 +125,13 @@ class Mamba(nn.Module):
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the content decides: Δ before bias and softplus (B, N, D), and B and C (B, N, S). A is not among them.
+        """What the content decides: Δ before bias and softplus (B, N, D), and B and C (B, N, S).
 
-        A subclass that returns the same whatever u is, B and C as (D, S), is a time-invariant model.
+        A is not among them. A subclass that returns the same whatever u is, B and C as (D, S),
+        is a time-invariant model.
         """
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(delta, self.dt_proj.weight), B, C  # the bias is added inside the scan, in float32
+        return F.linear(delta, self.dt_proj.weight), B, C  # the scan adds the bias, in float32
 
     # --8<-- [end:select]
 

@@ -62,7 +62,7 @@ def selective_scan(
     per_step = zip(u.unbind(1), step_length(delta, delta_bias, delta_softplus).unbind(1), _at(B, u), _at(C, u))
     outputs = []
     # --8<-- [start:scan]
-    for t, (u_t, delta_t, B_t, C_t) in enumerate(per_step):  # (B, D), (B, D), (B, D, N) or (D, N) twice
+    for t, (u_t, delta_t, B_t, C_t) in enumerate(per_step):  # (B, D) twice, (B, D, N) twice
         if reset is not None:
             h = h.masked_fill(reset[:, t, None, None], 0)
         A_bar, B_bar = discretize(delta_t[..., None], A, B_t, discretization)  # (B, D, N)
@@ -79,14 +79,15 @@ def selective_scan(
 
 # --8<-- [start:discretize]
 def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "zoh-euler") -> tuple[Tensor, Tensor]:
-    """Ā and B̄ of one step of length delta, for a diagonal A; the shapes broadcast. A may be complex.
+    """Ā and B̄ of one step of length delta, for a diagonal A, real or complex; the shapes broadcast.
 
     Args:
         delta: Δ.
         A: the diagonal.
         B: what the input is multiplied by.
-        rule: "zoh" holds the input still for the step and is then exact; "zoh-euler" takes Δ B for the input, its
-            first order; "bilinear" is the trapezoidal rule, of second order in both.
+        rule: "zoh" holds the input still for the step and is then exact;
+            "zoh-euler" takes Δ B for the input, its first order;
+            "bilinear" is the trapezoidal rule.
     """
     step = delta * A
     if rule == "bilinear":  # (1 - ΔA/2)⁻¹ (1 + ΔA/2) and (1 - ΔA/2)⁻¹ ΔB

@@ -59,7 +59,7 @@ struct scan { /* eight bytes each; strides count numbers, and the last axis of e
   /* the backward pass */
   const real *dy, *dlast;
   real *du, *ddelta, *dz, *dstate;    /* like u, and like state */
-  real *dA, *dB, *dC, *dD, *dbias;    /* for each batch (B, D, N) or (B, D); dB and dC of time (B, tasks, L, N) */
+  real *dA, *dB, *dC, *dD, *dbias;    /* for each batch (B, D, N) or (B, D); dB and dC of time (B, L, tasks, N) */
 };
 
 /* --- vectors ---------------------------------------------------------------------------------------------------- */
@@ -172,7 +172,8 @@ INLINE vec exponential(vec x) { return exp_any(x, in_base_2(splat(1))); }
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
-/* max(x, 0) + log(1 + e), e = exp(-|x|); log(1 + e) = 2 artanh(w), w = e / (2 + e) <= 1/3, as a polynomial in w². */
+/* max(x, 0) + log(1 + e), e = exp(-|x|); log(1 + e) = 2 artanh(w), w = e / (2 + e) <= 1/3, as a polynomial in w².
+   Above 20 it is x itself, and its slope 1, as in torch. */
 INLINE vec softplus(vec x) {
 #ifdef DOUBLE
   static const real c[] = {2, 0.666666666666661342, 0.400000000001903281, 0.285714285449251744, 0.222222241117479207,
@@ -185,13 +186,15 @@ INLINE vec softplus(vec x) {
   vec e = exponential(-absolute(x)), w = e / (2 + e), w2 = w * w, p = splat(c[DEGREE]);
 #pragma GCC unroll 16
   for (int k = DEGREE - 1; k >= 0; k--) p = p * w2 + c[k];
-  return choose(x > 0, x, splat(0)) + w * p;
+  return choose(x > 20, x, choose(x > 0, x, splat(0)) + w * p);
 }
+
+INLINE vec softplus_slope(vec x) { return choose(x > 20, splat(1), sigmoid(x)); }
 
 /* --- a task ------------------------------------------------------------------------------------------------------ */
 
 struct task {
-  int64_t batch, index, first, width, vectors; /* its channels: first … first + width */
+  int64_t batch, block, first, width, vectors; /* its channels: first … first + width */
   int64_t b_group, c_group;
 };
 
@@ -199,9 +202,9 @@ static int64_t blocks_of(const struct scan *s) { return s->channels / s->unit * 
 
 static struct task task_of(const struct scan *s, int64_t i) {
   int64_t blocks = blocks_of(s), each = (s->unit + WIDTH - 1) / WIDTH;
-  struct task k = {.batch = i / blocks, .index = i};
-  int64_t block = i % blocks, within = block % each * WIDTH;
-  k.first = block / each * s->unit + within;
+  struct task k = {.batch = i / blocks, .block = i % blocks};
+  int64_t within = k.block % each * WIDTH;
+  k.first = k.block / each * s->unit + within;
   k.width = s->unit - within < WIDTH ? s->unit - within : WIDTH;
   k.vectors = (k.width + LANES - 1) / LANES;
   k.b_group = s->b_unit ? k.first / s->b_unit : 0;
@@ -465,7 +468,7 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
         else scan_chunk_back(r, n, v, steps, TOGETHER, 1, 1, 1, 0);
       for (int64_t t = 0; t < steps; t++)
         for (int64_t j = 0; j < count; j++) {
-          int64_t at = (k.index * s->length + start + t) * s->states + n + j;
+          int64_t at = ((k.batch * s->length + start + t) * blocks_of(s) + k.block) * s->states + n + j;
           if (s->b_unit) s->dB[at] = sum(&r->sums[t][j].dB);
           if (s->c_unit) s->dC[at] = sum(&r->sums[t][j].dC);
         }
@@ -483,7 +486,7 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
         }
         if (s->softplus) {
           step_length(s, k, v, row, &raw);
-          ddelta *= sigmoid(raw);
+          ddelta *= softplus_slope(raw);
         }
         dbias += ddelta;
         store(s->du + at, du, lanes);

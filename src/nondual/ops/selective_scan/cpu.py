@@ -199,12 +199,12 @@ def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, stat
         return None if x is None else u.new_empty(shape)
 
     def sums(x):  # of each task over its channels, or of each batch over time
-        return like(x, batch, tasks, length, states) if x.ndim == 4 else like(x, batch, channels, states)
+        return like(x, batch, length, tasks, states) if x.ndim == 4 else like(x, batch, channels, states)
 
     def whole(sums, x):
         if x.ndim == 2:
             return sums.sum(0)
-        return sums.unflatten(1, (x.shape[2], -1)).sum(2).transpose(1, 2)
+        return sums if tasks == x.shape[2] else sums.unflatten(2, (x.shape[2], -1)).sum(3)
 
     du, ddelta, dz = (like(x, *u.shape) for x in (u, delta, z))
     dA, dB, dC = (sums(x) for x in (A, B, C))
@@ -316,7 +316,7 @@ def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, res
         ddelta[:, here] = _gather(dstep, A).transpose(0, 1)
     ddelta += u * dx
     if softplus:
-        ddelta *= torch.sigmoid(raw)
+        ddelta *= torch.sigmoid(raw).masked_fill_(raw > 20, 1)  # where torch's softplus is the identity
     du = delta * dx
     if D is not None:
         du += D * dy

@@ -21,8 +21,8 @@ def cases(target: str, brief: bool = False):
     """(name, kernel, types, constants, warps and stages) of what the launchers ask for on a chip.
 
     With D, z and resets, unless it is called "bare". float16, which alone scales its tiles, is compiled at Mamba-2's
-    size. `brief` takes Mamba-2's size and twice its states, which is each line of the table once. A head that a chip has
-    no room for is compiled in the parts into which the launchers take it.
+    size. `brief` takes Mamba-2's size and twice its states, which is each line of the table once. A head that a chip
+    has no room for is compiled in the parts into which the launchers take it.
     """
     from nondual.ops.ssd import triton as kernels
 

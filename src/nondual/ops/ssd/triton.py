@@ -599,12 +599,12 @@ INTERPRETED = not isinstance(steps_kernel, triton.runtime.JITFunction)
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 CHUNK = {"half": 256, "float32": 64}  # float32 runs on plain multipliers: less to multiply within a chunk
-TILES = {  # BLOCK, num_warps, num_stages for a state of 8192 numbers and of more; rows and columns have the same BLOCK
+TILES = {  # BLOCK, num_warps, num_stages for N up to 128 and up to 256; rows and columns have the same BLOCK
     "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
-        "states": ((64, 8, 2),),
-        "output": ((64, 4, 2),),
-        "rows": ((32, 8, 1),),
-        "columns": ((32, 8, 1),),
+        "states": ((32, 8, 2), (32, 8, 2)),
+        "output": ((64, 4, 2), (64, 4, 2)),
+        "rows": ((32, 8, 1), (16, 8, 1)),
+        "columns": ((32, 8, 1), (16, 8, 1)),
     },
     "sm_90": {
         "states": ((64, 8, 2), (64, 8, 2)),
@@ -618,14 +618,14 @@ TILES = {  # BLOCK, num_warps, num_stages for a state of 8192 numbers and of mor
         "rows": ((32, 8, 1), (32, 8, 1)),
         "columns": ((32, 8, 1), (32, 8, 1)),
     },
-    "float32": {  # everywhere
-        "states": ((16, 8, 1),),
-        "output": ((16, 8, 1),),
-        "rows": ((16, 8, 1),),
-        "columns": ((16, 8, 1),),
+    "float32": {  # everywhere: on plain multipliers, since a tensor core would round to TF32
+        "states": ((16, 8, 1), (16, 8, 1)),
+        "output": ((16, 8, 1), (16, 8, 1)),
+        "rows": ((16, 8, 1), (16, 8, 1)),
+        "columns": ((16, 8, 1), (16, 8, 1)),
     },
 }
-HELD = 8192  # numbers of a state that a program holds on the chip, or twice that where TILES has a second entry
+HELD = {"sm_90": (8192, 16384), "sm_100": (8192, 16384)}  # numbers of a state on the chip, for the same two; else 8192
 PIECE = 1024  # numbers of a state that one program hands on
 
 
@@ -650,7 +650,7 @@ def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, ch
         block = configuration("rows", chip, p, n, dtype, chunk)["BLOCK"]
         return {"CHUNK": chunk, "BLOCK": block, "num_warps": 4, "num_stages": 1}
     line = TILES["float32" if dtype == torch.float32 else chip][kernel]
-    block, warps, stages = line[_power(p) * _power(n) > HELD]
+    block, warps, stages = line[n > 128]
     if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many
         block = 16
     widest = 128 if kernel == "states" else 256
@@ -677,7 +677,7 @@ def chip_of(device: torch.device) -> str:
 def parts_of(chip: str, p: int, n: int, dtype: torch.dtype) -> int:
     """Into how many heads of fewer channels a head is taken apart, so that a program can hold its state: its channels
     have A, Δ, B and C in common, and nothing else."""
-    held = HELD * len(TILES["float32" if dtype == torch.float32 else chip]["states"])
+    held = HELD.get("float32" if dtype == torch.float32 else chip, (8192, 8192))[n > 128]
     parts = 1
     while _power(triton.cdiv(p, parts)) * _power(n) > held:
         parts *= 2

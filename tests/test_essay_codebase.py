@@ -18,6 +18,7 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
     "self_attention": lambda room: room.MultiHeadAttention(8, 2)(X),
     "transformer": lambda room: room.Encoder(8, 2, 16, n_layers=2)(X),
     "positional_encoding": lambda room: room.LearnedPositions(8, 8)(3),
+    "efficient_attention/mamba": lambda room: room.Mamba(8)(X),
     "efficient_attention/flash_attention": lambda room: room.FlashAttention()(*X.view(3, 1, 1, 1, 8).requires_grad_()),
 }
 

@@ -19,7 +19,11 @@ with install_import_hook("nondual", "beartype.beartype"):
     from nondual.language_models.mamba import MambaLM
     from nondual.ops.attention import attention, masked_softmax
     from nondual.ops.causal_conv1d import causal_conv1d
+    from nondual.efficient_attention import hippo, s4d, state_space
     from nondual.ops.flash_attention import flash_attention
+    from nondual.ops.linear_recurrence import linear_recurrence
+    from nondual.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
+    from nondual.ops.ssd import ssd, ssd_matrix, ssd_step
 
 q, k, v = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 11, 7), torch.randn(2, 3, 11, 13)
 attention(q, k, v, causal=True)
@@ -61,6 +65,33 @@ transformer.Encoder(12, 4, 48, n_layers=2, norm_first=True)(x, return_weights=Tr
 encoder = transformer.TextEncoder(31, 9, 12, 4, 48, n_layers=2)
 encoder(torch.zeros(2, 5, dtype=torch.long), mask=masks.padding(torch.tensor([5, 2]), 5), return_weights=True)
 tasks.relation(tasks.RING, 4)
+
+a, b = torch.rand(2, 5, 3), torch.randn(2, 5, 3)
+linear_recurrence(a, b), linear_recurrence(a[:, :1], b + 0j, torch.zeros(2, 3), impl="parallel")
+A, B = hippo.legt(6, 2.0)
+state_space.run(torch.randn(2, 5, 1).double(), *state_space.discretize(0.1, A, B), torch.zeros(2, 6).double())
+for states in (hippo.legt_states(torch.randn(2, 3, 7), 4, 5.0), hippo.legs_states(torch.randn(7), 4)):
+    hippo.reconstruct(states, torch.linspace(0, 1, 9))
+hippo.project(torch.randn(2, 3, 7), 4)
+for op in (s4d.recurrence, s4d.convolution, s4d.scan):
+    layer = s4d.S4D(5, 8, init=s4d.s4d_lin, op=op)
+    y, state = layer(torch.randn(2, 7, 5), return_state=True)
+    layer.step(torch.randn(2, 5), state), layer(torch.randn(2, 7, 5), state)
+
+u, delta, A, D = torch.randn(2, 5, 6), torch.rand(2, 5, 6), -torch.rand(6, 3), torch.randn(6)
+first = torch.zeros(2, 5, dtype=torch.bool)
+for B in (torch.randn(2, 5, 3), torch.randn(2, 5, 2, 3), torch.randn(6, 3)):
+    for impl in ("reference", "auto"):
+        y, state = selective_scan(u, delta, A, B, B, D, u, D, True, reset=first, impl=impl)
+    selective_scan_matrix(delta, A, B, B, D, D, True, reset=first)
+selective_scan_step(u[:, 0], delta[:, 0], A, torch.randn(2, 3), torch.randn(2, 2, 3), D, u[:, 0], D, True, state)
+x, delta, A, B = torch.randn(2, 5, 6, 7), torch.rand(2, 5, 6), -torch.rand(6), torch.randn(2, 5, 3, 4)
+for impl in ("reference", "auto"):
+    y, state = ssd(x, delta, A, B, B, D, x, D, True, reset=first, impl=impl)
+ssd_step(x[:, 0], delta[:, 0], A, B[:, 0], B[:, 0], D, x[:, 0], D, True, state)
+ssd_matrix(delta, A, B, B)
+tasks.selective_copying(4, 9)
+x = torch.randn(2, 5, 12)
 
 minilm = pretrained.minilm()
 minilm.encode(["two", "sentences here"]), minilm.layers(["one"]), minilm.attention("one")

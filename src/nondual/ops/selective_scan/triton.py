@@ -182,16 +182,15 @@ def forward_kernel(
     m_d = o_width < WIDTH
     o_d = i_g * WIDTH + tl.minimum(o_width, WIDTH - 1)  # a lane too many repeats the last channel, and stores nothing
     o_n = tl.arange(0, BLOCK_N)
-    # (BLOCK_N, BLOCK_D): neighbours in memory are neighbouring threads. The hint keeps the compiler from giving each
-    # thread four channels at a time, and with them a sum over N that leaves the thread.
-    o_h = tl.max_contiguous(o_n[:, None] * D + o_d[None, :], [1, 1])
-    m_n = (o_n < N)[:, None]
-    m_h = m_n & m_d[None, :]
-    b_A = tl.load(p_A + o_h, mask=m_n, other=0.0) * LOG2_E
+    # (BLOCK_N, BLOCK_D): neighbours in memory are neighbouring threads. The hint promises no alignment, so that no
+    # thread gets four channels at a time, and with them a sum over N that leaves it.
+    o_h = tl.multiple_of(o_n[:, None] * D + (i_g * WIDTH + o_width)[None, :], [1, 1])
+    m_h = (o_n < N)[:, None] & m_d[None, :]
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
     b_h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     i_bs = i_b * spans + i_span
     if p_start is not None:
-        b_h = tl.load(p_start + i_bs * (N * D) + o_h, mask=m_n, other=0.0)
+        b_h = tl.load(p_start + i_bs * (N * D) + o_h, mask=m_h, other=0.0)
     b_D, b_bias, b_B, b_C = 0.0, 0.0, 0.0, 0.0
     if p_D is not None:
         b_D = tl.load(p_D + o_d)
@@ -200,12 +199,12 @@ def forward_kernel(
     if B_GROUPS > 0:
         p_B += i_b * length * (B_GROUPS * BLOCK_N) + i_g // (GROUPS // B_GROUPS) * BLOCK_N
     else:
-        b_B = tl.load(p_B + o_h, mask=m_n, other=0.0)
+        b_B = tl.load(p_B + o_h, mask=m_h, other=0.0)
     if p_C is not None:
         if C_GROUPS > 0:
             p_C += i_b * length * (C_GROUPS * BLOCK_N) + i_g // (GROUPS // C_GROUPS) * BLOCK_N
         else:
-            b_C = tl.load(p_C + o_h, mask=m_n, other=0.0)
+            b_C = tl.load(p_C + o_h, mask=m_h, other=0.0)
     p_u += i_b * s_ub
     p_delta += i_b * s_deltab
     if p_z is not None:
@@ -319,17 +318,16 @@ def adjoint_kernel(
     o_width = i_block * BLOCK_D + tl.arange(0, BLOCK_D)
     o_d = i_g * WIDTH + tl.minimum(o_width, WIDTH - 1)
     o_n = tl.arange(0, BLOCK_N)
-    o_h = tl.max_contiguous(o_n[:, None] * D + o_d[None, :], [1, 1])  # (BLOCK_N, BLOCK_D), as in the forward
-    m_n = (o_n < N)[:, None]
-    m_h = m_n & (o_width < WIDTH)[None, :]
-    b_A = tl.load(p_A + o_h, mask=m_n, other=0.0) * LOG2_E
+    o_h = tl.multiple_of(o_n[:, None] * D + (i_g * WIDTH + o_width)[None, :], [1, 1])  # as in the forward
+    m_h = (o_n < N)[:, None] & (o_width < WIDTH)[None, :]
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
     b_bias, b_C = 0.0, 0.0
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_d)
     if C_GROUPS > 0:
         p_C += i_b * length * (C_GROUPS * BLOCK_N) + i_g // (GROUPS // C_GROUPS) * BLOCK_N
     else:
-        b_C = tl.load(p_C + o_h, mask=m_n, other=0.0)
+        b_C = tl.load(p_C + o_h, mask=m_h, other=0.0)
     p_delta += i_b * s_deltab
     p_dy += i_b * s_dyb
     if p_z is not None:
@@ -517,8 +515,8 @@ def backward_kernel(
     BLOCK_D: tl.constexpr = D_LO * D_HI
     BLOCK_N: tl.constexpr = N_HI * N_LO
     WIDTH: tl.constexpr = D // GROUPS
-    blocks = tl.cdiv(WIDTH, BLOCK_D)
-    i_b, i_span, i_g, i_block = place(blocks, spans, GROUPS)
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
+    i_b, i_span, i_g, i_block = place(BLOCKS, spans, GROUPS)
     i_bs = i_b * spans + i_span
     o_width = i_block * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_width < WIDTH
@@ -526,12 +524,14 @@ def backward_kernel(
     o_n = tl.arange(0, N_HI)[:, None] * N_LO + tl.arange(0, N_LO)[None, :]  # (N_HI, N_LO)
     o_lo, o_hi = tl.arange(0, D_LO)[:, None, None, None], tl.arange(0, D_HI)[None, None, :, None]
     o_tile = o_n[None, :, None, :]
-    o_own = ((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO  # in scratch, as the threads lie
     o_lane = i_block * BLOCK_D + o_lo * D_HI + o_hi
-    o_h = o_tile * D + i_g * WIDTH + tl.minimum(o_lane, WIDTH - 1)  # the tile
-    m_n = o_tile < N
-    m_h = m_n & (o_lane < WIDTH)
-    b_A = tl.load(p_A + o_h, mask=m_n, other=0.0) * LOG2_E
+    # Three orders of the tile in memory: (D, N), and as the threads lie, of which each has four neighbours at a time,
+    # and the forward's (N, D). The hints hold the threads to the one layout that the tile is meant to have.
+    o_h = tl.max_contiguous((i_g * WIDTH + o_lane) * N + o_tile, [1, 2, 2, 4])
+    o_own = tl.max_contiguous(((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO, [1, 2, 2, 4])
+    o_forward = tl.max_contiguous(tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1]), [1, 2, 2, 4])
+    m_h = (o_tile < N) & (o_lane < WIDTH)
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
     b_q = tl.zeros((D_LO, N_HI, D_HI, N_LO), tl.float32)
     b_dA, b_dB, b_dC = b_q, b_q, b_q
     if p_end is not None:
@@ -543,18 +543,18 @@ def backward_kernel(
         b_D = tl.load(p_D + o_d)
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_d)
-    S_DB: tl.constexpr = GROUPS * tl.cdiv(WIDTH, BLOCK_D) * BLOCK_N
-    o_part = i_b * length * S_DB + (i_g * blocks + i_block) * BLOCK_N
+    S_DB: tl.constexpr = GROUPS * BLOCKS * BLOCK_N
+    o_part = i_b * length * S_DB + (i_g * BLOCKS + i_block) * BLOCK_N
     if B_GROUPS > 0:
         p_B += i_b * length * (B_GROUPS * BLOCK_N) + i_g // (GROUPS // B_GROUPS) * BLOCK_N
         p_dB += o_part
     else:
-        b_B = tl.load(p_B + o_h, mask=m_n, other=0.0)
+        b_B = tl.load(p_B + o_h, mask=m_h, other=0.0)
     if C_GROUPS > 0:
         p_C += i_b * length * (C_GROUPS * BLOCK_N) + i_g // (GROUPS // C_GROUPS) * BLOCK_N
         p_dC += o_part
     else:
-        b_C = tl.load(p_C + o_h, mask=m_n, other=0.0)
+        b_C = tl.load(p_C + o_h, mask=m_h, other=0.0)
     p_u += i_b * s_ub
     p_delta += i_b * s_deltab
     p_dy += i_b * s_dyb
@@ -576,7 +576,7 @@ def backward_kernel(
         begin = first + (chunks - 1 - j) * CHUNK
         end = tl.minimum(begin + CHUNK, last)
         i_chunk = i_b * tl.cdiv(length, CHUNK) + begin // CHUNK
-        b_h = tl.load(p_checkpoint + i_chunk * (N * D) + o_h, mask=m_n, other=0.0)
+        b_h = tl.load(p_checkpoint + i_chunk * (N * D) + o_forward, mask=m_h, other=0.0)
         parts = tl.cdiv(end - begin, STEPS)
         for i in tl.range(0, parts - 1):
             tl.store(p_scratch + i * SIZE + o_own, b_h)
@@ -622,25 +622,42 @@ INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 # --- launchers -----------------------------------------------------------------------------------------------------
 
 
-def configuration(kernel: str, states: int) -> dict[str, int]:
+TILES = {  # of the backward, by N up to a power of two: D_LO, N_HI, D_HI, N_LO, STEPS, num_warps
+    1: (4, 1, 32, 1, 2, 1),
+    2: (4, 1, 32, 2, 2, 1),
+    4: (4, 1, 32, 4, 2, 1),
+    8: (4, 2, 16, 4, 2, 1),
+    16: (4, 4, 8, 4, 4, 1),
+    32: (8, 8, 4, 4, 2, 1),
+    64: (4, 16, 8, 4, 2, 4),
+    128: (4, 32, 8, 4, 2, 8),
+    256: (2, 64, 8, 4, 2, 8),
+}
+MOST_STATES = max(TILES)
+
+
+def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, int]:
     """The blocks, warps and unrolling of a kernel.
 
-    Chosen from what compiles without a spill and in few instructions, as docs/measured/selective_scan_compile.json
-    shows, not yet from timings.
+    Chosen from what compiles in few instructions and, forward, without a spill, as
+    docs/measured/selective_scan_compile.json shows, not yet from timings. Forward, up to 64 states lie in one thread;
+    256 are shared by four.
 
     Args:
         kernel: "forward", "adjoint" or "backward".
         states: N.
+        resets: whether there are any, which cost registers.
     """
     block_n = 1 << (states - 1).bit_length()
     if kernel == "backward":
-        n_lo = min(4, block_n)
-        n_hi = block_n // n_lo
-        tile = {"D_LO": 4, "N_HI": n_hi, "D_HI": max(8, 32 // n_hi), "N_LO": n_lo}
-        return tile | {"STEPS": 2 if INTERPRETED else 4, "num_warps": max(1, block_n // 16), "num_stages": 1}
-    warps = min(4, max(1, block_n // 16))
-    steps = 2 if INTERPRETED else 8 if block_n <= 16 else 4
-    return {"BLOCK_D": 32 * warps, "BLOCK_N": block_n, "STEPS": steps, "num_warps": warps, "num_stages": 1}
+        config = dict(zip(("D_LO", "N_HI", "D_HI", "N_LO", "STEPS", "num_warps"), TILES[block_n]))
+    else:
+        warps = min(4, max(1, block_n // 16))
+        config = {"BLOCK_D": min(32 * warps, 8192 // block_n), "BLOCK_N": block_n}
+        config |= {"STEPS": 8 if block_n == 16 and not resets else 4, "num_warps": warps}
+    if INTERPRETED:  # where speed is no concern, few steps at a time: short sequences have many, and some left over
+        config["STEPS"] = 2
+    return config | {"num_stages": 1}
 
 
 CHUNK = 8 if INTERPRETED else 64  # steps from one state that the forward leaves to the next: N/16 numbers for each of u
@@ -667,17 +684,18 @@ class Plan:
 
     u, delta, z and dy keep their layout if their channels lie side by side, or are copied. B and C, which every channel
     of a group reads, become (B, L, G, BLOCK_N) in float32 once, padded by zeros. What belongs to channels and states, A
-    and states themselves, lies (…, N, D), so that neighbouring threads read neighbouring numbers.
+    and the states themselves, lies (…, D, N) for the backward kernel, in which a thread has neighbouring states, and is
+    `turned` to (…, N, D) for the others, in which neighbouring threads have neighbouring channels.
     """
 
     def __init__(self, u, delta, A, B, C, D, z, bias, softplus, reset):
         self.batch, self.length, self.channels = u.shape
         self.states = A.shape[1]
         self.u, self.delta, self.z = _rows(u), _rows(delta), _rows(z)
-        self.A, self.D, self.bias = _wide(A.mT), _wide(D), _wide(bias)
+        self.A, self.D, self.bias = _wide(A), _wide(D), _wide(bias)
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         block = 1 << (self.states - 1).bit_length()
-        self.B, self.C = (_wide(x.mT) if x.ndim == 2 else _padded(x, block) for x in (B, C))
+        self.B, self.C = (_wide(x) if x.ndim == 2 else _padded(x, block) for x in (B, C))
         self.b_groups, self.c_groups = (0 if x.ndim == 2 else x.shape[2] for x in (B, C))
         self.groups = math.lcm(max(1, self.b_groups), max(1, self.c_groups))
         self.softplus = softplus
@@ -689,8 +707,9 @@ class Plan:
     def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def per_span(self) -> Tensor:
-        return self.room(self.batch, self.spans, self.states, self.channels)
+    def per_span(self, turned: bool = True) -> Tensor:
+        last = (self.states, self.channels) if turned else (self.channels, self.states)
+        return self.room(self.batch, self.spans, *last)
 
     def programs(self, width: int) -> int:
         """Of blocks so wide, none of which leaves its group."""
@@ -731,22 +750,23 @@ def launch_forward(
     if not u.numel():
         return y, last.zero_() if state is None else last.copy_(state), checkpoint, ungated
     plan = Plan(u, delta, A, B, C, D, z, bias, softplus, reset)
-    config = configuration("forward", plan.states)
+    config = configuration("forward", plan.states, reset is not None)
     strides = plan.u.stride(0), plan.delta.stride(0), 0 if z is None else plan.z.stride(0)
     fixed = {"S_U": plan.u.stride(1), "S_DELTA": plan.delta.stride(1), "S_Z": 0 if z is None else plan.z.stride(1)}
     fixed |= plan.sizes() | {"B_GROUPS": plan.b_groups, "C_GROUPS": plan.c_groups, "CHUNK": CHUNK} | config
     grid, times = (plan.programs(config["BLOCK_D"]),), (plan.length, plan.span, plan.spans)
-    start, end = (None if state is None else _wide(state.mT)), plan.per_span()
+    start, end, A = None if state is None else _wide(state.mT), plan.per_span(), _wide(A.mT)
+    B, C = (_wide(x.mT) if x.ndim == 2 else known for x, known in ((B, plan.B), (C, plan.C)))
     with torch.cuda.device_of(u):
         if plan.spans > 1:
             decay = plan.per_span()
             forward_kernel[grid](
-                plan.u, plan.delta, plan.A, plan.B, None, None, None, plan.bias, None, plan.reset, None, None, None,
+                plan.u, plan.delta, A, B, None, None, None, plan.bias, None, plan.reset, None, None, None,
                 end, decay, *strides, *times, **fixed,
             )  # fmt: skip
             start = plan.pass_on(end, decay, start, False)
         forward_kernel[grid](
-            plan.u, plan.delta, plan.A, plan.B, plan.C, plan.D, plan.z, plan.bias, start, plan.reset, y,
+            plan.u, plan.delta, A, B, C, plan.D, plan.z, plan.bias, start, plan.reset, y,
             ungated if keep and z is not None else None, checkpoint if keep else None, end, None,
             *strides, *times, **fixed,
         )  # fmt: skip
@@ -788,12 +808,11 @@ def launch_backward(
     width, block_n = config["D_LO"] * config["D_HI"], config["N_HI"] * config["N_LO"]
     blocks = triton.cdiv(plan.channels // plan.groups, width)
     parts = (plan.batch, plan.length, plan.groups, blocks, block_n)
-    dA, q = plan.per_span(), plan.per_span()
-    dB = plan.per_span() if B.ndim == 2 else plan.room(*parts)
-    dC = plan.per_span() if C.ndim == 2 else plan.room(*parts)
+    dA, q = plan.per_span(turned=False), plan.per_span(turned=False)
+    dB, dC = (plan.per_span(turned=False) if x.ndim == 2 else plan.room(*parts) for x in (B, C))
     dD, dbias = (None if x is None else plan.room(plan.batch, plan.spans, plan.channels) for x in (D, bias))
     scratch = plan.room(plan.programs(width) * (CHUNK // config["STEPS"]) * width * block_n)
-    times, end = (plan.length, plan.span, plan.spans), (None if d_last is None else _wide(d_last.mT))
+    times, end = (plan.length, plan.span, plan.spans), _wide(d_last)
     s_zb, s_z = (0, 0) if z is None else plan.z.stride()[:2]
     fixed = {"S_DELTA": plan.delta.stride(1), "S_Z": s_z, "S_DY": dy.stride(1), "C_GROUPS": plan.c_groups}
     fixed |= plan.sizes()
@@ -802,10 +821,10 @@ def launch_backward(
             local, decay = plan.per_span(), plan.per_span()
             narrow = configuration("adjoint", plan.states)
             adjoint_kernel[(plan.programs(narrow["BLOCK_D"]),)](
-                plan.delta, plan.A, plan.C, plan.z, plan.bias, dy, plan.reset, local, decay,
-                plan.delta.stride(0), s_zb, dy.stride(0), *times, **fixed, **narrow,
+                plan.delta, _wide(A.mT), _wide(C.mT) if C.ndim == 2 else plan.C, plan.z, plan.bias, dy, plan.reset,
+                local, decay, plan.delta.stride(0), s_zb, dy.stride(0), *times, **fixed, **narrow,
             )  # fmt: skip
-            end = plan.pass_on(local, decay, end, True)
+            end = plan.pass_on(local, decay, None if end is None else end.mT.contiguous(), True).mT.contiguous()
         backward_kernel[(plan.programs(width),)](
             plan.u, plan.delta, plan.A, plan.B, plan.C, plan.D, plan.z, plan.bias, dy,
             None if z is None else ungated, checkpoint, plan.reset, end, scratch,
@@ -813,17 +832,17 @@ def launch_backward(
             plan.u.stride(0), plan.delta.stride(0), s_zb, dy.stride(0), *times,
             S_U=plan.u.stride(1), B_GROUPS=plan.b_groups, CHUNK=CHUNK, **fixed, **config,
         )  # fmt: skip
-    grads[2].copy_(dA.sum((0, 1)).mT)
+    grads[2].copy_(dA.sum((0, 1)))
     for grad, x, part in ((grads[3], B, dB), (grads[4], C, dC)):
         if x.ndim == 2:
-            grad.copy_(part.sum((0, 1)).mT)
+            grad.copy_(part.sum((0, 1)))
         else:  # over the blocks of a group, and over what the other of the two divides it into
             grad.copy_(part.view(*parts[:2], x.shape[2], -1, block_n).sum(3)[..., : plan.states])
     for grad, part in ((grads[5], dD), (grads[7], dbias)):
         if part is not None:
             grad.copy_(part.sum((0, 1)))
     if state is not None:
-        grads[8].copy_(q[:, 0].mT)
+        grads[8].copy_(q[:, 0])
     return grads
 
 

@@ -5,19 +5,17 @@ a curve on logarithmic scales tells the power of N: 2 for a table, 1 where none 
 """
 
 import json
-import math
-import resource
 import subprocess
 import sys
 import time
 from statistics import median
 
 from benchmarks.record import write
+from benchmarks.scaling import peak_mib, slope
 
 B, H, D = 1, 4, 64
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 ENGINES = ("textbook", "tiled", "sdpa")
-MB = 1024**2 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss in a mebibyte
 
 
 def one(engine: str, n: int, backward: bool, causal: bool) -> dict:
@@ -37,24 +35,17 @@ def one(engine: str, n: int, backward: bool, causal: bool) -> dict:
 
     def run(n):
         inputs = [torch.randn(B, H, n, D, requires_grad=backward) for _ in range(3)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_mib()
         start = time.perf_counter()
         out = runs[engine](*inputs)
         if backward:
             out.sum().backward()
-        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return time.perf_counter() - start, peak_mib() - before
 
     run(64)  # load what is loaded once
     seconds, peak = run(n)
     times = [seconds, *(run(n)[0] for _ in range(2 if seconds > 1 else 6))]
-    return {"seconds": median(times), "peak_mib": peak / MB}
-
-
-def slope(rows: list[dict], what: str) -> float:
-    """The power of N over the three longest lengths, by least squares on logarithms."""
-    points = [(math.log(row["n"]), math.log(max(row[what], 1e-9))) for row in rows[-3:]]
-    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return {"seconds": median(times), "peak_mib": peak}
 
 
 def main(options: list[str]) -> None:
@@ -75,8 +66,8 @@ def main(options: list[str]) -> None:
                     "n": LENGTHS,
                     "peak_mib": [round(row["peak_mib"], 2) for row in rows[engine]],
                     "over_sdpa": [round(a["seconds"] / b["seconds"], 2) for a, b in zip(rows[engine], rows["sdpa"])],
-                    "memory_slope": round(slope(rows[engine], "peak_mib"), 2),
-                    "time_slope": round(slope(rows[engine], "seconds"), 2),
+                    "memory_slope": round(slope(LENGTHS, [row["peak_mib"] for row in rows[engine]]), 2),
+                    "time_slope": round(slope(LENGTHS, [row["seconds"] for row in rows[engine]]), 2),
                 }
                 cases.append(case)
                 print(case, flush=True)

@@ -5,8 +5,12 @@ parameters within 2 %. The learning rate of each is the best of the same four on
 fifth of the steps; what is reported is the loss on two other plays that neither has seen, for three seeds. Four Mamba
 blocks stand beside two layers of the transformer, as in Gu and Dao 2023 (2312.00752), section 3.4: a layer has two
 blocks, attention and a feed-forward network.
+
+`--longer`, afterwards, trains the transformer once more, for as many steps as take the time of Mamba's: the same time
+in place of the same text.
 """
 
+import json
 import math
 from collections import Counter
 
@@ -14,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import alternate, ratio, write
+from benchmarks.record import MEASURED, alternate, ratio, write
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.mamba import MambaLM, choose
 from nondual.positional_encoding import LearnedPositions
@@ -135,6 +139,24 @@ def train(name: str, vocabulary: int, text: Tensor, watched: Tensor, *, rate: fl
     return model, curve
 
 
+def sample(model: nn.Module, alphabet: list[str]) -> str:
+    """What the model says after the prompt."""
+    prompt = torch.tensor([[alphabet.index(c) for c in PROMPT]])
+    said = model.generate(prompt, SAMPLE, temperature=TEMPERATURE, generator=torch.Generator().manual_seed(0))
+    return "".join(alphabet[i] for i in said[0].tolist())
+
+
+def longer(text: Tensor, watched: Tensor, unseen: Tensor, alphabet: list[str], figures: dict) -> None:
+    """The transformer for as many steps as take Mamba's time, at the rate that the sweep chose."""
+    rate = json.loads((MEASURED / "shakespeare.json").read_text())["figures"]["transformer"]["learning_rate"]
+    steps = round(STEPS * figures["mamba_over_transformer_seconds_per_step"]["median"] / EVERY) * EVERY
+    model, curve = train("transformer", len(alphabet), text, watched, rate=rate, steps=steps, seed=SEEDS[0])
+    run = {"seed": SEEDS[0], "held_out_bits": round(bits(model, unseen), 4), "curve": curve}
+    figures["transformer"] = {"learning_rate": rate, "runs": [run], "sample": sample(model, alphabet)}
+    seen = steps * BATCH * CONTEXT
+    write("shakespeare_longer", "nox -s bench -- shakespeare --longer", figures, threads=1, steps=steps, seen=seen)
+
+
 def main(options: list[str]) -> None:
     torch.set_num_threads(1)
     plays = shakespeare()
@@ -164,6 +186,9 @@ def main(options: list[str]) -> None:
     times = alternate({n: lambda n=n: update(models[n], adams[n], batch) for n in models})
     figures = {"mamba_over_transformer_seconds_per_step": ratio(times["mamba"], times["transformer"])}
     print(figures, flush=True)
+    if "--longer" in options:
+        longer(text, watched, unseen, alphabet, figures)
+        return
 
     figures["bits_by_frequency_alone"] = round(by_frequency, 4)
     for name in models:
@@ -175,14 +200,12 @@ def main(options: list[str]) -> None:
         for seed in SEEDS:
             model, curve = train(name, len(alphabet), text, watched, rate=best, steps=STEPS, seed=seed)
             runs.append({"seed": seed, "held_out_bits": round(bits(model, unseen), 4), "curve": curve})
-        prompt, generator = encode(PROMPT)[None], torch.Generator().manual_seed(0)
-        sample = model.generate(prompt, SAMPLE, temperature=TEMPERATURE, generator=generator)[0]
         figures[name] = {
             "parameters": sizes[name],
             "sweep_bits": {str(rate): value for rate, value in sweep.items()},
             "learning_rate": best,
             "runs": runs,
-            "sample": "".join(alphabet[i] for i in sample.tolist()),
+            "sample": sample(model, alphabet),
         }
         print(name, sweep, [run["held_out_bits"] for run in runs], figures[name]["sample"], sep="\n", flush=True)
     write(

@@ -11,8 +11,8 @@ Three engines:
 - "reference": step by step in plain torch. Any floating dtype, both discretisations, differentiable twice.
 - "cpu": a compiled loop over time, forward and backward, in memory linear in L; where there is no C compiler the same
   in plain torch, slower. On CPU tensors, in float16, bfloat16, float32 and float64.
-- "triton": our kernels, in float16, bfloat16 and float32. On CUDA tensors; on CPU tensors only in Triton's interpreter
-  (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+- "triton": our kernels, in float16, bfloat16 and float32, for up to 256 states. On CUDA tensors; on CPU tensors only in
+  Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, "cpu" for CPU tensors, and
 "reference" for all others: exact zero-order hold, float64 on a GPU, nothing to do.
@@ -195,6 +195,12 @@ def _triton(u: Tensor, *rest):
         from nondual.ops.selective_scan import triton
     except ImportError as error:
         raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+    states = rest[1].shape[1]
+    if states > triton.MOST_STATES:
+        raise ValueError(
+            f"A must have at most {triton.MOST_STATES} states for impl='triton', got N = {states}; "
+            "impl='reference' takes any"
+        )
     if triton.INTERPRETED and u.dtype == torch.bfloat16:
         raise ValueError(
             "u must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"

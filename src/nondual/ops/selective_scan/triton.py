@@ -699,9 +699,8 @@ class Plan:
         self.b_groups, self.c_groups = (0 if x.ndim == 2 else x.shape[2] for x in (B, C))
         self.groups = math.lcm(max(1, self.b_groups), max(1, self.c_groups))
         self.softplus = softplus
-        chunks = max(1, triton.cdiv(self.length, CHUNK))
-        self.span = triton.cdiv(chunks, spans_of(u)) * CHUNK
-        self.spans = max(1, triton.cdiv(self.length, self.span))
+        self.span = triton.cdiv(triton.cdiv(self.length, CHUNK), spans_of(u)) * CHUNK
+        self.spans = triton.cdiv(self.length, self.span)
         self.device = u.device
 
     def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -747,8 +746,6 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, the last state, and to `keep` for the backward the states at each chunk's start and the outputs not gated."""
     y, last, checkpoint, ungated = _outputs(u, A, z, keep)
-    if not u.numel():
-        return y, last.zero_() if state is None else last.copy_(state), checkpoint, ungated
     plan = Plan(u, delta, A, B, C, D, z, bias, softplus, reset)
     config = configuration("forward", plan.states, reset is not None)
     strides = plan.u.stride(0), plan.delta.stride(0), 0 if z is None else plan.z.stride(0)
@@ -796,12 +793,6 @@ def launch_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of u, delta, A, B, C, D, z, bias and the initial state, empty for those that were not given."""
     grads = _gradients(u, delta, A, B, C, D, z, bias, state)
-    if not u.numel():
-        for x in grads:
-            x.zero_()
-        if state is not None and d_last is not None:
-            grads[-1].copy_(d_last)
-        return grads
     plan = Plan(u, delta, A, B, C, D, z, bias, softplus, reset)
     dy = _rows(u.new_zeros(()).expand(u.shape) if dy is None else dy)
     config = configuration("backward", plan.states)

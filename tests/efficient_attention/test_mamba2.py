@@ -167,7 +167,12 @@ def test_a_prompt_and_then_step_by_step():
     assert sizes == ((B, K - 1, 18 + 2 * 2 * S), (B, 6, P, S))
     outs = [mamba(x[:, :5], cache=cache), *(mamba.step(x[:, t], cache)[:, None] for t in range(5, N))]
     torch.testing.assert_close(torch.cat(outs, 1), mamba(x), atol=1e-12, rtol=1e-12)
-    assert (cache.conv.shape, cache.state.shape) == sizes
+    assert (cache.conv.shape, cache.state.shape) == sizes  # as much after eleven as after none
+    for impl in ("auto", "reference"):  # and nothing of what was read is kept alive beside it
+        mamba.impl = impl
+        mamba(torch.cat([x] * 20, 1), cache=cache)
+        for kept in (cache.conv, cache.state):
+            assert kept.untyped_storage().nbytes() == kept.nbytes
     cache.reset()
     torch.testing.assert_close(mamba(x, cache=cache), mamba(x))
 

@@ -50,7 +50,7 @@ def causal_conv1d(
     window = torch.cat([history, x], 1)  # (B, K-1+L, D)
     if reset is None:
         y = F.conv1d(window.transpose(1, 2), weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
-        return y, window[:, length:]
+        return y, window[:, length:].clone()  # a copy: a view would keep the whole sequence in memory
     # --8<-- [start:reset]
     # Which sequence each input belongs to: the history to the one that was under way before the first step.
     sequence = F.pad(reset.cumsum(1), (width - 1, 0))  # (B, K-1+L)

@@ -1,0 +1,119 @@
+"""The selective scan's kernels compiled for chips that are not here: registers, spills, and instructions counted.
+
+In a process of its own, which does not interpret. The whole report is docs/measured's; here Mamba's own sizes are
+compiled once more, and the report is held to the same demands. Figures move between compilers: demands are ranges.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "docs/measured/selective_scan_compile.json"
+CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def compiled_alone(*command: str) -> str:
+    """What a process says in which triton compiles and does not interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    ran = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return json.loads(compiled_alone("-m", "benchmarks.selective_scan_compile", "--json", "--brief", "--targets=sm_90"))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(REPORT.read_text())["figures"]
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Chip:
+    'Knows what to compile for, and cannot launch.'
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Chip())
+JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
+    self.fn.__name__, bool(self.warmup(*a, grid=grid, **k).asm["cubin"])
+)
+from nondual.ops.selective_scan import triton as scan
+
+for spans, length, d, n, groups in ((1, 65, 64, 16, 1), (2, 129, 3, 1, 0)):
+    scan.spans_of = lambda u: spans
+    u = torch.zeros(2, length, d, dtype=torch.bfloat16)
+    A, state = torch.zeros(d, n), torch.zeros(2, d, n)
+    B = u.new_zeros(2, length, groups, n) if groups else A
+    rest = (A[:, 0], u, A[:, 0], True, state, u[..., 0] > 0) if groups else (None, None, None, False, None, None)
+    y, last, *kept = scan.launch_forward(u, u, A, B, B, *rest, True)
+    scan.launch_backward(y, last, u, u, A, B, B, *rest, *kept)
+"""
+
+
+def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
+    """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
+    said = compiled_alone("-c", LAUNCH).split()
+    one, two = ("forward", "backward"), ("forward", "pass", "forward", "adjoint", "pass", "backward")
+    assert said[::2] == [f"{name}_kernel" for name in (*one, *two)] and set(said[1::2]) == {"True"}
+
+
+def instructions(row: dict, chunk: int = 64) -> float:
+    """For an element, over the kernel's loops: the backward computes a chunk's last STEPS steps again once only."""
+    first, *rest = row["per_element"]
+    return first * (1 - row["steps"] / chunk) + rest[0] if rest else first
+
+
+def demand(figures: dict, chip: str) -> int:
+    """What every kernel owes to a chip."""
+    seen = 0
+    for name, by_chip in figures.items():
+        row = by_chip.get(chip)
+        if row is None:
+            continue
+        seen += 1
+        where = f"{name} on {chip}: {row}"
+        assert "error" not in row, where
+        assert row["shared"] <= 48 << 10, where
+        if name.startswith("forward") and chip != "gfx942":
+            assert row["spills"] == 0 and row["stack"] == 0, where
+        if name.startswith(("forward N16", "backward N16")) and chip != "gfx942" and "resets" not in name:
+            goal = 10 if name.startswith("forward") else 32.5  # mamba-ssm's own issue 19.1 and 65.6 on sm_90
+            assert goal / 2 < instructions(row) < goal, where
+    return seen
+
+
+def test_the_kernels_compile_well(compiled):
+    assert demand(compiled, "sm_90") == 5
+
+
+def test_mambas_own_size_is_within_the_goals(compiled):
+    """On sm_90, with all that may be given: 10 instructions for an element forward, 32 backward."""
+    assert instructions(compiled["forward N16 bf16"]["sm_90"]) <= 10
+    assert instructions(compiled["backward N16 bf16"]["sm_90"]) <= 32
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_report_holds_for_every_case(report, chip):
+    assert demand(report, chip) == 2 * 14 + 2 * 5 + 1
+
+
+def test_the_report_is_of_these_kernels(report, compiled):
+    """What is compiled now is near what the report says: a compiler's figures move."""
+    for name, by_chip in compiled.items():
+        said, row = report[name]["sm_90"], by_chip["sm_90"]
+        assert (said["warps"], said["steps"]) == (row["warps"], row["steps"]), name
+        assert abs(said["registers"] - row["registers"]) <= 64, f"{name}: {said}, now {row}"

@@ -1,0 +1,120 @@
+"""Every kernel of state space duality, in every line of its table of tiles, compiled for three chips without one.
+
+In a process of its own, which does not interpret. The whole report is docs/measured's; here each line of the table is
+compiled once, and the report is held to the same demands.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "docs/measured/ssd_compile.json"
+CHIPS = ["sm_80", "sm_90", "sm_100"]
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # sm_80's also serve sm_86, 89
+KERNELS = {"steps", "states", "states_back", "pass", "output", "pass_back", "rows", "columns", "steps_back"}
+FORWARD = {"steps", "states", "pass", "output"}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    command = [sys.executable, "-m", "benchmarks.ssd_compile", "--json", "--brief"]
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(REPORT.read_text())["figures"]
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Chip:
+    'Knows what to compile for, and cannot launch.'
+    get_current_device = get_current_stream = lambda self, *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Chip())
+JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
+    self.fn.__name__, "wgmma.mma_async" in self.warmup(*a, grid=grid, **k).asm["ptx"]
+)
+from nondual.ops.ssd import triton as kernels
+
+kernels.chip_of = lambda device: "sm_90"
+for b, length, h, p, g, n, given in ((2, 37, 4, 64, 2, 128, True), (1, 1, 1, 1, 1, 1, False)):
+    x, z = (torch.zeros(b, length, h, p, dtype=torch.bfloat16) for _ in range(2))
+    B, C = (torch.zeros(b, length, g, n, dtype=torch.bfloat16) for _ in range(2))
+    A, D, bias, state = torch.zeros(h), torch.zeros(h, p), torch.zeros(h), torch.zeros(b, h, p, n)
+    reset = torch.zeros(b, length, dtype=torch.bool)
+    rest = (D, z, bias, state, reset) if given else (None,) * 5
+    arguments = x, x[..., 0], A, B, C, *rest, given, 256
+    torch.ops.nondual.ssd(*arguments)
+    torch.ops.nondual.ssd_backward(x, state, *arguments)
+"""
+
+
+def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
+    """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT / "src")}
+    ran = subprocess.run([sys.executable, "-c", LAUNCH], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    said = ran.stdout.split()
+    again = ["steps", "states", "pass", "states", "pass_back", "rows", "columns", "steps_back"]
+    assert said[::2] == 2 * [f"{name}_kernel" for name in ["steps", "states", "pass", "output", *again]]
+    assert {name for name, tensor in zip(said[::2], said[1::2]) if tensor == "True"} == {
+        "states_kernel",
+        "output_kernel",
+    }
+
+
+def demand(figures, chip):
+    """What every kernel owes to a chip; how many cases there were."""
+    for name, by_chip in figures.items():
+        row = by_chip[chip]
+        where = f"{name} on {chip}: {row}"
+        assert "error" not in row, where
+        assert row["shared"] <= SHARED[chip], where
+        kernel, half = name.split()[0], "fp32" not in name
+        if half and kernel in ("states", "states_back", "output", "rows", "columns"):
+            assert row["tensor"] > 0, f"no tensor cores: {where}"
+        plain_products = "fp32" in name and "N256" in name  # long sums on plain multipliers do spill
+        if (kernel in FORWARD and not plain_products) or (half and name.endswith("bare")):
+            assert row["spills"] == 0 and row["stack"] == 0, where
+        if "wgmma" in row:  # one wait for each product of tiles, not for each instruction of it
+            assert row["serial"] <= 0.5, f"wgmma is serialised: {where}"
+        if chip == "sm_90" and kernel in ("states", "states_back", "output") and half:
+            assert row["wgmma"] > 0, where
+    return len(figures)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_line_of_the_table_compiles_well(compiled, chip):
+    assert demand(compiled, chip) == len(KERNELS) * (2 + 2 + 2)  # sizes in bfloat16, float16, float32
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_report_holds_for_every_size(report, chip):
+    assert {name.split()[0] for name in report} == KERNELS
+    assert demand(report, chip) == len(KERNELS) * (5 + 2 + 5 + 3)  # the same, and one of each bare
+
+
+def test_the_report_is_of_these_kernels(report, compiled):
+    """The report's tiles are the table's, and what is compiled now is near what it says: a compiler's figures move."""
+    for name, by_chip in compiled.items():
+        for chip, row in by_chip.items():
+            said = report[name][chip]
+            assert said["tiles"] == row["tiles"], f"{name} on {chip}: python -m benchmarks ssd_compile"
+            assert abs(said["registers"] - row["registers"]) <= 64, f"{name} on {chip}: {said}, now {row}"

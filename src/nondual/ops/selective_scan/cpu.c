@@ -41,7 +41,8 @@ typedef int32_t bits;
 enum { MANTISSA = 23, REACH = 120 };
 #endif
 
-enum { LANES = BYTES / sizeof(real), VECTORS = WIDTH / LANES, TOGETHER = 4 };
+enum { LANES = BYTES / sizeof(real), VECTORS = WIDTH / LANES };
+enum { TOGETHER = 4 }; /* states of a channel whose arithmetic the processor can overlap */
 typedef real vec __attribute__((vector_size(BYTES)));
 typedef bits ivec __attribute__((vector_size(BYTES)));
 #define INLINE static inline __attribute__((always_inline))
@@ -222,7 +223,7 @@ struct room {
   real *reach;                /* (N, V) the greatest |A log2 e| over all lanes */
   real *B_t, *C_t;            /* (N, STEPS), this chunk's */
   /* What belongs to one step lies together: arrays of STEPS vectors would all fall on the same lines of the cache. */
-  struct { vec delta, x, y, dy, ddelta, dx; } at[VECTORS][STEPS]; /* x = Δ u */
+  struct step { vec delta, x, y, dy, ddelta, dx; } at[VECTORS][STEPS]; /* x = Δ u */
   struct { vec a, before; } path[STEPS][TOGETHER]; /* before: h of the last step, be it forgotten in this or not */
   struct { vec dB, dC; } sums[STEPS][TOGETHER];
   vec dD[VECTORS], dbias[VECTORS];
@@ -288,17 +289,19 @@ INLINE vec step_length(const struct scan *s, struct task k, int64_t v, int64_t t
   return s->softplus ? softplus(x) : x;
 }
 
-/* A chunk's Δ, Δ u, B, C and resets. */
-static void read_chunk(const struct scan *s, struct task k, struct room *r, int64_t start, int64_t steps) {
+/* A chunk's Δ, Δ u, B, C and resets. The same rows `ahead` steps on are asked for: they lie too far apart in memory for
+   the processor to foresee them. */
+static void read_chunk(
+    const struct scan *s, struct task k, struct room *r, int64_t start, int64_t steps, int64_t ahead) {
   for (int64_t v = 0; v < k.vectors; v++) {
     vec most = {0}, raw;
     for (int64_t t = 0; t < steps; t++) {
-      vec delta = step_length(s, k, v, start + t, &raw), far = absolute(delta);
-      r->at[v][t].delta = delta, r->at[v][t].y = r->at[v][t].dx = r->at[v][t].ddelta = splat(0);
-      const real *u = s->u + k.batch * s->u_b + (start + t) * s->u_l + k.first + v * LANES;
-      r->at[v][t].x = delta * load(u, lanes_of(k, v));
-      __builtin_prefetch(u + STEPS * s->u_l, 0, 2);
-      __builtin_prefetch(s->delta + k.batch * s->delta_b + (start + t + STEPS) * s->delta_l + k.first + v * LANES, 0, 2);
+      int64_t row = start + t, channel = k.first + v * LANES;
+      const real *u = s->u + k.batch * s->u_b + channel, *d = s->delta + k.batch * s->delta_b + channel;
+      __builtin_prefetch(u + (row + ahead) * s->u_l, 0, 2);
+      __builtin_prefetch(d + (row + ahead) * s->delta_l, 0, 2);
+      vec delta = step_length(s, k, v, row, &raw), far = absolute(delta);
+      r->at[v][t] = (struct step){.delta = delta, .x = delta * load(u + row * s->u_l, lanes_of(k, v))};
       most = choose(far <= most, most, far); /* a NaN comes through */
     }
     r->most[v] = greatest(most);
@@ -334,6 +337,7 @@ INLINE void scan_chunk(
   struct pair A2[TOGETHER];
   vec h[TOGETHER];
   for (int j = 0; j < count; j++) A2[j] = r->A2[i + j * VECTORS], h[j] = r->h[i + j * VECTORS];
+  /* --8<-- [start:forward] */
   for (int64_t t = 0; t < steps; t++) {
     vec y = r->at[v][t].y, delta = r->at[v][t].delta, x = r->at[v][t].x;
     if (r->reset[t])
@@ -348,6 +352,7 @@ INLINE void scan_chunk(
     }
     r->at[v][t].y = y;
   }
+  /* --8<-- [end:forward] */
   for (int j = 0; j < count; j++) r->h[i + j * VECTORS] = h[j];
 }
 
@@ -357,7 +362,7 @@ static void forward_task(const struct scan *s, struct task k, struct room *r) {
   for (int64_t start = 0; start < s->length; start += STEPS) {
     int64_t steps = s->length - start < STEPS ? s->length - start : STEPS;
     if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
-    read_chunk(s, k, r, start, steps);
+    read_chunk(s, k, r, start, steps, STEPS);
     for (int64_t v = 0; v < k.vectors; v++)
       for (int64_t n = 0, count; n < s->states; n += count) {
         int plain = s->b_unit && s->c_unit && n + TOGETHER <= s->states && is_near(r, n, TOGETHER, v);
@@ -391,8 +396,7 @@ INLINE void scan_chunk_back(
   vec h[TOGETHER], g[TOGETHER], A[TOGETHER], dA[TOGETHER], dB[TOGETHER], dC[TOGETHER];
   for (int j = 0; j < count; j++) {
     int64_t at = i + j * VECTORS;
-    A2[j] = r->A2[at], A[j] = r->A[at], g[j] = r->g[at];
-    h[j] = r->h[at];
+    A2[j] = r->A2[at], A[j] = r->A[at], g[j] = r->g[at], h[j] = r->h[at];
     dA[j] = dB[j] = dC[j] = splat(0);
   }
   for (int64_t t = 0; t < steps; t++) {
@@ -410,8 +414,10 @@ INLINE void scan_chunk_back(
     }
     if (gated) r->at[v][t].y += y;
   }
+  /* --8<-- [start:backward] */
   for (int64_t t = steps - 1; t >= 0; t--) {
-    vec delta = r->at[v][t].delta, x = r->at[v][t].x, dy = r->at[v][t].dy, dx = r->at[v][t].dx, ddelta = r->at[v][t].ddelta;
+    struct step *at = &r->at[v][t];
+    vec delta = at->delta, x = at->x, dy = at->dy, dx = at->dx, ddelta = at->ddelta;
 #pragma GCC unroll 8
     for (int j = 0; j < count; j++) {
       vec B = b_timed ? splat(B_t[j * STEPS + t]) : r->B[i + j * VECTORS];
@@ -428,8 +434,9 @@ INLINE void scan_chunk_back(
       ddelta += A[j] * dstep;
       dA[j] += delta * dstep;
     }
-    r->at[v][t].dx = dx, r->at[v][t].ddelta = ddelta;
+    at->dx = dx, at->ddelta = ddelta;
   }
+  /* --8<-- [end:backward] */
   for (int j = 0; j < count; j++) {
     int64_t at = i + j * VECTORS;
     r->g[at] = g[j], r->dA[at] += dA[j];
@@ -446,7 +453,7 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
   for (int64_t chunk = (s->length - 1) / STEPS; chunk >= 0; chunk--) {
     int64_t start = chunk * STEPS, steps = s->length - start < STEPS ? s->length - start : STEPS;
     read_states(s, k, chunk ? kept_at(s, k, chunk) : s->state ? s->state + place(s, k) : NULL, r->h);
-    read_chunk(s, k, r, start, steps);
+    read_chunk(s, k, r, start, steps, -STEPS);
     for (int64_t v = 0; v < k.vectors; v++)
       for (int64_t t = 0; t < steps; t++) {
         int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
@@ -479,10 +486,11 @@ static void backward_task(const struct scan *s, struct task k, struct room *r) {
         int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
         int64_t at = (k.batch * s->length + row) * s->channels + channel;
         vec u = load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes), raw;
-        vec du = r->at[v][t].delta * r->at[v][t].dx, ddelta = r->at[v][t].ddelta + u * r->at[v][t].dx, y = r->at[v][t].y;
+        const struct step *now = &r->at[v][t];
+        vec du = now->delta * now->dx, ddelta = now->ddelta + u * now->dx, y = now->y;
         if (s->D) {
           vec D = load(s->D + channel, lanes);
-          du += D * r->at[v][t].dy, y += D * u, dD += u * r->at[v][t].dy;
+          du += D * now->dy, y += D * u, dD += u * now->dy;
         }
         if (s->softplus) {
           step_length(s, k, v, row, &raw);

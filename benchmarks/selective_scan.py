@@ -111,15 +111,15 @@ def measure(name, batch, length, channels, states, label, limits, exps) -> dict:
                 raise RuntimeError(f"another result, off by {error:.3f} of the greatest")
             turned_dy, all_of_theirs = dy.mT.contiguous(), list(turned.values())
 
-            def peer():
+            def their_scan():
                 return scan(**turned, delta_softplus=True)
 
-            def peer_without_gradient():
+            def their_scan_without_gradient():
                 with torch.no_grad():
-                    return peer()
+                    return their_scan()
 
-            runs["forward"]["mamba_ssm"] = peer_without_gradient
-            runs["forward, to be differentiated"]["mamba_ssm"] = peer
+            runs["forward"]["mamba_ssm"] = their_scan_without_gradient
+            runs["forward, to be differentiated"]["mamba_ssm"] = their_scan
             runs["backward"]["mamba_ssm"] = lambda: torch.autograd.grad(
                 out, all_of_theirs, turned_dy, retain_graph=True
             )

@@ -23,7 +23,7 @@ Two levels, where the channels are too few to fill the chip (`spans_of`): time i
 once from zero; what enters each span is then passed along, h = decay · h + (its end from zero), as a step of (3) is;
 and all are scanned again from there. The backward does the same with q, from the end.
 
-A programme holds A times log2(e), so that (2) is the chip's own exp2. Time strides are compile-time constants: the
+The kernels hold A times log2(e), so that (2) is the chip's own exp2. Time strides are compile-time constants: the
 steps of a group are then one address and its fixed offsets. Sums run in float32, in one order, each by one program, and
 torch adds up the programs' parts: the same input gives the same bits.
 """
@@ -114,7 +114,6 @@ def checkpoint(p, b_h, i_b, t, length, o_h, m_h, SIZE: tl.constexpr, CHUNK: tl.c
 # --- kernels: forward ----------------------------------------------------------------------------------------------
 
 
-# --8<-- [start:scan_steps]
 @triton.jit
 def scan_steps(
     b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t, o_d, m_d, o_n,
@@ -133,15 +132,17 @@ def scan_steps(
         b_Cs = load_steps(p_C, t, S_C, o_n, STEPS)
     if p_z is not None:
         b_zs = load_steps(p_z, t, S_Z, o_d, STEPS)
+    if p_reset is not None:
+        resets = load_steps(p_reset, t, 1, 0, STEPS)
     b_passed = tl.zeros(o_d.shape, tl.float32)
     forgot = False
+    # --8<-- [start:scan_steps]
     for k in tl.static_range(STEPS):
         b_delta, _ = step_length(b_deltas[k] + b_bias, SOFTPLUS)  # (1)
         b_passed += b_delta
         if p_reset is not None:
-            reset = tl.load(p_reset + t + k) != 0
-            forgot = forgot | reset
-            b_h = tl.where(reset, 0.0, b_h)
+            forgot = forgot | (resets[k] != 0)
+            b_h = tl.where(resets[k] != 0, 0.0, b_h)
         if S_B > 0:
             b_B = b_Bs[k][:, None]
         b_a = tl.exp2(b_delta[None, :] * b_A)  # (2)  (BLOCK_N, BLOCK_D)
@@ -157,10 +158,8 @@ def scan_steps(
             if p_z is not None:
                 b_s = b_s * b_zs[k] * sigmoid(b_zs[k])  # (5)
             tl.store(p_y + t * D + k * D + o_d, b_s.to(p_y.dtype.element_ty), mask=m_d)
+    # --8<-- [end:scan_steps]
     return b_h, b_passed, forgot
-
-
-# --8<-- [end:scan_steps]
 
 
 @triton.jit(do_not_specialize=["length", "span", "spans"])
@@ -410,7 +409,6 @@ def states_again(
     return b_h
 
 
-# --8<-- [start:backward_steps]
 @triton.jit
 def backward_steps(
     b_h, b_q, b_dA, b_dB, b_dC, b_dD, b_dbias, b_A, b_B, b_C, b_D, b_bias,
@@ -465,6 +463,7 @@ def backward_steps(
             b_B = load_steps(p_B, t + k, S_B, o_n, 1, last, EDGE)[0][None, :, None, :]
         if S_C > 0:
             b_C = load_steps(p_C, t + k, S_C, o_n, 1, last, EDGE)[0][None, :, None, :]
+        # --8<-- [start:backward_steps]
         b_dh = b_q + b_gs * b_C  # (6)  the tile
         b_dC_t = b_hs[k + 1] * b_gs  # (8), before its sum
         b_dB_t = b_dh * spread(b_delta * b_u, D_LO, D_HI)  # (9), before its sum
@@ -481,6 +480,7 @@ def backward_steps(
             b_du += b_D * b_g
             b_dD += b_g * b_u
         b_ddelta = (over_states(b_qh * b_A) * LN_2 + b_u * b_Bh) * b_slopes[k]  # (12)
+        # --8<-- [end:backward_steps]
         tl.store(p_du + t * D + k * D + o_d, b_du.to(p_du.dtype.element_ty), mask=m_t)
         tl.store(p_ddelta + t * D + k * D + o_d, b_ddelta.to(p_ddelta.dtype.element_ty), mask=m_t)
         b_dbias += tl.where(t + k < last, b_ddelta, 0.0) if EDGE else b_ddelta
@@ -493,9 +493,6 @@ def backward_steps(
         else:
             b_dC += b_dC_t
     return b_q, b_dA, b_dB, b_dC, b_dD, b_dbias
-
-
-# --8<-- [end:backward_steps]
 
 
 @triton.jit(do_not_specialize=["length", "span", "spans"])

@@ -14,15 +14,18 @@ from benchmarks import record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = ("steps", "states", "states_back", "pass", "output", "pass_back", "rows", "columns", "steps_back")
+PRODUCTS = ("states", "output", "rows", "columns")
+ELSEWHERE = (("fp32", "sm_80"), ("fp32", "sm_100"))
 SIZES = ((64, 128), (64, 64), (128, 128), (64, 256), (59, 111))  # P and N; the first is Mamba-2's
 
 
 def cases(target: str, brief: bool = False):
     """(name, kernel, types, constants, warps and stages) of what the launchers ask for on a chip.
 
-    With D, z and resets, unless it is called "bare". float16, which alone scales its tiles, is compiled at Mamba-2's
-    size and with twice its states. `brief` takes Mamba-2's size and twice its states, which is each line of the table once. A head that a chip
-    has no room for is compiled in the parts into which the launchers take it.
+    With D, z and resets, unless it is called "bare". A head that a chip has no room for is compiled in the parts into
+    which the launchers take it. float16, which alone scales its tiles, is compiled at Mamba-2's size and with twice its
+    states. `brief` takes those two sizes alone, which are each line of the table once; and but for bfloat16 only what
+    multiplies, float32, which has the same tiles everywhere, for one chip.
     """
     from nondual.ops.ssd import triton as kernels
 
@@ -35,6 +38,8 @@ def cases(target: str, brief: bool = False):
                 if bare and (brief or (whole, n) != (64, 128)):
                     continue
                 for name in KERNELS:
+                    if brief and label != "bf16" and (name not in PRODUCTS or (label, target) in ELSEWHERE):
+                        continue
                     kernel = "states" if name == "states_back" else name
                     config = kernels.configuration(kernel, target, p, n, DTYPES[label], kernels.CHUNK[_kind(label)])
                     warps, stages = config.pop("num_warps"), config.pop("num_stages")

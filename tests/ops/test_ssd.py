@@ -433,9 +433,12 @@ def test_softplus_to_the_last_place_and_its_derivative(device):
         "C": torch.ones(1, 13, 1, 1, device=device), "reset": torch.ones(1, 13, dtype=torch.bool, device=device),
     }  # fmt: skip
     y, _ = ssd(**inputs, delta_softplus=True, impl="triton")  # each step alone: y is its length
-    torch.testing.assert_close(y.flatten(), torch.nn.functional.softplus(delta), rtol=5e-7, atol=0)
     (grad,) = torch.autograd.grad(y.sum(), inputs["delta"])
-    torch.testing.assert_close(grad.flatten(), torch.sigmoid(delta), rtol=2e-6, atol=0)
+    delta = delta.detach().double()
+    # an exponential knows its argument to the last place, and so itself to as many as the argument is long
+    places = (4 + delta.abs()) * torch.finfo(torch.float32).eps
+    for ours, truth in ((y, torch.nn.functional.softplus(delta)), (grad, torch.sigmoid(delta))):
+        assert ((ours.flatten() - truth).abs() <= places * truth).all()
 
 
 @everywhere

@@ -82,8 +82,11 @@ def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
 
 def demand(figures, chip):
     """What every kernel owes to a chip; how many cases there were."""
+    seen = 0
     for name, by_chip in figures.items():
-        row = by_chip[chip]
+        if chip not in by_chip:
+            continue
+        row, seen = by_chip[chip], seen + 1
         where = f"{name} on {chip}: {row}"
         assert "error" not in row, where
         assert row["shared"] <= SHARED[chip], where
@@ -97,18 +100,19 @@ def demand(figures, chip):
             assert row["serial"] <= 0.5, f"wgmma is serialised: {where}"
         if chip == "sm_90" and kernel in ("states", "states_back", "output") and half:
             assert row["wgmma"] > 0, where
-    return len(figures)
+    return seen
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_line_of_the_table_compiles_well(compiled, chip):
-    assert demand(compiled, chip) == len(KERNELS) * (2 + 2 + 2)  # sizes in bfloat16, float16, float32
+    products = 4 * 2 * (2 if chip == "sm_90" else 1)  # at two sizes in float16, and for this chip in float32
+    assert demand(compiled, chip) == len(KERNELS) * 2 + products
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_report_holds_for_every_size(report, chip):
     assert {name.split()[0] for name in report} == KERNELS
-    assert demand(report, chip) == len(KERNELS) * (5 + 2 + 5 + 3)  # the same, and one of each bare
+    assert demand(report, chip) == len(KERNELS) * (5 + 2 + 5 + 3)  # sizes in bfloat16, float16, float32, bare
 
 
 def test_the_report_is_of_these_kernels(report, compiled):

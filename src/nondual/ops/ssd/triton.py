@@ -625,7 +625,8 @@ PIECE = 1024  # numbers of a state that one program hands on
 def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, chunk: int) -> dict[str, int]:
     """The tiles, warps and pipeline stages of a kernel.
 
-    Chosen from what compiles without a spill, as docs/measured/ssd_compile.json shows, not yet from timings.
+    Chosen from what compiles with no spill forward and few backward, as docs/measured/ssd_compile.json shows, not yet
+    from timings.
 
     Args:
         kernel: "steps", "states", "pass", "output", "pass_back", "rows", "columns" or "steps_back".

@@ -2,7 +2,8 @@
 
 Ours is impl="cpu", compiled and in plain torch. Theirs are the scan of transformers' Mamba without its kernels
 (`mamba_selective_scan`, which discretises, loops over time and multiplies by C) and the parallel scan of mambapy with
-the same before and after it. All on one thread, with the same inputs and nothing but u, delta, A, B, C and D.
+the same before and after it. All on one thread, with the same inputs and nothing but u, delta, A, B, C and D. Time is
+that of the processor, in the program and in the system for it: what else the machine does has less part in it.
 
 Ratios are taken in one process, in rounds in which all take turns. For the curves each case runs in a process of its
 own, forked from one that has loaded everything and computed nothing: its peak is what it held above its inputs. The
@@ -68,15 +69,15 @@ def inputs(length: int, backward: bool) -> list:
 
 
 def timed(engine, given: list, backward: bool) -> float:
-    """Seconds of one run."""
+    """Seconds of one run, of the processor."""
     import torch
 
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.set_grad_enabled(backward):
         y = engine(*given)
         if backward:
             torch.autograd.grad(y.sum(), given)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def one(engine: str, length: int, backward: bool) -> dict:

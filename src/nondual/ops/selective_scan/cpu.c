@@ -4,7 +4,7 @@
    batch, L steps, D channels, N states of a channel, G groups of channels that share B and C; Δ the step length after
    bias and softplus.
 
-       forward    a_t = exp(Δ_t A),   h_t = a_t h_{t-1} + Δ_t u_t B_t,   y_t = C_t · h_t + D u_t,   out_t = y_t silu(z_t)
+       forward    a_t = exp(Δ_t A),  h_t = a_t h_{t-1} + Δ_t u_t B_t,  y_t = C_t · h_t + D u_t,  out_t = y_t silu(z_t)
 
        backward   g_t = C_t dy_t + a_{t+1} g_{t+1}       the gradient of h_t, from the last step to the first
                   dC_t = Σ_d h_t dy_t      dB_t = Σ_d g_t Δ_t u_t      d(Δu)_t = Σ_n g_t B_t

@@ -8,7 +8,8 @@ pointers, s_ and S_ strides and b_ blocks on the chip; ◦' is the gradient of �
     (1) Δ_t = softplus(delta_t + bias)     (2) a_t = exp(Δ_t A)     (3) h_t = a_t h_{t-1} + Δ_t u_t B_t
     (4) s_t = Σ_n C_t h_t + D u_t          (5) y_t = s_t silu(z_t)
 
-The backward. h_t reaches the loss by s_t and by h_{t+1}, so that from h'_L, the gradient of the last state, backward
+The backward. h_t reaches the loss by s_t and by h_{t+1}, and the last state by itself too: where a_{t+1} h'_{t+1} would
+come from beyond the last step, it is the gradient of the last state. So, from the last step to the first,
 
     (6) h'_t = g_t C_t + a_{t+1} h'_{t+1}        (7) q_t = a_t h'_t, which is what step t hands to step t - 1
     (8) C'_t = Σ_d g_t h_t                       (9) B'_t = Σ_d Δ_t u_t h'_t            over the channels of a group
@@ -522,11 +523,18 @@ def backward_kernel(
     o_lo, o_hi = tl.arange(0, D_LO)[:, None, None, None], tl.arange(0, D_HI)[None, None, :, None]
     o_tile = o_n[None, :, None, :]
     o_lane = i_block * BLOCK_D + o_lo * D_HI + o_hi
-    # Three orders of the tile in memory: (D, N), and as the threads lie, of which each has four neighbours at a time,
-    # and the forward's (N, D). The hints hold the threads to the one layout that the tile is meant to have.
-    o_h = tl.max_contiguous((i_g * WIDTH + o_lane) * N + o_tile, [1, 2, 2, 4])
-    o_own = tl.max_contiguous(((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO, [1, 2, 2, 4])
-    o_forward = tl.max_contiguous(tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1]), [1, 2, 2, 4])
+    # Three orders of the tile in memory: (D, N), and as the threads lie, of which each has N_LO neighbours at a time,
+    # and the forward's (N, D), of which it has none.
+    o_h = (i_g * WIDTH + o_lane) * N + o_tile
+    o_own = ((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO
+    o_forward = tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1])
+    if N_LO == 4:
+        # The compiler gives threads neighbours along the axis with most of them, and orders the others by theirs: these
+        # hints leave it one layout for all three, that of the tile. Only the 4 is taken for a fact about memory; it is
+        # one, but for o_forward, of which no two are read at once since nothing is promised about their alignment.
+        o_h = tl.max_contiguous(o_h, [1, 2, 2, 4])
+        o_own = tl.max_contiguous(o_own, [1, 2, 2, 4])
+        o_forward = tl.max_contiguous(o_forward, [1, 2, 2, 4])
     m_h = (o_tile < N) & (o_lane < WIDTH)
     b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
     b_q = tl.zeros((D_LO, N_HI, D_HI, N_LO), tl.float32)
@@ -592,6 +600,7 @@ def backward_kernel(
             )  # fmt: skip
         else:
             tl.store(p_scratch + (parts - 1) * SIZE + o_own, b_h)
+        tl.debug_barrier()  # what one thread left in scratch another may take
         for i in tl.range(0, whole):
             i_part = whole - 1 - i
             b_h = tl.load(p_scratch + i_part * SIZE + o_own)
@@ -602,6 +611,7 @@ def backward_kernel(
                 S_U, S_DELTA, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, S_Z, S_DY, S_DB, D, D_LO, D_HI, SOFTPLUS, STEPS,
                 False,
             )  # fmt: skip
+        tl.debug_barrier()  # nor does one write there for the next chunk before all have taken theirs
     tl.store(p_start + i_bs * (N * D) + o_h, b_q, mask=m_h)
     tl.store(p_dA + i_bs * (N * D) + o_h, b_dA, mask=m_h)
     if B_GROUPS == 0:

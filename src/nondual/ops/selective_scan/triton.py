@@ -67,6 +67,7 @@ def step_length(b_x, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def sigmoid(b_x):
+    """1 / (1 + exp(-x)), which overflows to 0 and not to NaN."""
     return 1 / (1 + tl.exp2(-b_x * LOG2_E))
 
 
@@ -710,10 +711,12 @@ class Plan:
         self.spans = triton.cdiv(self.length, self.span)
         self.device = u.device
 
-    def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def room(self, *shape: int) -> Tensor:
+        """Memory in float32."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def per_span(self, turned: bool = True) -> Tensor:
+        """Room for a number of each state, in each span: (B, spans, N, D), or (B, spans, D, N)."""
         last = (self.states, self.channels) if turned else (self.channels, self.states)
         return self.room(self.batch, self.spans, *last)
 
@@ -723,6 +726,7 @@ class Plan:
         return self.batch * self.spans * self.groups * blocks
 
     def sizes(self) -> dict[str, int | bool]:
+        """What every kernel is compiled for."""
         return {"D": self.channels, "N": self.states, "GROUPS": self.groups, "SOFTPLUS": self.softplus}
 
     def pass_on(self, local: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:

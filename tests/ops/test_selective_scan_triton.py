@@ -478,6 +478,22 @@ def interpreted(test):
 
 
 @interpreted
+def test_in_the_chunks_and_steps_of_a_gpu(monkeypatch):
+    """With what is compiled for a GPU, in place of the interpreter's smaller numbers: chunks of 64, 8 or 4 steps."""
+    own = kernels.configuration
+
+    def configuration(*about):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "INTERPRETED", False)
+            return own(*about)
+
+    monkeypatch.setattr(kernels, "configuration", configuration)
+    monkeypatch.setattr(kernels, "CHUNK", 64)
+    assert (configuration("forward", 16)["STEPS"], configuration("backward", 16)["STEPS"]) == (8, 4)
+    check(made(67, 3, 16))
+
+
+@interpreted
 @pytest.mark.parametrize("more", [
     {}, {"g_b": 2, "reset": "in the middle"}, {"g_b": 0, "g_c": 0},
     {"without": ("D", "z", "delta_bias", "state")},

@@ -94,7 +94,7 @@ def selective_scan(
                          "impl='reference' has both")  # fmt: skip
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
     engines = {"reference": reference.selective_scan, "cpu": _cpu, "triton": _triton}
-    engine = choose(impl, engines, auto=_auto(u, discretization))
+    engine = choose(impl, engines, auto=_auto(u, A, discretization))
     if u.numel() == 0:  # nothing to launch
         engine = reference.selective_scan
     more = {"discretization": discretization} if engine is reference.selective_scan else {}
@@ -158,13 +158,14 @@ def selective_scan_step(
     return y.squeeze(1), state
 
 
-def _auto(u: Tensor, discretization: str) -> str:
+def _auto(u: Tensor, A: Tensor, discretization: str) -> str:
     """The engine that "auto" means: the rule at the top of this file."""
     if discretization == "zoh-euler" and u.device.type == "cuda" and u.dtype in KERNEL_DTYPES:
         try:
-            import triton  # noqa: F401
+            from nondual.ops.selective_scan import triton
 
-            return "triton"
+            if A.shape[1] <= triton.MOST_STATES:
+                return "triton"
         except ImportError:
             pass
     if discretization == "zoh-euler" and u.device.type == "cpu" and u.dtype in CPU_DTYPES:

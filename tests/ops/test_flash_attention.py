@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from nondual.ops import flash_attention as door
 from nondual.ops import masks
@@ -368,53 +367,6 @@ def test_runs_are_equal_to_the_bit(device):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-class Watched:
-    """A kernel of which every address is checked: read from what it was given, and written to no place twice."""
-
-    def __init__(self, kernel, monkeypatch):
-        self.kernel, self.monkeypatch, self.launches = kernel, monkeypatch, 0
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            given = [x for x in args if isinstance(x, torch.Tensor)]
-            legal = torch.cat([addresses(x) for x in given]).unique()
-            stored = []
-
-            def check(ptrs, mask, what):
-                used = torch.from_numpy(ptrs.data[mask.data].astype("int64").reshape(-1).copy())
-                assert torch.isin(used, legal).all(), f"{what} outside of every tensor"
-                return used
-
-            builder = type(triton.runtime.interpreter.interpreter_builder)
-            load, store = builder.create_masked_load, builder.create_masked_store
-
-            def checked_load(self, ptrs, mask, *rest):
-                check(ptrs, mask, "read")
-                return load(self, ptrs, mask, *rest)
-
-            def checked_store(self, ptrs, value, mask, *rest):
-                stored.append(check(ptrs, mask, "written"))
-                return store(self, ptrs, value, mask, *rest)
-
-            with self.monkeypatch.context() as patch:
-                patch.setattr(builder, "create_masked_load", checked_load)
-                patch.setattr(builder, "create_masked_store", checked_store)
-                self.kernel[grid](*args, **constants)
-            stored = torch.cat(stored)
-            assert stored.unique().numel() == stored.numel(), "two programs write to one place: a race"
-            self.launches += 1
-
-        return launch
-
-
-def addresses(x):
-    """Of every element, and of nothing between."""
-    offsets = torch.zeros(x.shape, dtype=torch.int64)
-    for axis, (size, stride) in enumerate(zip(x.shape, x.stride())):
-        offsets += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(x.ndim)])
-    return (x.data_ptr() + offsets * x.element_size()).flatten()
-
-
 def interpreted(test):
     """A test that looks into the interpreter: there is none on a GPU, where this is compute-sanitizer's work."""
     return test if kernels.INTERPRETED else None
@@ -423,11 +375,11 @@ def interpreted(test):
 @interpreted
 @pytest.mark.parametrize("mask", ["full", "causal", "window 23"])
 @pytest.mark.parametrize("n, m, d, dv", [(37, 61, 24, 19), (61, 37, 16, 16)])
-def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeypatch):
+def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeypatch, watch):
     """The tensors lie inside larger ones, whose other elements count as outside."""
     watched = {}
     for name in ("forward", "decode", "combine", "delta", "dq", "dkdv"):
-        watched[name] = Watched(getattr(kernels, f"{name}_kernel"), monkeypatch)
+        watched[name] = watch(getattr(kernels, f"{name}_kernel"))
         monkeypatch.setattr(kernels, f"{name}_kernel", watched[name])
     q, k, v = (laid(x.detach(), "sliced").requires_grad_() for x in made(n, m, d, dv, h=2, g=1))
     out = flash_attention(q, k, v, **MASKS[mask], impl="triton")
@@ -439,15 +391,15 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeyp
 
 
 @interpreted
-def test_a_fault_in_memory_would_be_seen(monkeypatch):
+def test_a_fault_in_memory_would_be_seen(watch):
     x = torch.zeros(1, 1, 5, 16)
     delta = torch.zeros(1, 1, 5)
-    watched = Watched(kernels.delta_kernel, monkeypatch)
+    watched = watch(kernels.delta_kernel)
     sizes = {"DV": 16, "BLOCK_DV": 16, "BLOCK_Q": 16}
     watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 5, 1, **sizes)
     with pytest.raises(Exception, match="read outside"):
         watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 6, 1, **sizes)
-    watched = Watched(kernels.forward_kernel, monkeypatch)
+    watched = watch(kernels.forward_kernel)
     one_row = torch.zeros(1, 1, 1, 16).expand(x.shape)
     strides = [*x.stride()[:3] * 3, *one_row.stride()[:3]]
     sizes |= {"D": 16, "BLOCK_D": 16, "BLOCK_KV": 16, "SHARE": 1, "CAUSAL": False, "WINDOWED": False}

@@ -5,9 +5,6 @@ compiled once more, and the report is held to the same demands. Figures move bet
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,17 +14,8 @@ REPORT = ROOT / "docs/measured/selective_scan_compile.json"
 CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
-def compiled_alone(*command: str) -> str:
-    """What a process says in which triton compiles and does not interpret."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    ran = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return ran.stdout
-
-
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(compiled_alone):
     return json.loads(compiled_alone("-m", "benchmarks.selective_scan_compile", "--json", "--brief", "--targets=sm_90"))
 
 
@@ -64,7 +52,7 @@ for spans, length, d, n, groups in ((1, 65, 64, 16, 1), (2, 129, 3, 1, 0)):
 """
 
 
-def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
+def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes(compiled_alone):
     """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
     said = compiled_alone("-c", LAUNCH).split()
     one, two = ("forward", "backward"), ("forward", "pass", "forward", "adjoint", "pass", "backward")

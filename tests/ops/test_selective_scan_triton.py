@@ -4,7 +4,6 @@ Where there is no GPU the kernels run in the interpreter, in float32 and float16
 time are unrolled: see conftest.py. On a GPU the same tests run compiled, with bfloat16, and larger ones besides.
 """
 
-import inspect
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from nondual.ops import selective_scan as door
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
@@ -419,59 +417,6 @@ def test_runs_are_equal_to_the_bit(device, levels):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-class Watched:
-    """A kernel of which every address is checked: read from what it was given, and written to no place twice; to its
-    scratch a program may write again, and no other program."""
-
-    def __init__(self, kernel, monkeypatch):
-        self.kernel, self.monkeypatch, self.launches = kernel, monkeypatch, 0
-        self.names = list(inspect.signature(kernel.fn).parameters)
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            given = {name: x for name, x in zip(self.names, args) if isinstance(x, torch.Tensor)}
-            legal = torch.cat([addresses(x) for x in given.values()]).unique()
-            scratch = addresses(given["p_scratch"]) if "p_scratch" in given else torch.empty(0, dtype=torch.int64)
-            stored, own = [], {}
-            builder = triton.runtime.interpreter.interpreter_builder
-            load, store = type(builder).create_masked_load, type(builder).create_masked_store
-
-            def check(ptrs, mask, what):
-                used = torch.from_numpy(ptrs.data[mask.data.astype(bool)].astype("int64").reshape(-1).copy())
-                assert torch.isin(used, legal).all(), f"{what} outside of every tensor"
-                return used
-
-            def checked_load(self, ptrs, mask, *rest):
-                check(ptrs, mask, "read")
-                return load(self, ptrs, mask, *rest)
-
-            def checked_store(self, ptrs, value, mask, *rest):
-                used = check(ptrs, mask, "written")
-                kept = torch.isin(used, scratch)
-                stored.append(used[~kept])
-                own.setdefault(builder.grid_idx, set()).update(used[kept].tolist())
-                return store(self, ptrs, value, mask, *rest)
-
-            with self.monkeypatch.context() as patch:
-                patch.setattr(type(builder), "create_masked_load", checked_load)
-                patch.setattr(type(builder), "create_masked_store", checked_store)
-                self.kernel[grid](*args, **constants)
-            written = torch.cat(stored)
-            assert written.unique().numel() == written.numel(), "a place is written twice: a race"
-            assert sum(map(len, own.values())) == len(set().union(*own.values())), "two programs share scratch: a race"
-            self.launches += 1
-
-        return launch
-
-
-def addresses(x):
-    """Of every element, and of nothing between."""
-    offsets = torch.zeros(x.shape, dtype=torch.int64)
-    for axis, (size, stride) in enumerate(zip(x.shape, x.stride())):
-        offsets += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(x.ndim)])
-    return (x.data_ptr() + offsets * x.element_size()).flatten()
-
-
 def interpreted(test):
     """A test that looks into the interpreter: there is none on a GPU, where this is compute-sanitizer's work."""
     return test if kernels.INTERPRETED else None
@@ -498,9 +443,9 @@ def test_in_the_chunks_and_steps_of_a_gpu(monkeypatch):
     {}, {"g_b": 2, "reset": "in the middle"}, {"g_b": 0, "g_c": 0},
     {"without": ("D", "z", "delta_bias", "state")},
 ])  # fmt: skip
-def test_no_kernel_leaves_its_tensors_or_writes_twice(more, levels, monkeypatch):
+def test_no_kernel_leaves_its_tensors_or_writes_twice(more, levels, monkeypatch, watch):
     """u, delta, z and dy lie inside larger tensors, whose other elements count as outside."""
-    watched = {name: Watched(getattr(kernels, f"{name}_kernel"), monkeypatch) for name in KERNELS}
+    watched = {name: watch(getattr(kernels, f"{name}_kernel")) for name in KERNELS}
     for name, kernel in watched.items():
         monkeypatch.setattr(kernels, f"{name}_kernel", kernel)
     levels(2)
@@ -515,14 +460,14 @@ KERNELS = {"forward": 2, "pass": 2, "adjoint": 1, "backward": 1}  # launches of 
 
 
 @interpreted
-def test_a_fault_in_memory_would_be_seen(monkeypatch):
-    watched = Watched(kernels.pass_kernel, monkeypatch)
+def test_a_fault_in_memory_would_be_seen(watch, monkeypatch):
+    watched = watch(kernels.pass_kernel)
     x = torch.zeros(1, 2, 3)
     how = {"REVERSE": False, "BLOCK": 4}
     watched[(1,)](x.clone(), x, x, None, 3, 2, **how)
     with pytest.raises(Exception, match="outside of every tensor"):
         watched[(1,)](x.clone(), x, x, None, 4, 2, **how)
-    watched = Watched(kernels.forward_kernel, monkeypatch)
+    watched = watch(kernels.forward_kernel)
     monkeypatch.setattr(kernels, "forward_kernel", watched)
     given, place = made(2, 3, 2, b=2), kernels.place
     selective_scan(**given, impl="triton")

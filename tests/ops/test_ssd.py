@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from nondual.ops import ssd as door
 from nondual.ops.selective_scan import selective_scan
@@ -565,53 +564,6 @@ def test_rows_and_columns_have_one_height():
 KERNELS = ("steps", "states", "pass", "output", "pass_back", "rows", "columns", "steps_back")
 
 
-class Watched:
-    """A kernel of which every address is checked: read from what it was given, and written to no place twice."""
-
-    def __init__(self, kernel, monkeypatch):
-        self.kernel, self.monkeypatch, self.launches = kernel, monkeypatch, 0
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            given = [x for x in args if isinstance(x, torch.Tensor)]
-            legal = torch.cat([addresses(x) for x in given]).unique()
-            stored = []
-
-            def check(ptrs, mask, what):
-                used = torch.from_numpy(ptrs.data[mask.data].astype("int64").reshape(-1).copy())
-                assert torch.isin(used, legal).all(), f"{what} outside of every tensor"
-                return used
-
-            builder = type(triton.runtime.interpreter.interpreter_builder)
-            load, store = builder.create_masked_load, builder.create_masked_store
-
-            def checked_load(self, ptrs, mask, *rest):
-                check(ptrs, mask, "read")
-                return load(self, ptrs, mask, *rest)
-
-            def checked_store(self, ptrs, value, mask, *rest):
-                stored.append(check(ptrs, mask, "written"))
-                return store(self, ptrs, value, mask, *rest)
-
-            with self.monkeypatch.context() as patch:
-                patch.setattr(builder, "create_masked_load", checked_load)
-                patch.setattr(builder, "create_masked_store", checked_store)
-                self.kernel[grid](*args, **constants)
-            stored = torch.cat(stored)
-            assert stored.unique().numel() == stored.numel(), "two programs write to one place: a race"
-            self.launches += 1
-
-        return launch
-
-
-def addresses(x):
-    """Of every element, and of nothing between."""
-    offsets = torch.zeros(x.shape, dtype=torch.int64)
-    for axis, (size, stride) in enumerate(zip(x.shape, x.stride())):
-        offsets += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(x.ndim)])
-    return (x.data_ptr() + offsets * x.element_size()).flatten()
-
-
 def interpreted(test):
     """A test that looks into the interpreter: there is none on a GPU, where this is compute-sanitizer's work."""
     return test if kernels.INTERPRETED else None
@@ -619,11 +571,11 @@ def interpreted(test):
 
 @interpreted
 @pytest.mark.parametrize("reset", [False, True])
-def test_no_kernel_leaves_its_tensors_or_writes_twice(reset, monkeypatch):
+def test_no_kernel_leaves_its_tensors_or_writes_twice(reset, monkeypatch, watch):
     """The tensors lie inside larger ones, whose other elements count as outside."""
     watched = {}
     for name in KERNELS:
-        watched[name] = Watched(getattr(kernels, f"{name}_kernel"), monkeypatch)
+        watched[name] = watch(getattr(kernels, f"{name}_kernel"))
         monkeypatch.setattr(kernels, f"{name}_kernel", watched[name])
     inputs = made(35, h=2, p=5, n=19, skip="hp")
     inputs = {name: laid(v.detach(), "sliced").requires_grad_() for name, v in inputs.items()}
@@ -635,11 +587,11 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(reset, monkeypatch):
 
 
 @interpreted
-def test_a_fault_in_memory_would_be_seen(monkeypatch):
+def test_a_fault_in_memory_would_be_seen(watch):
     state, one = torch.zeros(1, 1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
     fade, start = torch.zeros(1, 1, 20), torch.zeros(1, 20, dtype=torch.int32)
     sizes = {"RESET": True, "SIZE": 16, "CHUNK": 16, "BLOCK": 16}
-    watched = Watched(kernels.pass_kernel, monkeypatch)
+    watched = watch(kernels.pass_kernel)
     watched[(1,)](state, one, fade, fade, start, one.clone(), 20, 1, 2, **sizes)
     with pytest.raises(Exception, match="read outside"):  # one step more than there are
         watched[(1,)](state, one, fade, fade, start, one.clone(), 21, 1, 2, **sizes)

@@ -5,9 +5,6 @@ compiled once, and the report is held to the same demands.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +18,8 @@ FORWARD = {"steps", "states", "pass", "output"}
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-    command = [sys.executable, "-m", "benchmarks.ssd_compile", "--json", "--brief"]
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout)
+def compiled(compiled_alone):
+    return json.loads(compiled_alone("-m", "benchmarks.ssd_compile", "--json", "--brief"))
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +57,9 @@ for b, length, h, p, g, n, given in ((2, 37, 4, 64, 2, 128, True), (1, 1, 1, 1, 
 """
 
 
-def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes():
+def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes(compiled_alone):
     """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT / "src")}
-    ran = subprocess.run([sys.executable, "-c", LAUNCH], env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    said = ran.stdout.split()
+    said = compiled_alone("-c", LAUNCH).split()
     again = ["steps", "states", "pass", "states", "pass_back", "rows", "columns", "steps_back"]
     assert said[::2] == 2 * [f"{name}_kernel" for name in ["steps", "states", "pass", "output", *again]]
     assert {name for name, tensor in zip(said[::2], said[1::2]) if tensor == "True"} == {

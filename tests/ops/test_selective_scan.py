@@ -11,6 +11,7 @@ import pickle
 import re
 import tempfile
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -582,7 +583,14 @@ def test_which_engine_auto_is(monkeypatch):
         assert seen.pop() == "cpu"
     selective_scan(**made(), discretization="zoh")  # what the engine does not hold
     selective_scan(**made(length=0))  # nothing to do
-    assert not seen and door._auto(torch.zeros(1, 1, 1, device="meta"), "zoh-euler") == "reference"
+    assert not seen
+
+    def auto(device, states=16, rule="zoh-euler"):
+        u = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+        return door._auto(u, torch.zeros(1, states), rule)
+
+    assert auto("meta") == auto("cuda", rule="zoh") == "reference"
+    assert (auto("cuda", 256), auto("cuda", 257)) == ("triton", "reference")  # 257 states are more than a kernel holds
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

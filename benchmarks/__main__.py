@@ -1,4 +1,7 @@
-"""`python -m benchmarks NAME ...`: run the benchmarks whose names begin so (`flash`: flash attention's), or all."""
+"""`python -m benchmarks WORD ...`: the benchmark of that name, or else all whose names have the word in them; or all.
+
+`selective_scan` is one, `scan` is that with what it compiles to and its run on a CPU.
+"""
 
 import importlib
 import sys
@@ -9,13 +12,17 @@ HELPERS = ("__init__", "__main__", "record", "aot", "ceilings", "scaling")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 
+def chosen(word: str) -> list[str]:
+    """The benchmarks that a word names."""
+    return [word] if word in NAMES else [name for name in NAMES if word in name]
+
+
 def main() -> None:
     asked = [word for word in sys.argv[1:] if not word.startswith("-")]
     options = [word for word in sys.argv[1:] if word.startswith("-")]
-    unknown = [word for word in asked if not any(name.startswith(word) for name in NAMES)]
-    if unknown:
-        sys.exit(f"no benchmark begins with {', '.join(unknown)}; there are: {', '.join(NAMES)}")
-    for name in [name for name in NAMES if not asked or any(name.startswith(word) for word in asked)]:
+    if unknown := [word for word in asked if not chosen(word)]:
+        sys.exit(f"no benchmark has {', '.join(unknown)} in its name; there are: {', '.join(NAMES)}")
+    for name in dict.fromkeys(name for word in asked for name in chosen(word)) if asked else NAMES:
         importlib.import_module(f"benchmarks.{name}").main(options)
 
 

@@ -29,7 +29,8 @@ RANKS = {
 }
 ASIDE = {"data", "tasks", "figures"}  # what experiments and pages use: they import none of the above, nor does it them
 NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}
-TESTED_IN = {"data": "test_self_attention.py", "impl": "test_attention.py"}  # those without a test of their own stem
+# those without a test of their own stem
+TESTED_IN = {"data": "test_self_attention.py", "impl": "test_attention.py", "checks": "test_ssd.py"}
 
 
 def modules() -> dict[str, Path]:

@@ -19,7 +19,6 @@ return_lse=True it takes "reference" where it would take "sdpa", which keeps tha
 import math
 from functools import partial
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,10 +26,9 @@ from nondual.ops import masks
 from nondual.ops.attention import attention, check_qkv
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.flash_attention import reference
-from nondual.ops.impl import choose
+from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def flash_attention(
@@ -132,13 +130,5 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None
         from nondual.ops.flash_attention import triton
     except ImportError as error:
         raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
-    if triton.INTERPRETED and q.dtype == torch.bfloat16:
-        raise ValueError(
-            "q must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
-        )
-    if q.device.type != "cuda" and q.device.type != "meta" and not triton.INTERPRETED:
-        raise ValueError(
-            f"q must be on a CUDA device for impl='triton', got {q.device}; on a CPU use impl='auto', or set "
-            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
-        )
+    check_kernels_run("q", q, triton.INTERPRETED)
     return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)

@@ -23,11 +23,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.impl import choose
+from nondual.ops.checks import check_kinds, check_shapes
+from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
 from nondual.ops.selective_scan import reference
 from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CPU_DTYPES = (*KERNEL_DTYPES, torch.float64)
 DISCRETIZATIONS = ("zoh-euler", "zoh")
 
@@ -202,15 +202,7 @@ def _triton(u: Tensor, *rest):
             f"A must have at most {triton.MOST_STATES} states for impl='triton', got N = {states}; "
             "impl='reference' takes any"
         )
-    if triton.INTERPRETED and u.dtype == torch.bfloat16:
-        raise ValueError(
-            "u must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
-        )
-    if u.device.type not in ("cuda", "meta") and not triton.INTERPRETED:
-        raise ValueError(
-            f"u must be on a CUDA device for impl='triton', got {u.device}; on a CPU use impl='auto', or set "
-            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
-        )
+    check_kernels_run("u", u, triton.INTERPRETED)
     return triton.selective_scan(u, *rest)
 
 
@@ -222,17 +214,16 @@ def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
         raise ValueError(f"A must be (D, N) with D = {channels} as in u and N of 1 or more, got {tuple(A.shape)}")
     states = A.shape[1]
-    exact = {
-        "delta": (delta, (batch, length, channels), "(B, L, D)"),
-        "z": (z, (batch, length, channels), "(B, L, D)"),
-        "D": (D, (channels,), "(D,)"),
-        "delta_bias": (delta_bias, (channels,), "(D,)"),
-        "state": (state, (batch, channels, states), "(B, D, N)"),
-        "reset": (reset, (batch, length), "(B, L)"),
-    }
-    for name, (x, shape, letters) in exact.items():
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(x.shape)}")
+    check_shapes(
+        {
+            "delta": (delta, (batch, length, channels), "(B, L, D)"),
+            "z": (z, (batch, length, channels), "(B, L, D)"),
+            "D": (D, (channels,), "(D,)"),
+            "delta_bias": (delta_bias, (channels,), "(D,)"),
+            "state": (state, (batch, channels, states), "(B, D, N)"),
+            "reset": (reset, (batch, length), "(B, L)"),
+        }
+    )
     for name, x in (("B", B), ("C", C)):
         fits = {
             2: (channels, states),
@@ -245,16 +236,6 @@ def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
             )
         if x.ndim == 4 and (x.shape[2] == 0 or channels % x.shape[2]):
             raise ValueError(f"the G of {name} must divide D = {channels}, got {x.shape[2]}; {tuple(x.shape)}")
-    if reset is not None and reset.dtype != torch.bool:
-        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
-    timed = {"u": u, "delta": delta, "z": z} | {n: x for n, x in (("B", B), ("C", C)) if x.ndim != 2}
-    for name, x in (timed | {"A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias, "state": state}).items():
-        if x is not None and not x.is_floating_point():
-            kind = "real, " if x.is_complex() else ""
-            raise ValueError(f"{name} must be {kind}floating point, got {x.dtype}")
-        if name in timed and x is not None and x.dtype != u.dtype:
-            raise ValueError(f"{name} must have the dtype of u, {u.dtype}, got {x.dtype}; convert it with .to(u.dtype)")
-    named = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias, "state": state}
-    for name, x in (named | {"reset": reset}).items():
-        if x is not None and x.device != u.device:
-            raise ValueError(f"{name} must be on the device of u, {u.device}, got {x.device}")
+    parts = {"B": B, "C": C}
+    timed = {"u": u, "delta": delta, "z": z} | {name: x for name, x in parts.items() if x.ndim != 2}
+    check_kinds(timed, {"A": A, **parts, "D": D, "delta_bias": delta_bias, "state": state}, reset)

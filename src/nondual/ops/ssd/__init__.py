@@ -19,18 +19,17 @@ Three engines:
 
 from functools import partial
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.impl import choose
+from nondual.ops.checks import check_kinds, check_shapes
+from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
 from nondual.ops.ssd import chunked, reference
 from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
 
 WIDEST, MOST_STATES = 256, 256  # the widest head and the most states that the kernels take
 KERNEL_CHUNKS = (16, 32, 64, 128, 256)
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def ssd(
@@ -177,15 +176,7 @@ def _triton(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest, chunk: int | 
         from nondual.ops.ssd import triton
     except ImportError as error:
         raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
-    if triton.INTERPRETED and x.dtype == torch.bfloat16:
-        raise ValueError(
-            "x must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
-        )
-    if x.device.type not in ("cuda", "meta") and not triton.INTERPRETED:
-        raise ValueError(
-            f"x must be on a CUDA device for impl='triton', got {x.device}; on a CPU use impl='auto', or set "
-            "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
-        )
+    check_kernels_run("x", x, triton.INTERPRETED)
     return triton.ssd(x, delta, A, B, *rest, chunk=chunk)
 
 
@@ -204,31 +195,19 @@ def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
         raise ValueError(f"C must have the shape of B, {tuple(B.shape)}, got {tuple(C.shape)}")
     if B.ndim == 4 and (B.shape[2] == 0 or heads % B.shape[2]):
         raise ValueError(f"the G of B and C must divide H = {heads}, got {B.shape[2]}; {tuple(B.shape)}")
-    exact = {
-        "delta": (delta, (batch, length, heads), "(B, L, H)"),
-        "A": (A, (heads,), "(H,)"),
-        "z": (z, (batch, length, heads, width), "(B, L, H, P)"),
-        "delta_bias": (delta_bias, (heads,), "(H,)"),
-        "state": (state, (batch, heads, width, B.shape[-1]), "(B, H, P, N)"),
-        "reset": (reset, (batch, length), "(B, L)"),
-    }
-    for name, (v, shape, letters) in exact.items():
-        if v is not None and tuple(v.shape) != shape:
-            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(v.shape)}")
+    check_shapes(
+        {
+            "delta": (delta, (batch, length, heads), "(B, L, H)"),
+            "A": (A, (heads,), "(H,)"),
+            "z": (z, (batch, length, heads, width), "(B, L, H, P)"),
+            "delta_bias": (delta_bias, (heads,), "(H,)"),
+            "state": (state, (batch, heads, width, B.shape[-1]), "(B, H, P, N)"),
+            "reset": (reset, (batch, length), "(B, L)"),
+        }
+    )
     if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
         raise ValueError(f"D must be (H,) = {(heads,)} or (H, P) = {(heads, width)}, got {tuple(D.shape)}")
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
-    if reset is not None and reset.dtype != torch.bool:
-        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
     timed = {"x": x, "delta": delta, "B": B, "C": C, "z": z}
-    for name, v in (timed | {"A": A, "D": D, "delta_bias": delta_bias, "state": state}).items():
-        if v is not None and not v.is_floating_point():
-            kind = "real, " if v.is_complex() else ""
-            raise ValueError(f"{name} must be {kind}floating point, got {v.dtype}")
-        if name in timed and v is not None and v.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {v.dtype}; convert it with .to(x.dtype)")
-    named = timed | {"A": A, "D": D, "delta_bias": delta_bias, "state": state, "reset": reset}
-    for name, v in named.items():
-        if v is not None and v.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {v.device}")
+    check_kinds(timed, {"A": A, "D": D, "delta_bias": delta_bias, "state": state}, reset)

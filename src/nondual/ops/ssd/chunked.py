@@ -21,7 +21,8 @@ Differentiable by autograd, twice too.
 import torch
 from torch import Tensor
 
-from nondual.ops.ssd.reference import skip_and_gate, step_length, wide
+from nondual.ops.selective_scan.reference import step_length
+from nondual.ops.ssd.reference import skip_and_gate, wide
 
 CHUNK = 64
 

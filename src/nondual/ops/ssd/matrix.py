@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nondual.ops.ssd.reference import step_length
+from nondual.ops.selective_scan.reference import step_length
 
 
 # --8<-- [start:matrix]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nondual.ops.selective_scan.reference import step_length
+
 
 def ssd(
     x: Tensor,
@@ -70,12 +72,6 @@ def wide(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     """All of them in float32, or in float64 where x is: what states and sums are kept in."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return tuple(None if v is None else v.to(dtype) for v in (x, *rest))
-
-
-def step_length(delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> Tensor:
-    """The step lengths Δ: delta, its bias (H,) added, and the softplus of that if asked for."""
-    delta = delta if bias is None else delta + bias
-    return F.softplus(delta) if softplus else delta
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

@@ -1,0 +1,42 @@
+"""What the doors of the scans refuse alike: a shape, a dtype or a device that does not fit with the others."""
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]]) -> None:
+    """Refuse a tensor of another shape than the one named beside it, in numbers and in letters.
+
+    Raises:
+        ValueError: the first that differs.
+    """
+    for name, (x, shape, letters) in expected.items():
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(x.shape)}")
+
+
+def check_kinds(timed: dict[str, Tensor | None], others: dict[str, Tensor | None], reset: Tensor | None) -> None:
+    """Refuse what is not real and floating, what is timed and not of the first one's dtype, what is on another device.
+
+    Args:
+        timed: what comes with every step; the first of them sets dtype and device.
+        others: parameters and states, of any floating dtype.
+        reset: True where a sequence begins.
+
+    Raises:
+        ValueError: the first that differs.
+    """
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
+    lead, first = next(iter(timed.items()))
+    for name, x in (timed | others).items():
+        if x is not None and not x.is_floating_point():
+            kind = "real, " if x.is_complex() else ""
+            raise ValueError(f"{name} must be {kind}floating point, got {x.dtype}")
+        if name in timed and x is not None and x.dtype != first.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of {lead}, {first.dtype}, got {x.dtype}; convert it with .to({lead}.dtype)"
+            )
+    for name, x in (timed | others | {"reset": reset}).items():
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {lead}, {first.device}, got {x.device}")

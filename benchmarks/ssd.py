@@ -9,7 +9,7 @@ reason.
 import torch
 import torch.nn.functional as F
 
-from benchmarks.flash_attention import ceilings, seconds
+from benchmarks.ceilings import ceilings, seconds
 from benchmarks.record import ratio, write
 from nondual.ops.ssd import ssd
 

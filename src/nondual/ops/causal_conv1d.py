@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
+from nondual.ops.checks import check_kinds, check_shapes
 
 
 def causal_conv1d(
@@ -73,19 +74,11 @@ def _check(x, weight, bias, history, reset) -> None:
         raise ValueError(
             f"weight must be (D, K) with D = {channels} as in x and K of 1 or more, got {tuple(weight.shape)}"
         )
-    exact = {
-        "bias": (bias, (channels,), "(D,)"),
-        "history": (history, (batch, weight.shape[1] - 1, channels), "(B, K-1, D)"),
-        "reset": (reset, (batch, length), "(B, L)"),
-    }
-    for name, (tensor, shape, letters) in exact.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(tensor.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("history", history)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-    if reset is not None and reset.dtype != torch.bool:
-        raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("history", history), ("reset", reset)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    check_shapes(
+        {
+            "bias": (bias, (channels,), "(D,)"),
+            "history": (history, (batch, weight.shape[1] - 1, channels), "(B, K-1, D)"),
+            "reset": (reset, (batch, length), "(B, L)"),
+        }
+    )
+    check_kinds({"x": x, "weight": weight, "bias": bias, "history": history}, {}, reset)

@@ -1,4 +1,4 @@
-"""What the doors of the scans refuse alike: a shape, a dtype or a device that does not fit with the others."""
+"""What the scans and the convolution before them refuse alike: a shape, a dtype or a device that does not fit."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def check_kinds(timed: dict[str, Tensor | None], others: dict[str, Tensor | None
     """Refuse what is not real and floating, what is timed and not of the first one's dtype, what is on another device.
 
     Args:
-        timed: what comes with every step; the first of them sets dtype and device.
+        timed: what is of one dtype, as what comes with every step; the first of them sets dtype and device.
         others: parameters and states, of any floating dtype.
         reset: True where a sequence begins.
 

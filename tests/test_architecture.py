@@ -13,6 +13,7 @@ SRC = ROOT / "src"
 
 # Inward is down: a module imports from its own rank or from lower ones.
 RANKS = {
+    "store": 0,
     "ops": 0,
     "attention_mechanism": 1,
     "self_attention": 1,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what Triton's kernels take
 
@@ -38,3 +39,26 @@ def check_kernels_run(name: str, x: Tensor, interpreted: bool) -> None:
             f"{name} must be on a CUDA device for impl='triton', got {x.device}; on a CPU use impl='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
         )
+
+
+def refuses_transforms(*tensors: Tensor | None) -> str | None:
+    """Why an engine that is one opaque operator of torch cannot take these tensors, or None where it can.
+
+    Such an operator has a backward pass and nothing else. torch would take its forward-mode derivative for zero without
+    a word, and its own error under the transforms of torch.func speaks of classes that a user has never seen.
+
+    Returns:
+        What is asked for and is not there, to be put after the engine's name: "has no forward-mode derivative (…)".
+    """
+    if torch.compiler.is_compiling():  # the compiler follows torch.func.jvp, and torch itself refuses the others
+        transformed, level = False, forward_ad._current_level
+        tangent = level >= 0
+    else:
+        given = [x for x in tensors if x is not None]
+        transformed = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given)
+        tangent = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if tangent:
+        return "has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad)"
+    if transformed:
+        return "cannot be transformed by torch.func (vmap, grad, vjp, jacrev)"
+    return None

@@ -1,0 +1,38 @@
+"""The folder in which things are kept between runs: compiled code, weights and texts.
+
+It is NONDUAL_CACHE; where that is not set, `nondual` under XDG_CACHE_HOME; where that is not set either, `nondual`
+under ~/.cache. A user without a home folder gets a private folder among the temporary files.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """The folder, as an absolute path. It is not made here.
+
+    Raises:
+        PermissionError: this user has no home folder, and the folder for temporary files that would stand in for it
+            belongs to another user or can be written to by others.
+    """
+    given = os.environ.get("NONDUAL_CACHE")
+    if given:
+        return Path(os.path.abspath(os.path.expanduser(given)))  # absolute: the working folder may change
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base and os.path.isabs(base):  # the XDG specification has relative ones ignored
+        return Path(base) / "nondual"
+    try:
+        return Path.home() / ".cache" / "nondual"
+    except RuntimeError:  # no HOME, and a user id that no account has
+        return _temporary()
+
+
+def _temporary() -> Path:
+    """A folder among the temporary files that only this user can write to: code is loaded from it."""
+    folder = Path(tempfile.gettempdir()) / f"nondual-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022 or folder.is_symlink():
+        raise PermissionError(f"{folder} must belong to you and to you alone: set NONDUAL_CACHE to another folder")
+    return folder

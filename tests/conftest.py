@@ -1,12 +1,208 @@
-"""What more than one file of tests needs to look at a run with."""
+"""Fixtures that more than one file of tests uses.
 
-from collections.abc import Callable
+in_a_process_of_its_own   run code in a fresh interpreter with a time limit: process groups, forks, whatever can hang
+a_server_of_its_own       start code that goes on until the test ends it, such as an HTTP server
+error_budget              compare our error with plain PyTorch's error, over several draws
+largest                   how many numbers the largest tensor held that a call made
+in_float64                a context in which code that asks for float32 gets float64
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# --- processes of their own ------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A fresh Python interpreter that runs `code`, the leader of a process group of its own.
+
+    What it prints goes to files, not to pipes: a grandchild that outlives it could hold a pipe open, and reading that
+    pipe would wait for ever.
+    """
+
+    def __init__(self, code: str, *arguments: str, env: Mapping[str, str | None] | None = None, cwd=None):
+        self.folder = tempfile.TemporaryDirectory()
+        script = Path(self.folder.name, "script.py")
+        script.write_text(textwrap.dedent(code), encoding="utf-8")
+        # Every process of the group, a forked child too, shows the stacks of its threads when it gets SIGABRT.
+        changed = os.environ | {"PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"} | dict(env or {})
+        self.files = {name: open(Path(self.folder.name, name), "w+b") for name in ("stdout", "stderr")}
+        self.popen = subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={name: value for name, value in changed.items() if value is not None},
+            cwd=cwd or self.folder.name,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **self.files,
+        )
+
+    def said(self, name: str) -> str:
+        """What has been printed so far to "stdout" or "stderr"."""
+        return Path(self.files[name].name).read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit status; None if the process did not end in `timeout` seconds. Then its stacks are in stderr."""
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._signal_group(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(5)
+            time.sleep(0.5)  # the children write their stacks too
+            return None
+
+    def end(self) -> None:
+        """Kill what is left of the group, and remove the files."""
+        self._signal_group(signal.SIGKILL)
+        self.popen.wait(10)
+        for file in self.files.values():
+            file.close()
+        self.folder.cleanup()
+
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.popen.pid, number)
+
+
+def run_in_a_process_of_its_own(
+    code: str,
+    *arguments: str,
+    timeout: float = 60,
+    env: Mapping[str, str | None] | None = None,
+    cwd=None,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` as a script in a fresh interpreter, and return its exit status, stdout and stderr.
+
+    Args:
+        code: Python source; common indentation is removed. It may use `multiprocessing` and `if __name__ == ...`.
+        arguments: `sys.argv[1:]` of the script.
+        timeout: seconds. Then every process of the group shows the stacks of all its threads, is killed, and the test
+            fails with what was printed.
+        env: variables added to this process's own; None as a value removes one.
+        cwd: its working folder; by default an empty temporary one.
+        check: fail the test if the exit status is not 0.
+    """
+    process = Process(code, *arguments, env=env, cwd=cwd)
+    try:
+        status = process.wait(timeout)
+        stdout, stderr = process.said("stdout"), process.said("stderr")
+    finally:
+        process.end()
+    if status is None or (check and status != 0):
+        what = f"did not end in {timeout} s" if status is None else f"ended with status {status}"
+        pytest.fail(f"the process {what}\n--- stdout\n{stdout[-8000:]}\n--- stderr\n{stderr[-8000:]}", pytrace=False)
+    return subprocess.CompletedProcess(process.popen.args, status, stdout, stderr)
+
+
+@pytest.fixture(scope="session")
+def in_a_process_of_its_own() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function: run this code in a fresh interpreter with a time limit. See `run_in_a_process_of_its_own`."""
+    return run_in_a_process_of_its_own
+
+
+@contextlib.contextmanager
+def serving(code: str, *arguments: str, ready: str, timeout: float = 60, env=None, cwd=None) -> Iterator[re.Match]:
+    """Run `code` in a fresh interpreter until the block ends, whatever happens in the block.
+
+    Args:
+        ready: a regular expression. The block starts when stdout matches it, and gets the match.
+        timeout: seconds to wait for that.
+    """
+    process = Process(code, *arguments, env=env, cwd=cwd)
+    try:
+        limit = time.monotonic() + timeout
+        while (found := re.search(ready, process.said("stdout"))) is None:
+            ended = process.popen.poll() is not None
+            if ended or time.monotonic() > limit:
+                what = f"ended with status {process.popen.returncode}" if ended else f"was not ready in {timeout} s"
+                if not ended:
+                    process.wait(0)
+                said = f"--- stdout\n{process.said('stdout')[-8000:]}\n--- stderr\n{process.said('stderr')[-8000:]}"
+                pytest.fail(f"the server {what}\n{said}", pytrace=False)
+            time.sleep(0.02)
+        yield found
+    finally:
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def a_server_of_its_own() -> Callable[..., contextlib.AbstractContextManager[re.Match]]:
+    """A context manager: run this code until the block ends. See `serving`."""
+    return serving
+
+
+# --- error budgets ---------------------------------------------------------------------------------------------------
+
+
+class ErrorBudget:
+    """The largest error of ours and of plain PyTorch over several draws, by name of output.
+
+    One draw is luck: plain PyTorch may happen to be exact where we round. So errors are pooled over draws first, and
+    then compared.
+
+        for seed in range(error_budget.DRAWS):
+            torch.manual_seed(seed)
+            ...
+            error_budget.add("y", ours=y, plain=y_plain, exact=y_float64)
+        error_budget.check({"y": 2}, otherwise=3)
+    """
+
+    DRAWS = 5
+
+    def __init__(self):
+        self.errors: dict[str, list[tuple[float, float, float]]] = {}
+
+    def add(self, name: str, *, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        """One draw's tensors, of one shape. `exact` is float64; `ours` may be narrower, and is widened to compare."""
+        exact = exact.detach().double()
+        for x in (ours, plain):
+            assert x.shape == exact.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(exact.shape)}"
+        if exact.numel() == 0:
+            raise ValueError(f"{name}: an empty tensor has no error to judge")
+        off = [(x.detach().double() - exact).abs().max().item() for x in (ours, plain)]
+        ulp = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        self.errors.setdefault(name, []).append((off[0], off[1], ulp))
+
+    def check(self, times: Mapping[str, float] | float, otherwise: float | None = None, ulps: float = 4) -> None:
+        """Assert for each name that our largest error is at most `times` plain PyTorch's largest, plus `ulps`.
+
+        Args:
+            times: the factor; or a factor for each name, and `otherwise` for the rest.
+            ulps: added to the allowance, in units of eps (of our dtype) times the largest exact value.
+        """
+        assert self.errors, "nothing was added: there is no error to judge"
+        for name, draws in self.errors.items():
+            assert len(draws) >= self.DRAWS, f"{name}: {len(draws)} draws; an error is judged over {self.DRAWS} or more"
+            factor = times.get(name, otherwise) if isinstance(times, Mapping) else times
+            assert factor is not None, f"{name}: no factor was given for it"
+            # torch's maximum keeps a NaN, and a NaN is not less than anything: it fails below.
+            ours, plain, ulp = torch.tensor(draws, dtype=torch.float64).amax(0).tolist()
+            assert ours <= factor * plain + ulps * ulp, f"{name}: {ours:.3g} off, plain PyTorch {plain:.3g}"
+
+
+@pytest.fixture
+def error_budget() -> ErrorBudget:
+    """Compare our error with plain PyTorch's error, over several draws."""
+    return ErrorBudget()
+
+
+# --- looking at a run ------------------------------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,122 @@
+"""The fixtures of tests/conftest.py: a process that hangs is ended and shows where, and luck is no evidence."""
+
+import os
+import time
+
+import pytest
+import torch
+
+# --- processes of their own ------------------------------------------------------------------------------------------
+
+
+def test_a_process_of_its_own_says_what_it_printed(in_a_process_of_its_own):
+    code = """
+        import os, sys
+        print(sys.argv[1:], os.environ.get("NEW"), "HOME" in os.environ)
+        print("aside", file=sys.stderr)
+    """
+    ran = in_a_process_of_its_own(code, "a", "b c", env={"NEW": "1", "HOME": None})
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "['a', 'b c'] 1 False\n", "aside\n")
+
+
+def test_a_process_that_fails_fails_the_test_unless_the_test_looks_itself(in_a_process_of_its_own):
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)ended with status 1.*ZeroDivisionError"):
+        in_a_process_of_its_own("1 / 0")
+    assert in_a_process_of_its_own("raise SystemExit(3)", check=False).returncode == 3
+
+
+HANGS = """
+    import os, sys, threading, time
+
+    def where_the_thread_waits():
+        time.sleep(600)
+
+    def where_the_child_waits():
+        time.sleep(600)
+
+    threading.Thread(target=where_the_thread_waits).start()
+    child = os.fork()
+    if child == 0:
+        where_the_child_waits()
+    print("child", child, flush=True)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_process_that_hangs_is_killed_with_its_children_and_shows_all_stacks(in_a_process_of_its_own):
+    with pytest.raises(pytest.fail.Exception) as failed:
+        in_a_process_of_its_own(HANGS, timeout=3)
+    said = str(failed.value)
+    assert "did not end in 3 s" in said
+    assert "where_the_thread_waits" in said and "where_the_child_waits" in said
+    assert gone(int(said.split("child ")[1].split()[0]))
+
+
+def test_a_process_left_behind_is_killed_and_not_waited_for(in_a_process_of_its_own):
+    """A child that outlives its parent and holds its stdout open."""
+    code = """
+        import subprocess, sys
+        print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
+    """
+    began = time.monotonic()
+    ran = in_a_process_of_its_own(code, timeout=60)
+    assert time.monotonic() - began < 60
+    assert gone(int(ran.stdout))
+
+
+def test_a_server_lives_as_long_as_its_block(a_server_of_its_own):
+    code = "import os, time; print('ready', os.getpid(), flush=True); time.sleep(600)"
+    with pytest.raises(KeyError), a_server_of_its_own(code, ready=r"ready (\d+)\n") as found:
+        os.kill(int(found[1]), 0)
+        raise KeyError
+    assert gone(int(found[1]))
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)ended with status 1.*ZeroDivisionError"):
+        with a_server_of_its_own("1 / 0", ready="ready"):
+            pass
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)was not ready in 1 s.*most recent call first"):
+        with a_server_of_its_own("import time; time.sleep(600)", ready="ready", timeout=1):
+            pass
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended: it is not there, or it waits to be reaped by the system's first process."""
+    for _ in range(100):
+        try:
+            with open(f"/proc/{process}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# --- error budgets ---------------------------------------------------------------------------------------------------
+
+
+def test_one_unlucky_draw_is_not_held_against_us_and_a_lasting_error_is(error_budget):
+    """In the draw where plain PyTorch is exact by luck we may be off by what it is off by elsewhere."""
+    exact = torch.ones(3, dtype=torch.float64)
+    for seed in range(error_budget.DRAWS):
+        plain = 1.0 if seed == 2 else 1.01
+        error_budget.add("y", ours=torch.full((3,), 1.015), plain=torch.full((3,), plain), exact=exact)
+    error_budget.check(2)
+    with pytest.raises(AssertionError, match=r"y: 0\.015 off, plain PyTorch 0\.01"):
+        error_budget.check({"y": 1.2})
+
+
+def test_a_budget_wants_several_draws_and_a_factor_and_sees_a_nan(error_budget):
+    one = torch.ones(1)
+    with pytest.raises(AssertionError, match="nothing was added"):
+        error_budget.check(2)
+    for _ in range(error_budget.DRAWS - 1):
+        error_budget.add("y", ours=one, plain=one, exact=one)
+    with pytest.raises(AssertionError, match="4 draws; an error is judged over 5 or more"):
+        error_budget.check(2)
+    error_budget.add("y", ours=one * torch.nan, plain=one, exact=one)
+    with pytest.raises(AssertionError, match="no factor"):
+        error_budget.check({"x": 2})
+    with pytest.raises(AssertionError, match="nan off"):
+        error_budget.check(2)
+    with pytest.raises(AssertionError, match=r"shape \(2,\), wanted \(1,\)"):
+        error_budget.add("z", ours=torch.ones(2), plain=one, exact=one)

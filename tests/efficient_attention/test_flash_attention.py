@@ -84,21 +84,46 @@ def test_dropout_is_refused_while_training_only():
     assert module.eval()(torch.randn(B, N, E)).shape == (B, N, E)
 
 
-def test_two_processes_worth_of_training_in_one(tmp_path):
-    """DistributedDataParallel finds the gradients of every parameter through the op."""
-    import torch.distributed as dist
+TWO_RANKS = """
+    import sys
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain, flash = pair(impl="triton" if kernels.INTERPRETED else "reference")
-        wrapped = torch.nn.parallel.DistributedDataParallel(flash)
-        x = torch.randn(B, N, E)
-        wrapped(x).sum().backward()
-        plain(x).sum().backward()
-        for a, b in zip(plain.parameters(), flash.parameters()):
-            torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-4)
-    finally:
+    import torch
+    import torch.distributed as dist
+    import torch.multiprocessing
+
+    from nondual.efficient_attention.flash_attention import FlashAttention
+    from nondual.self_attention import MultiHeadAttention
+
+
+    def train(rank, store, *engines):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+        x = torch.randn(2, 19, 48, generator=torch.Generator().manual_seed(0))
+        for impl in engines:
+            torch.manual_seed(1)
+            module = MultiHeadAttention(48, 6, n_kv_heads=3, op=FlashAttention(impl=impl))
+            module(x).sum().backward()
+            expected = [p.grad / 2 for p in module.parameters()]
+            module.zero_grad()
+
+            wrapped = torch.nn.parallel.DistributedDataParallel(module)
+            wrapped(x[rank : rank + 1]).sum().backward()
+            for parameter, right in zip(module.parameters(), expected):
+                torch.testing.assert_close(parameter.grad, right, atol=1e-4, rtol=1e-4)
+            sys.stdout.write(f"rank {rank}, {impl}: right\\n")
+            del wrapped  # before its process group: its reducer uses the group while it is freed
         dist.destroy_process_group()
+
+
+    if __name__ == "__main__":
+        torch.multiprocessing.spawn(train, sys.argv[1:], nprocs=2)
+"""
+
+
+def test_distributed_data_parallel_averages_the_gradients_of_two_ranks(tmp_path, in_a_process_of_its_own):
+    """Each rank sees one of two sequences, and every parameter gets the gradient of the whole batch, halved."""
+    ran = in_a_process_of_its_own(TWO_RANKS, tmp_path / "store", *IMPLS, timeout=100)
+    assert sorted(ran.stdout.splitlines()) == sorted(f"rank {rank}, {impl}: right" for rank in (0, 1) for impl in IMPLS)
 
 
 # --- the chapter's claims --------------------------------------------------------------------------------

@@ -4,6 +4,24 @@ import torch
 from torch import Tensor
 
 
+def check_tensors(required: dict[str, object], optional: dict[str, object] | None = None) -> None:
+    """Refuse what is not a tensor, such as a numpy array, a list or a number.
+
+    Args:
+        required: arguments by name, each of which must be a Tensor.
+        optional: arguments by name, each of which must be a Tensor or None.
+
+    Raises:
+        TypeError: the first that is not.
+    """
+    given = {name: x for name, x in (optional or {}).items() if x is not None}
+    for name, x in (required | given).items():
+        if not isinstance(x, Tensor):
+            kind = type(x).__name__
+            remedy = "from_numpy" if kind == "ndarray" else "tensor"
+            raise TypeError(f"{name} must be a Tensor, got {kind}; use torch.{remedy}({name})")
+
+
 def check_shapes(expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]]) -> None:
     """Refuse a tensor of another shape than the one named beside it, in numbers and in letters.
 

@@ -146,6 +146,36 @@ def test_importing_takes_under_twice_the_time_of_torch():
     assert min(float(python(code)) for _ in range(3)) < 2  # a ratio within one process, so that a busy machine is fair
 
 
+def test_importing_the_package_imports_the_standard_library_at_most():
+    code = "import sys\nbefore = set(sys.modules)\nimport nondual\nprint(*sorted(set(sys.modules) - before))"
+    assert {name.split(".")[0] for name in python(code).split()} <= {"nondual", *sys.stdlib_module_names}
+
+
+def test_every_name_of_the_package_is_found_when_it_is_asked_for():
+    code = (
+        "import nondual\n"
+        "for name in nondual.__all__:\n"
+        "    value = getattr(nondual, name)\n"
+        "    home = getattr(value, '__module__', value.__name__)\n"
+        "    assert home.startswith('nondual.') and value.__name__.split('.')[-1] == name, (name, home)\n"
+        "assert set(nondual.__all__) <= set(dir(nondual)) and 'torch' not in dir(nondual)\n"
+        "try:\n    nondual.atention\n"
+        "except AttributeError as error:\n    print(error)\n"
+    )
+    assert python(code, CUDA_VISIBLE_DEVICES="").strip() == "module 'nondual' has no attribute 'atention'"
+
+
+def test_all_of_the_package_lists_what_a_type_checker_sees_and_names_every_public_module():
+    tree = ast.parse(MODULES["nondual"].read_text(encoding="utf-8"))
+    (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = [alias.name for node in block.body for alias in node.names]
+    (listed,) = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    assert sorted(seen) == sorted(ast.literal_eval(listed.value))
+    told = ast.get_docstring(tree) or ""
+    for name in {part(name) for name in MODULES} - {"", "store"}:
+        assert name in told and name in seen, f"nondual.{name} is missing in nondual/__init__.py"
+
+
 # --- what a reader finds -------------------------------------------------------------------------------------------
 
 

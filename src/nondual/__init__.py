@@ -1,15 +1,152 @@
 """nondual: the history of attention as a library that runs.
 
-Each module is one chapter of the site and one file of tests, under the same name:
+The names below can be taken from here, `from nondual import attention, Mamba`, or from the modules that they live in:
 
+    nondual.ops                   the operations and their engines: attention, flash attention, scans, masks
     nondual.attention_mechanism   additive and multiplicative scores, softmax, context (Bahdanau 2014)
     nondual.self_attention        one X, three projections; many heads; the key/value cache (Vaswani 2017)
-    nondual.positional_encoding   where a token stands
-    nondual.transformer           the block, the stack, a text encoder
-    nondual.pretrained            real weights, checked and loaded into the classes above
-    nondual.ops                   the mathematics and its engines
+    nondual.positional_encoding   learned positions
+    nondual.transformer           the layer, the encoder, a text encoder
+    nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
+    nondual.language_models       a language model of Mamba or Mamba-2 blocks
+    nondual.pretrained            real weights, checked by hash and loaded into the classes above
+    nondual.data, tasks, figures  texts, synthetic tasks and drawings for the site's pages
 
-Nothing is imported here, so `import nondual` costs what Python costs; importing a module costs what torch costs.
+`import nondual` imports nothing else, not even torch: each name is imported when it is first asked for (PEP 562).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nondual import (
+        attention_mechanism,
+        data,
+        efficient_attention,
+        figures,
+        language_models,
+        ops,
+        positional_encoding,
+        pretrained,
+        self_attention,
+        tasks,
+        transformer,
+    )
+    from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
+    from nondual.efficient_attention.flash_attention import FlashAttention
+    from nondual.efficient_attention.mamba import Mamba, MambaCache
+    from nondual.efficient_attention.mamba2 import Mamba2
+    from nondual.efficient_attention.s4d import S4D
+    from nondual.efficient_attention.transformers_interface import register_with_transformers
+    from nondual.language_models.mamba import MambaLM
+    from nondual.ops import masks
+    from nondual.ops.attention import attention
+    from nondual.ops.causal_conv1d import causal_conv1d
+    from nondual.ops.flash_attention import flash_attention
+    from nondual.ops.linear_recurrence import linear_recurrence
+    from nondual.ops.selective_scan import selective_scan, selective_scan_step
+    from nondual.ops.ssd import ssd, ssd_step
+    from nondual.positional_encoding import LearnedPositions
+    from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, shakespeare, smollm2
+    from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
+    from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "S4D",
+    "AdditiveAttention",
+    "AttentionDecoder",
+    "Encoder",
+    "FeedForward",
+    "FlashAttention",
+    "KVCache",
+    "LearnedPositions",
+    "Mamba",
+    "Mamba2",
+    "MambaCache",
+    "MambaLM",
+    "MultiHeadAttention",
+    "SelfAttention",
+    "SentenceEncoder",
+    "TextEncoder",
+    "TransformerLayer",
+    "attention",
+    "attention_mechanism",
+    "causal_conv1d",
+    "data",
+    "efficient_attention",
+    "figures",
+    "flash_attention",
+    "language_models",
+    "linear_recurrence",
+    "load_mamba",
+    "load_mamba2",
+    "masks",
+    "minilm",
+    "ops",
+    "positional_encoding",
+    "pretrained",
+    "register_with_transformers",
+    "selective_scan",
+    "selective_scan_step",
+    "self_attention",
+    "shakespeare",
+    "smollm2",
+    "ssd",
+    "ssd_step",
+    "tasks",
+    "transformer",
+]
+
+# The module that a name of __all__ is taken from; a name that is not here is itself a module.
+_HOME = {
+    "AdditiveAttention": "attention_mechanism",
+    "AttentionDecoder": "attention_mechanism",
+    "FlashAttention": "efficient_attention.flash_attention",
+    "Mamba": "efficient_attention.mamba",
+    "MambaCache": "efficient_attention.mamba",
+    "Mamba2": "efficient_attention.mamba2",
+    "S4D": "efficient_attention.s4d",
+    "register_with_transformers": "efficient_attention.transformers_interface",
+    "MambaLM": "language_models.mamba",
+    "attention": "ops.attention",
+    "causal_conv1d": "ops.causal_conv1d",
+    "flash_attention": "ops.flash_attention",
+    "linear_recurrence": "ops.linear_recurrence",
+    "selective_scan": "ops.selective_scan",
+    "selective_scan_step": "ops.selective_scan",
+    "ssd": "ops.ssd",
+    "ssd_step": "ops.ssd",
+    "LearnedPositions": "positional_encoding",
+    "SentenceEncoder": "pretrained",
+    "load_mamba": "pretrained",
+    "load_mamba2": "pretrained",
+    "minilm": "pretrained",
+    "shakespeare": "pretrained",
+    "smollm2": "pretrained",
+    "KVCache": "self_attention",
+    "MultiHeadAttention": "self_attention",
+    "SelfAttention": "self_attention",
+    "Encoder": "transformer",
+    "FeedForward": "transformer",
+    "TextEncoder": "transformer",
+    "TransformerLayer": "transformer",
+}
+_DEEPER = {"masks": "ops.masks"}  # a module that lies within another
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and should go on to report a name that does not exist
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'nondual' has no attribute {name!r}")
+        if name in _HOME:
+            value = getattr(import_module(f"nondual.{_HOME[name]}"), name)
+        else:
+            value = import_module(f"nondual.{_DEEPER.get(name, name)}")
+        globals()[name] = value  # the next look-up finds it without this function
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ nox -s tests     unit tests, every snippet, and the site's checks
 nox -s snippets  every fence alone, as `python file.py`
 nox -s gpu_tests the kernels on a CUDA device (add --no-venv to use the torch you have)
 nox -s bench     timings against peers; nox -s bench -- NAME for one
-nox -s lint      ruff
+nox -s lint      ruff and pyright
 """
 
 import hashlib
@@ -139,7 +139,8 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, as an error and as a format."""
+    """Ruff, as an error and as a format, and pyright on the library."""
     python = environment(session)
     session.run(python, "-m", "ruff", "check", ".")
     session.run(python, "-m", "ruff", "format", "--check", ".")
+    session.run(python, "-m", "pyright", "--pythonpath", python)

@@ -13,14 +13,21 @@ numbers (`FEW` at most, a complex one counted as two), since a call then costs m
 "sequential" beyond.
 
 The gradient of a linear recurrence is a linear recurrence that runs backward, so both engines serve both passes, and
-neither keeps more than a and h for it.
+neither saves more than a, h and the initial state for it.
+
+To torch a call is one operator, so that a program compiled or exported with it serves every length. What cannot take an
+operator (forward-mode derivatives, the transforms of torch.func) gets the engine's own operations instead, at the price
+of memory for all that autograd saves. ONNX has no such operator: an exported model does the scan by doubling.
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from nondual.ops.impl import choose
+from nondual.ops.checks import check_tensors
+from nondual.ops.impl import choose, refuses_transforms
 
 FEW = 2**10
 """How many numbers one step may hold on a CPU for "auto" to mean "parallel"."""
@@ -31,7 +38,7 @@ def linear_recurrence(
     b: Inexact[Tensor, "..."],
     state: Inexact[Tensor, "..."] | None = None,
     *,
-    impl: str = "auto",
+    impl: Literal["auto", "sequential", "parallel"] = "auto",
 ) -> tuple[Inexact[Tensor, "..."], Inexact[Tensor, "..."]]:
     """Every state h_t = a_t h_{t-1} + b_t along dimension 1, and the last.
 
@@ -45,11 +52,14 @@ def linear_recurrence(
 
     Returns:
         h (B, L, …) in the dtype that a and b promote to, complex where the state is; and the last state (B, …) in
-        float32 or better, complex64 or better. Both are differentiable, twice too.
+        float32 or better, complex64 or better, in memory of its own. Both are differentiable, any number of times, in
+        reverse mode, in forward mode and under the transforms of torch.func.
 
     Raises:
+        TypeError: what is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit; an unknown engine.
     """
+    check_tensors({"a": a, "b": b}, {"state": state})
     _check(a, b, state)
     dtype = torch.promote_types(a.dtype, b.dtype)
     start = b.new_zeros(b.shape[:1] + b.shape[2:]) if state is None else state
@@ -59,10 +69,15 @@ def linear_recurrence(
     auto = "parallel" if b.device.type == "cuda" or start.numel() * (1 + start.is_complex()) <= FEW else "sequential"
     engine = choose(impl, {"sequential": sequential, "parallel": parallel}, auto)
     if b.shape[1] == 0:
-        return b.to(dtype), start
+        return b.to(dtype).clone(), start.clone()
     a = a.expand(-1, b.shape[1], *a.shape[2:])
-    h = _Recurrence.apply(a, b, start, engine)
-    return h.to(dtype), h[:, -1]
+    if torch.onnx.is_in_onnx_export():
+        h = doubling(a, b, start)
+    elif refuses_transforms(a, b, start):
+        h = engine(a, b, start)
+    else:
+        h = _states(a, b, start, engine is parallel)
+    return h.to(dtype), h[:, -1].clone()  # a copy: a view would change with h, and keep all of it in memory
 
 
 # --8<-- [start:combine]
@@ -137,29 +152,57 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     return joined if even.shape[1] == length else torch.cat([joined, even[:, length:]], 1)
 
 
-class _Recurrence(torch.autograd.Function):
-    """h of a, b and the state; its gradient g_t = ∂h_t + ā_{t+1} g_{t+1} is the same recurrence from the other end."""
+def doubling(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """All states, from the arguments of `sequential`, by a number of rounds that does not depend on L: for ONNX, whose
+    graph has no recursion. After round k each step has joined the 2^k steps that end with it.
 
-    @staticmethod
-    def forward(ctx, a, b, state, engine):
-        h = engine(a, b, state)
-        ctx.save_for_backward(a, h, state)
-        ctx.engine = engine
-        return h
+    Source: Hillis and Steele 1986, "Data parallel algorithms". For lengths up to 2^ROUNDS.
+    """
+    a = a.expand(b.shape)
+    b = torch.cat([a[:, :1] * state[:, None] + b[:, :1], b[:, 1:]], 1)
+    step = torch.arange(b.shape[1], device=b.device)
+    for k in range(ROUNDS):
+        earlier, joins = (step - 2**k).clamp(min=0), (step >= 2**k).view(-1, *[1] * (b.ndim - 2))
+        a, b = torch.where(joins, a * a[:, earlier], a), torch.where(joins, a * b[:, earlier] + b, b)
+    return b
 
-    @staticmethod
-    def backward(ctx, d_h):
-        a, h, state = ctx.saved_tensors
-        later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1).conj()  # ā_{t+1}, and nothing after the last
-        g = _Recurrence.apply(later.flip(1), d_h.flip(1), torch.zeros_like(state), ctx.engine).flip(1)
-        before = torch.cat([state[:, None], h[:, :-1]], 1)  # h_{t-1}
-        d_a = (g * before.conj()).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
-        d_state = (a[:, 0].conj() * g[:, 0]).sum_to_size(state.shape) if ctx.needs_input_grad[2] else None
-        return d_a, g, d_state, None
+
+ROUNDS = 20  # of `doubling`: lengths up to a million
+
+# --- as an operator of torch -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("nondual::linear_recurrence", mutates_args=())
+def _states(a: Tensor, b: Tensor, state: Tensor, in_parallel: bool) -> Tensor:
+    return (parallel if in_parallel else sequential)(a, b, state).contiguous()
+
+
+@_states.register_fake
+def _(a, b, state, in_parallel):
+    return b.new_empty(b.shape)
+
+
+def _save(ctx, inputs, output):
+    a, _, state, ctx.in_parallel = inputs
+    ctx.save_for_backward(a, output, state)
+
+
+def _differentiate(ctx, d_h):
+    """g_t = ∂h_t + ā_{t+1} g_{t+1}, the gradient of b_t: the same recurrence from the other end."""
+    a, h, state = ctx.saved_tensors
+    later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1).conj()  # ā_{t+1}, and nothing after the last
+    g = _states(later.flip(1), d_h.flip(1), torch.zeros_like(state), ctx.in_parallel).flip(1)
+    before = torch.cat([state[:, None], h[:, :-1]], 1)  # h_{t-1}
+    d_a = (g * before.conj()).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+    d_state = (a[:, 0].conj() * g[:, 0]).sum_to_size(state.shape) if ctx.needs_input_grad[2] else None
+    return d_a, g, d_state, None
+
+
+_states.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(a: Tensor, b: Tensor, state: Tensor | None) -> None:
-    """Refuse what does not fit together, once."""
+    """Refuse what does not fit together."""
     for name, x in (("a", a), ("b", b), ("state", state)):
         if x is not None and not (x.is_floating_point() or x.is_complex()):
             raise ValueError(f"{name} must be floating point or complex, got {x.dtype}")

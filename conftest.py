@@ -5,11 +5,14 @@
 3. A skip is not a pass: evidence for a claim may never be skipped, and in CI nothing may, but for the tests of a GPU.
 4. A test marked `gpu` is skipped where torch sees no CUDA device.
 5. Without such a device Triton's kernels run in its interpreter, on the CPU.
+6. Nothing hangs: every test has a time limit, and a test that reaches it shows the stacks of all threads.
+7. The workers of `pytest -n` share the machine's cores.
 
 Nothing here imports a plugin: `nox -s gpu_tests --no-venv` needs torch and pytest alone.
 """
 
 import contextlib
+import faulthandler
 import os
 import random
 import sys
@@ -19,6 +22,11 @@ import traceback
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# 7. Each of n workers computes with 1/n of the threads, and so does every process that its tests start. Read when torch
+#    is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # 5. Triton asks when it is first imported, and torch may import it: so before anything else is.
 try:
@@ -147,6 +155,53 @@ def reason(report: pytest.TestReport) -> str:
     if hasattr(report, "wasxfail"):
         return "xfail: " + report.wasxfail
     return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+# --- 6. nothing hangs -----------------------------------------------------------------------------------------------
+#
+# Three limits, from the gentlest to the last:
+# - `timeout` in pyproject.toml (the plugin pytest-timeout): the test fails with all stacks, and the run goes on.
+#   It needs the interpreter, so it does not end a call into C that keeps the interpreter's lock.
+# - `faulthandler_timeout` in pyproject.toml: a thread in C, which needs no lock, writes all stacks, ends the process.
+# - noxfile.py ends a session that goes on for too long, with every process that it started.
+
+
+def pytest_addoption(parser, pluginmanager):
+    if not pluginmanager.hasplugin("timeout"):  # its settings in pyproject.toml are no mistake where it is missing
+        parser.addini("timeout", "seconds for one test; needs pytest-timeout")
+
+
+stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.stash[stderr] = os.dup(sys.__stderr__.fileno())  # the real one: a test's own is captured
+
+
+def end_later(config: pytest.Config, more: float = 0) -> None:
+    """Unless it is called off: write all stacks and end this process, after `faulthandler_timeout` seconds and more."""
+    if seconds := float(config.getini("faulthandler_timeout") or 0):
+        faulthandler.dump_traceback_later(seconds + more, exit=True, file=config.stash[stderr])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item):
+    """The last limit stays above the first where a test is marked with a longer one."""
+    if mark := item.get_closest_marker("timeout"):
+        end_later(item.config, more=mark.args[0])
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item):
+    """pytest calls both limits off when a test fails, and the teardown after that can hang too."""
+    end_later(item.config)
+    return (yield)
+
+
+def pytest_unconfigure(config):
+    """After the last test too: Python joins threads and runs destructors when it exits."""
+    end_later(config)
 
 
 # --- 4. what is collected ------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A test that hangs is ended and shows where, however it hangs; and the settings that see to it."""
+
+import re
+import shutil
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+
+RUN = "import sys, pytest; sys.exit(pytest.main(['-p', 'no:cacheprovider', '-rA', *sys.argv[1:]]))"
+KEEPS_THE_LOCK = """
+import ctypes, pytest
+
+def keeps_the_lock():
+    mutex = ctypes.create_string_buffer(64)
+    library = ctypes.PyDLL(None)  # a PyDLL does not give up the interpreter's lock while it runs
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.fixture
+def pytest_says(tmp_path, in_a_process_of_its_own):
+    """A function: what pytest says of these files, with our conftest.py and short limits. It fails if pytest hangs."""
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "hooks").symlink_to(ROOT / "hooks")
+
+    def run(files, *arguments, timeout=2, last=40, env=None):
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        (tmp_path / "pytest.ini").write_text(
+            f"[pytest]\ntimeout = {timeout}\nfaulthandler_timeout = {last}\nfaulthandler_exit_on_timeout = true\n"
+            "addopts = --strict-markers\nmarkers =\n    gpu\n    claim(id, verdict)\n"
+        )
+        began = time.monotonic()
+        ran = in_a_process_of_its_own(RUN, *arguments, cwd=tmp_path, timeout=90, check=False, env=env)
+        assert time.monotonic() - began < 90
+        return ran.stdout + ran.stderr
+
+    return run
+
+
+PLACES = {  # where a test can wait for ever
+    "in the test": "def test_it():\n    where_it_waits()\n",
+    "in a fixture": "@pytest.fixture(scope='session')\ndef f():\n    where_it_waits()\ndef test_it(f):\n    pass\n",
+    "in a fixture's end": "@pytest.fixture\ndef f():\n    yield\n    where_it_waits()\ndef test_it(f):\n    pass\n",
+}
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_a_test_that_waits_fails_with_all_stacks_and_the_rest_are_run(pytest_says, workers):
+    text = (
+        "import threading, pytest\nhold = threading.Event()\n"
+        "def where_it_waits():\n    hold.wait(600)\n"
+        "def where_the_thread_waits():\n    hold.wait(600)\n"
+        "@pytest.fixture(autouse=True)\n"
+        "def thread():\n    threading.Thread(target=where_the_thread_waits, daemon=True).start()\n"
+    )
+    files = {f"test_{i}.py": text + place for i, place in enumerate(PLACES.values())}
+    said = pytest_says({**files, "test_z.py": "def test_z():\n    pass\n"}, workers)
+    assert said.count("Timeout (>2.0s) from pytest-timeout") >= 3
+    assert said.count(": in where_it_waits") == said.count("Stack of Thread-1 (where_the_thread_waits)") == 3
+    assert re.search(r"1 failed, 2 passed, 2 errors", said), said[-3000:]
+
+
+def test_a_snippet_that_waits_fails_too(pytest_says):
+    page = "```python\nimport time\n\ntime.sleep(600)\n```\n\n```python\nx = 1\n```\n"
+    said = pytest_says({"page.md": page}, "--codeblocks", "page.md")
+    assert "Timeout (>2.0s) from pytest-timeout" in said and "page.md:4" in said
+    assert "1 failed, 1 passed" in said
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_a_test_that_keeps_the_interpreters_lock_is_ended_with_its_process(pytest_says, workers):
+    """No Python runs any more: not pytest-timeout's, and not this process's own signal handler."""
+    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + "def test_a():\n    keeps_the_lock()\n"}, workers, last=5)
+    assert "Timeout (0:00:05)!" in said and "in keeps_the_lock" in said
+    assert workers == "-n0" or "crashed while running 'test_a.py::test_a'" in said
+
+
+@pytest.mark.parametrize("where", ["in the teardown of a test that failed", "as Python exits"])
+def test_what_hangs_after_the_test_is_ended_too(pytest_says, where):
+    text = {
+        "in the teardown of a test that failed": (
+            "@pytest.fixture\ndef f():\n    yield\n    keeps_the_lock()\ndef test_a(f):\n    assert 0\n"
+        ),
+        "as Python exits": "import atexit\natexit.register(keeps_the_lock)\ndef test_a():\n    pass\n",
+    }[where]
+    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + text}, last=5)
+    assert "Timeout (0:00:05)!" in said and "in keeps_the_lock" in said
+
+
+def test_without_plugins_the_settings_are_no_mistake(pytest_says):
+    """`nox -s gpu_tests` runs where pytest is alone."""
+    plugins = ["timeout", "xdist", "codeblocks"]
+    files = {"test_a.py": "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('x')\n"}
+    said = pytest_says(files, *(f"-pno:{name}" for name in plugins), "-W", "error")
+    assert "1 skipped" in said and "warning" not in said.lower(), said
+
+
+def test_a_longer_limit_of_one_test_puts_the_last_one_off(pytest_says):
+    files = {"test_a.py": "import pytest, time\n@pytest.mark.timeout(60)\ndef test_a():\n    time.sleep(4)\n"}
+    assert "1 passed" in pytest_says(files, last=2)
+
+
+def test_the_limits_go_up_from_the_gentlest_to_the_last():
+    assert 0 < SETTINGS["timeout"] < SETTINGS["faulthandler_timeout"]
+    assert SETTINGS["faulthandler_exit_on_timeout"] is True
+
+
+def test_every_setting_that_a_plugin_reads_is_known_without_it():
+    markers = [text.partition(":")[0].partition("(")[0] for text in SETTINGS["markers"]]
+    assert {"timeout", "xdist_group"} <= set(markers)
+    assert "-n" not in SETTINGS["addopts"] and "--dist" not in SETTINGS["addopts"]

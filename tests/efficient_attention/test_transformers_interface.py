@@ -260,6 +260,80 @@ def test_half_precision_and_checkpointing_of_gradients_run():
     assert loss.dtype.is_floating_point and all(p.grad.isfinite().all() for p in model.parameters())
 
 
+# --- dropout of attention weights ----------------------------------------------------------------------------------
+
+
+def patterns() -> dict[str, tuple[dict, torch.Tensor]]:
+    """Ways in which a layer may be asked for a pattern, each with the mask (N, M) that it means."""
+    n, m = 7, 11
+    torch.manual_seed(3)
+    own = torch.rand(n, m) < 0.6
+    own[:, 0] = True
+    bias = torch.randn(1, 6, n, m)
+    none = torch.zeros(n, m)
+    return {
+        "all": ({"is_causal": False}, none),
+        "causal": ({"attention_mask": CausalRule((2, 1, n, m), None, "cpu")}, masks.causal(n, m)),
+        "window": ({"attention_mask": CausalRule((2, 1, n, m), 3, "cpu")}, masks.sliding_window(n, m, window=3)),
+        "window without a mask": ({"is_causal": True, "sliding_window": 3}, masks.sliding_window(n, m, window=3)),
+        "boolean": ({"attention_mask": own[None, None]}, own),
+        "added": ({"attention_mask": bias}, bias),
+        "bias": ({"position_bias": bias, "is_causal": False}, bias),
+    }
+
+
+@pytest.mark.parametrize("pattern", patterns())
+def test_dropout_drops_single_weights_at_its_rate_and_scales_the_rest(pattern):
+    """With the identity as values the output is the weights: each must be 0, or its own value over 1 - p."""
+    given, mask = patterns()[pattern]
+    given = {"attention_mask": None, **given}
+    q, k, p = torch.randn(2, 6, 7, 8), torch.randn(2, 2, 11, 8), 0.3
+    values = torch.eye(11).expand(2, 2, 11, 11)
+    layer, dropped, total = torch.nn.Identity(), 0, 0
+    whole, _ = transformers_interface.attention_forward(layer, q, k, values, **given)
+    allowed = (mask if mask.dtype == torch.bool else torch.ones_like(mask, dtype=torch.bool)).expand(2, 6, 7, 11)
+    allowed = allowed.transpose(1, 2)
+    assert (whole[~allowed] == 0).all()
+    for _ in range(8):
+        out, _ = transformers_interface.attention_forward(layer, q, k, values, dropout=p, **given)
+        kept = out != 0
+        assert (out[~allowed] == 0).all()
+        torch.testing.assert_close(out[kept], whole[kept] / (1 - p), atol=1e-6, rtol=1e-5)
+        dropped, total = dropped + (~kept & allowed).sum().item(), total + allowed.sum().item()
+    assert abs(dropped - p * total) < 4 * (total * p * (1 - p)) ** 0.5  # four standard deviations
+
+
+def test_a_model_trains_with_dropout_of_weights_and_is_exact_in_evaluation(calls):
+    config = GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=3, attn_pdrop=0.4, resid_pdrop=0.0, embd_pdrop=0.0,
+                        bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model, tokens = GPT2LMHeadModel(config), ids()
+    with torch.no_grad():
+        close(both(model.eval(), input_ids=tokens))
+    assert {name for name, _, _ in calls} == {"flash_attention"}
+    calls.clear()
+    first, second = (model.train()(tokens, labels=tokens) for _ in range(2))
+    assert {name for name, _, _ in calls} == {"attention"}
+    assert not torch.equal(first.logits, second.logits)
+    first.loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for name, p in model.named_parameters() if "attn" in name)
+
+
+def test_dropout_moves_the_training_loss_as_eager_s_does():
+    """The mean loss over many draws, which differs from the loss without dropout, is that of eager."""
+    config = GPT2Config(vocab_size=97, n_embd=48, n_layer=1, n_head=3, attn_pdrop=0.6, resid_pdrop=0.0, embd_pdrop=0.0,
+                        initializer_range=0.5, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    model, tokens, seen = GPT2LMHeadModel(config).train(), ids(5, 800), {}
+    tokens[:] = tokens[0]
+    for name in ("eager", "nondual"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits = model(tokens).logits[:, -1].log_softmax(-1)
+        seen[name] = logits[:, 5]
+    spread = (seen["eager"].var() / 800 + seen["nondual"].var() / 800).sqrt()
+    assert abs(seen["eager"].mean() - seen["nondual"].mean()) < 4 * spread
+    assert 0.8 < seen["eager"].std() / seen["nondual"].std() < 1.25 and seen["eager"].std() > 0.1
+
+
 # --- a real model --------------------------------------------------------------------------------------------------
 
 
@@ -380,14 +454,6 @@ def test_without_transformers_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ImportError, match=r"transformers 5 or later is needed: pip install 'nondual\[transformers\]'"):
         register_with_transformers()
-
-
-def test_dropout_of_weights_is_refused_in_training_only():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2))
-    model.set_attn_implementation("nondual")
-    model.eval()(ids())
-    with pytest.raises(ValueError, match=r"dropout of attention weights must be 0 .* got 0\.1: set it in the config"):
-        model.train()(ids())
 
 
 @pytest.mark.parametrize(

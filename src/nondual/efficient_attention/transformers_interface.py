@@ -6,16 +6,22 @@
 transformers (5 or later) asks a registered implementation for two functions. One makes the mask, once for a forward
 pass; the other is called by every layer with its queries, keys and values, and that mask. What we do with a mask:
 
-    causal, or causal within a window,   flash attention, by that rule; the mask is never written out. The queries are
+    causal, or causal within a window,   flash attention by that rule; the mask is never written out. The queries are
     the last query on the last key       the last of the keys, so prompts, chunks of prompts and decoding are all served
     none, in a layer that is not causal  flash attention over all the keys
     anything else: padding, packed       `nondual.ops.attention.attention` with the mask, a boolean for each query and
-    sequences, chunks, prefixes, a       key: as right, and slower. So is a static cache, where the last query is not
-    static cache, a bias on positions    on the last key, and a window under torch.compile
+    sequences, chunks, prefixes, a       key: the same result, slower. The same for a static cache, whose last query is
+    static cache, a bias on positions    not on the last key, and for a window under torch.compile
+    any of these, in training with       `nondual.ops.attention.attention` with dropout, since flash attention has none;
+    attention dropout above 0            a window is then written out as a mask
 
-What would change the result and is not computed here (dropout of weights, a soft cap on scores, sinks, a choice of
-keys, packed lengths without a mask) raises ValueError.
+What would change the result and is not computed here (a soft cap on scores, sinks, a choice of keys, packed lengths
+without a mask) raises ValueError. Models whose attention does not go through transformers' AttentionInterface (Falcon,
+Bloom, GPT-J among them) keep their own attention; transformers logs that.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,8 +86,8 @@ class CausalRule(torch.Tensor):
     window: int | None
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int, int, int], window: int | None, device: torch.device | str):
-        rule = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+    def __new__(cls, shape: tuple[int, int, int, int], window: int | None, device: torch.device | str) -> "CausalRule":
+        rule = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         rule.window = window
         return rule
 
@@ -92,10 +98,12 @@ class CausalRule(torch.Tensor):
             return masks.causal(n, m, device=self.device).expand(self.shape)
         return masks.sliding_window(n, m, window=self.window, device=self.device).expand(self.shape)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] as torch says
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         args, kwargs = tree_map_only(cls, cls.full, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -106,13 +114,13 @@ def make_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function=None,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    config=None,
+    config: Any = None,
     device: torch.device | str = "cpu",
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor | None:
     """What transformers asks before the first layer: a rule where one says it all, else the mask in full, else None.
 
@@ -141,7 +149,7 @@ def make_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # pyright: ignore[reportArgumentType] a tensor with a static cache
         kv_offset=kv_offset,
         mask_function=mask_function or causal_mask_function,
         attention_mask=attention_mask,
@@ -174,7 +182,7 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer.
 
@@ -185,7 +193,8 @@ def attention_forward(
         value: (B, G, M, Dv).
         attention_mask: a rule, None, or broadcastable to (B, H, N, M): boolean, True where attending is allowed, or
             floating and added to the scores. It decides alone; `is_causal` and `sliding_window` speak where it is None.
-        dropout: must be 0.
+        dropout: probability of dropping a weight, in [0, 1). transformers passes the model's own in training, and 0
+            in evaluation. Above 0 the weights are formed, in memory that grows with N · M.
         scaling: factor on the scores; 1/√D where left out.
         is_causal: as in `attention`, aligned at the end.
         sliding_window: the keys that a causal query sees, its own included.
@@ -197,7 +206,7 @@ def attention_forward(
     Raises:
         ValueError: what would change the result and is not computed here.
     """
-    _refuse(dropout, kwargs)
+    _refuse(kwargs)
     n, m = query.shape[2], key.shape[2]
     mask, causal, window = attention_mask, False, None
     if isinstance(mask, CausalRule) and mask.shape[-2:] == (n, m):
@@ -209,33 +218,29 @@ def attention_forward(
             raise ValueError(
                 f"sliding_window={window} over {m} keys in a layer that is not causal needs its mask, got None"
             )
-    if mask is None and position_bias is None:
+    if mask is None and position_bias is None and not dropout:
         out = flash_attention(query, key, value, causal=causal, window=window, scale=scaling)
     else:
         if window is not None:
             mask, causal = masks.sliding_window(n, m, window=window, device=query.device), False
         mask = _biased(mask, position_bias, query.dtype)
-        out = attention(query, key, value, mask=mask, causal=causal, scale=scaling)
+        out = attention(query, key, value, mask=mask, causal=causal, scale=scaling, dropout=dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(dropout: float, kwargs: dict) -> None:
+def _refuse(kwargs: dict[str, Any]) -> None:
     """Stop where the result would be another than the model means."""
-    if dropout:
-        raise ValueError(
-            f"dropout of attention weights must be 0 with this implementation, got {dropout}: set it in the config"
-        )
     for name, meaning in UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{meaning} ({name}) is not supported: use model.set_attn_implementation('eager')")
 
 
-def _biased(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _biased(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Mask and bias in one: boolean where there is no bias, else of the queries' dtype, to be added to the scores."""
     if isinstance(mask, CausalRule):
         mask = mask.full()
+    if mask is None:
+        return None if bias is None else bias.to(dtype)
     if bias is None:
         return mask if mask.dtype == torch.bool else mask.to(dtype)
-    if mask is None:
-        return bias.to(dtype)
     return torch.where(mask, bias.to(dtype), -torch.inf) if mask.dtype == torch.bool else (bias + mask).to(dtype)

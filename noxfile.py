@@ -30,20 +30,27 @@ os.environ["NO_MKDOCS_2_WARNING"] = "1"
 os.environ["PYTHONUTF8"] = "1"
 
 
+def run(session: nox.Session, *command: str, minutes: float, **options) -> str | bool | None:
+    """Run a command, and end it with all that it started when its time is over: nothing stands still for ever."""
+    limit = [sys.executable, str(ROOT / "hooks" / "limited.py"), str(minutes)]
+    return session.run(*limit, *command, interrupt_timeout=15, terminate_timeout=15, **options)
+
+
 def environment(session: nox.Session) -> str:
     """The Python of the shared environment, made anew when what it holds has changed."""
     if BARE:
         return sys.executable
-    if not (3, 11, 5) <= sys.version_info[:3] < (3, 14):  # what builds the site has left 3.11.4 behind
-        session.error(f"nondual is tested on Python 3.11.5 to 3.13; this nox runs on {sys.version.split()[0]}.")
+    if not (3, 11, 5) <= sys.version_info[:3] < (3, 15):  # what builds the site has left 3.11.4 behind
+        session.error(f"nondual is tested on Python 3.11.5 to 3.14; this nox runs on {sys.version.split()[0]}.")
     home = ROOT / ".nox" / "nondual"
     python = str(home / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     stamp = recipe()
     if not (home / "stamp").exists() or (home / "stamp").read_text() != stamp:
-        session.run(sys.executable, "-m", "virtualenv", "--clear", "--quiet", str(home))
-        session.run(
-            python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        run(session, sys.executable, "-m", "virtualenv", "--clear", "--quiet", str(home), minutes=5)
+        run(
+            session, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
             "-c", "constraints.txt", "-e", ".[pretrained,figures]", "--group", "dev",
+            minutes=40,
         )  # fmt: skip
         (home / "stamp").write_text(stamp)
     return python
@@ -62,8 +69,8 @@ def recipe() -> str:
 def build(session: nox.Session) -> str:
     """Build the site, strictly; a broken link, a failing figure or a false verdict stops it."""
     python = environment(session)
-    session.run(python, "-m", "nondual.pretrained")  # the real weights, once, into the user's cache
-    session.run(python, "-m", "mkdocs", "build", "--strict", "--site-dir", str(SITE))
+    run(session, python, "-m", "nondual.pretrained", minutes=20)  # the real weights, once, into the user's cache
+    run(session, python, "-m", "mkdocs", "build", "--strict", "--site-dir", str(SITE), minutes=20)
     return python
 
 
@@ -93,17 +100,19 @@ def serve(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Unit tests, every snippet of README and docs, and the checks of the built site."""
+    """Unit tests, every snippet of README and docs, and the checks of the built site; `-- -n0` runs them in turn."""
     python = build(session)
-    session.run(python, "-m", "pytest", "--codeblocks", "tests", "README.md", "docs", *session.posargs)
+    many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadgroup"]  # each worker loads torch, and some a model
+    what = ["--codeblocks", "tests", "README.md", "docs"]
+    run(session, python, "-m", "pytest", *many, *what, *session.posargs, minutes=30)
 
 
 @nox.session
 def snippets(session: nox.Session) -> None:
     """Every fence of README and docs as a file of its own, as a reader would run it."""
     python = environment(session)
-    session.run(python, "-m", "nondual.pretrained")
-    session.run(python, "hooks/fences.py", *session.posargs)
+    run(session, python, "-m", "nondual.pretrained", minutes=20)
+    run(session, python, "hooks/fences.py", *session.posargs, minutes=30)
 
 
 @nox.session
@@ -112,16 +121,16 @@ def gpu_tests(session: nox.Session) -> None:
     python = environment(session)
     needed = ["torch", "triton", "einops", "jaxtyping", "pytest"]
     probe = f"import importlib.util as u; print(*(name for name in {needed} if not u.find_spec(name)))"
-    if missing := session.run(python, "-c", probe, silent=True).strip():
+    if missing := run(session, python, "-c", probe, minutes=5, silent=True).strip():
         session.error(f"gpu_tests needs {missing}: {python} -m pip install {missing}")
     probe = "import torch; print('CUDA' if torch.cuda.is_available() else 'none')"
-    if "CUDA" not in session.run(python, "-c", probe, silent=True):
+    if "CUDA" not in run(session, python, "-c", probe, minutes=5, silent=True):
         session.error("gpu_tests needs a CUDA device, and torch sees none here: nothing was tested.")
     files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py")) if on_gpu(file)]
     if not files:
         session.error("gpu_tests found no test marked `gpu`: nothing was tested.")
     env = {"PYTHONPATH": str(ROOT / "src")} if BARE else {}  # a bare interpreter has no nondual installed
-    session.run(python, "-m", "pytest", "-m", "gpu", *files, *session.posargs, env=env)
+    run(session, python, "-m", "pytest", "-m", "gpu", *files, *session.posargs, env=env, minutes=60)
 
 
 def on_gpu(file: Path) -> bool:
@@ -134,13 +143,13 @@ def on_gpu(file: Path) -> bool:
 def bench(session: nox.Session) -> None:
     """Time ours against its peers in one run, and write docs/measured."""
     python = environment(session)
-    session.run(python, "-m", "benchmarks", *session.posargs)
+    run(session, python, "-m", "benchmarks", *session.posargs, minutes=240)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, as an error and as a format, and pyright on the library."""
     python = environment(session)
-    session.run(python, "-m", "ruff", "check", ".")
-    session.run(python, "-m", "ruff", "format", "--check", ".")
-    session.run(python, "-m", "pyright", "--pythonpath", python)
+    run(session, python, "-m", "ruff", "check", ".", minutes=5)
+    run(session, python, "-m", "ruff", "format", "--check", ".", minutes=5)
+    run(session, python, "-m", "pyright", "--pythonpath", python, minutes=10)

@@ -1,7 +1,11 @@
 """A test that hangs is ended and shows where, however it hangs; and the settings that see to it."""
 
+import os
 import re
 import shutil
+import signal
+import sys
+import textwrap
 import time
 import tomllib
 from pathlib import Path
@@ -116,3 +120,63 @@ def test_every_setting_that_a_plugin_reads_is_known_without_it():
     markers = [text.partition(":")[0].partition("(")[0] for text in SETTINGS["markers"]]
     assert {"timeout", "xdist_group"} <= set(markers)
     assert "-n" not in SETTINGS["addopts"] and "--dist" not in SETTINGS["addopts"]
+
+
+# --- commands: hooks/limited.py --------------------------------------------------------------------------------------
+
+LIMITED = f"""
+    import os, runpy, sys
+    sys.argv = [{str(ROOT / "hooks/limited.py")!r}, *sys.argv[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+COMMAND = """
+import os, sys, threading, time
+
+def where_it_waits():
+    time.sleep(600)
+
+if os.fork() == 0:
+    where_it_waits()
+print(os.getpgid(0), flush=True)
+where_it_waits()
+"""
+
+
+def group_is_gone(group: str) -> bool:
+    for _ in range(200):
+        try:
+            os.killpg(int(group), 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_command_is_ended_with_all_that_it_started_and_says_where_it_waited(in_a_process_of_its_own):
+    ran = in_a_process_of_its_own(LIMITED, "0.05", sys.executable, "-c", COMMAND, check=False)
+    assert ran.returncode == 124 and "ended after 0.05 minutes" in ran.stderr
+    assert ran.stderr.count("in where_it_waits") == 2  # the command's, and its child's
+    assert group_is_gone(ran.stdout)
+
+
+@pytest.mark.parametrize("code, status", [("", 0), ("raise SystemExit(3)", 3), ("import os; os.abort()", 134)])
+def test_a_command_that_ends_in_time_has_its_own_status(in_a_process_of_its_own, code, status):
+    ran = in_a_process_of_its_own(LIMITED, "1", sys.executable, "-c", code, check=False)
+    assert ran.returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_limit_that_is_stopped_leaves_nothing_running(a_server_of_its_own, number):
+    code = f"print('limit', os.getpid(), flush=True)\n{textwrap.dedent(LIMITED)}"
+    inner = [sys.executable, str(ROOT / "hooks/limited.py"), "5", sys.executable, "-c", COMMAND]  # nox, within .ci/run
+    with a_server_of_its_own(f"import os\n{code}", "5", *inner, ready=r"limit (\d+)\n(\d+)\n") as found:
+        os.kill(int(found[1]), number)
+        assert group_is_gone(found[2])
+
+
+def test_every_command_of_a_session_has_a_limit():
+    """But for `nox -s serve`, which goes on until its reader stops it."""
+    source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    bare = re.findall(r"^ *(?:return )?session\.run\((.*)", source, re.MULTILINE)
+    assert [words for words in bare if "serve" not in words and "http.server" not in words] == [bare[0]]
+    assert bare[0].startswith("*limit,")

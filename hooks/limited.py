@@ -1,0 +1,73 @@
+"""`python hooks/limited.py MINUTES COMMAND ...`: run a command, and end it when its time is over.
+
+It is ended with every process that it started, and each Python among them first writes the stacks of its threads. The
+exit status is the command's, or 124 when its time was over. Ctrl-C and a polite request to stop (SIGTERM, SIGHUP) are
+passed on, so that nothing is left running. noxfile.py runs its commands through this.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+GRACE = 10  # seconds for the processes to write their stacks, or to tidy up after Ctrl-C
+
+
+class Stopped(Exception):
+    """This process was asked to stop."""
+
+
+def run(command: list[str], seconds: float) -> int:
+    """The exit status of the command; 124 if it went on for longer than `seconds`, 128 + N if signal N stopped us."""
+    if os.name == "nt":  # without process groups: the command alone is ended
+        try:
+            return subprocess.run(command, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            return too_long(command, seconds)
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    # A session of its own is a process group too, and one with no terminal: it may read the terminal's keys (pdb).
+    process = subprocess.Popen(command, start_new_session=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(process, signal.SIGABRT)  # PYTHONFAULTHANDLER: Python writes its stacks
+        return too_long(command, seconds)
+    except Stopped as stopped:
+        end(process, stopped.args[0])
+        return 128 + stopped.args[0]
+    finally:
+        signal_group(process, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to the whole group, and give all of it some time: one of them may be such a limit itself."""
+    signal_group(process, number)
+    limit = time.monotonic() + GRACE
+    while signal_group(process, 0) and time.monotonic() < limit:
+        process.poll()  # an ended process counts as there until somebody has asked for its status
+        time.sleep(0.05)
+
+
+def signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Send a signal to the process and all that it started; whether any of them was left to get it."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def too_long(command: list[str], seconds: float) -> int:
+    print(f"ended after {seconds / 60:g} minutes: {' '.join(command)}", file=sys.stderr)
+    return 124
+
+
+if __name__ == "__main__":
+    status = run(sys.argv[2:], 60 * float(sys.argv[1]))
+    sys.exit(status if status >= 0 else 128 - status)  # a negative one names the signal that ended the command

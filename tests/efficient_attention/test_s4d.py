@@ -10,6 +10,7 @@ from scipy import linalg, signal
 from nondual.efficient_attention.hippo import legs
 from nondual.efficient_attention.s4d import (
     S4D,
+    chunked,
     convolution,
     powers,
     recurrence,
@@ -20,7 +21,7 @@ from nondual.efficient_attention.s4d import (
 )
 from nondual.ops.selective_scan.reference import discretize
 
-WAYS = [recurrence, convolution, scan]
+WAYS = [recurrence, chunked, convolution, scan]
 INITS = [s4d_legs, s4d_inv, s4d_lin]
 B, D, N = 2, 3, 10
 
@@ -58,7 +59,7 @@ def test_one_pair_of_states_by_hand():
 
 @pytest.mark.parametrize("length", [0, 1, 2, 63, 111])
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("way", [convolution, scan])
+@pytest.mark.parametrize("way", [chunked, convolution, scan])
 def test_convolution_and_scan_equal_the_recurrence_forward_and_backward(way, init, length):
     outs = []
     for f in (recurrence, way):
@@ -87,7 +88,7 @@ def test_splitting_a_sequence_changes_nothing(way, cut):
     torch.testing.assert_close((torch.cat([first, second], 1), last), way(u, A_bar, B_bar, C, state))
 
 
-@pytest.mark.parametrize("way", [convolution, scan])
+@pytest.mark.parametrize("way", [chunked, convolution, scan])
 def test_no_less_exact_than_the_recurrence_in_float32(way):
     """Error against float64 at most twice that of the plain loop in float32, gradients three times."""
     single = arguments(1000, torch.float32)

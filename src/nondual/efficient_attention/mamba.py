@@ -9,13 +9,17 @@ Parameters are named and laid out as in the released code, in Hugging Face's and
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from nondual.ops.causal_conv1d import causal_conv1d
+from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.selective_scan import selective_scan
 
 
@@ -26,6 +30,14 @@ class Mamba(nn.Module):
         y = scan(u, Δ, A, B, C) + D u             out = (y · silu(z)) W_out
 
     It mixes positions causally, in time linear in N, and drops into `TransformerLayer` as any mixer does.
+
+    in_proj, conv1d, x_proj, dt_proj and out_proj may be replaced or wrapped (LoRA, quantised layers), and may have
+    forward hooks and parametrizations. Two of them are called as modules only where that makes a difference:
+
+    - dt_proj. While it is a plain nn.Linear without hooks, its weight is applied here and its bias is added by the
+      scan, in float32. Otherwise it is called, and its bias is added as it adds it.
+    - conv1d. While it is a plain nn.Conv1d without hooks, its weight and bias are read. Otherwise it is called with
+      (B, D, K-1+N), the last K - 1 inputs first; where `reset` is given, with the window of every position, (B N, D, K).
 
     Args:
         d_model: width E of x and of the output.
@@ -55,7 +67,7 @@ class Mamba(nn.Module):
         dt_max: float = 0.1,
         bias: bool = False,
         conv_bias: bool = True,
-        impl: str = "auto",
+        impl: Literal["auto", "reference", "cpu", "triton"] = "auto",
     ):
         super().__init__()
         d_inner = int(expand * d_model)
@@ -85,23 +97,23 @@ class Mamba(nn.Module):
 
         Args:
             x: (B, N, E); N may be 0.
-            cache: what is remembered of the positions before x; it is brought up to date. Reading a sequence in parts
-                gives what reading it at once does, gradients too, unless torch.no_grad() says otherwise.
+            cache: what is remembered of the positions before x; it is brought up to date, unless this call raises.
+                Reading a sequence in parts gives what reading it at once does, gradients too, unless torch.no_grad()
+                says otherwise.
             reset: True at the first position of each of several sequences packed along N. Nothing from before reaches
                 what follows, neither by the state nor by the convolution: each is as if alone. A batch padded on the
                 left has it at its first real token.
 
         Raises:
-            ValueError: x of another rank or width, a cache made for another batch or module.
+            ValueError: x of another rank, width or kind, a cache made for another batch or module.
+            TypeError: x is not a Tensor, or cache is not a MambaCache.
         """
-        check_width(x, self.d_model)
+        check_input(x, self.d_model, cache)
         if cache is not None:
             cache.check(x, *self._cache_shapes(x.shape[0]))
         # --8<-- [start:block]
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, N, D) each
-        u, history = causal_conv1d(
-            u, self.conv1d.weight[:, 0], self.conv1d.bias, None if cache is None else cache.history(u), reset=reset
-        )
+        u, history = convolve(self.conv1d, u, None if cache is None else cache.history(u), reset, self.d_conv)
         u = F.silu(u)
         delta, B, C = self.select(u)
         y, state = selective_scan(
@@ -112,16 +124,17 @@ class Mamba(nn.Module):
             C,
             self.D,
             z,
-            self.dt_proj.bias,
+            bias_of(self.dt_proj),
             delta_softplus=True,
             state=None if cache is None else cache.state,
             reset=reset,
             impl=self.impl,
         )
+        out = self.out_proj(y)
         # --8<-- [end:block]
-        if cache is not None:
+        if cache is not None:  # last of all: nothing that raises has changed it
             cache.conv, cache.state = history, state
-        return self.out_proj(y)
+        return out
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +144,7 @@ class Mamba(nn.Module):
         is a time-invariant model.
         """
         delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(delta, self.dt_proj.weight), B, C  # the scan adds the bias, in float32
+        return without_bias(self.dt_proj, delta), B, C  # the scan adds the bias, in float32
 
     # --8<-- [end:select]
 
@@ -139,24 +152,26 @@ class Mamba(nn.Module):
         """One position: x (B, E) -> (B, E), in time and memory that do not depend on how many came before.
 
         Raises:
-            ValueError: x of another rank or width, a cache made for another batch or module.
+            ValueError: x of another rank, width or kind, a cache made for another batch or module.
+            TypeError: as `forward`.
         """
         return one_step(self, x, cache)
 
     def new_cache(self, batch: int) -> "MambaCache":
         """A cache that remembers nothing yet, for a batch of B sequences."""
-        return empty_cache(self.conv1d.weight, *self._cache_shapes(batch))
+        return empty_cache(self.conv1d, self.D, *self._cache_shapes(batch))
 
     def _cache_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.d_conv - 1, self.d_inner), (batch, self.d_inner, self.d_state)
 
 
 # --8<-- [start:cache]
-@dataclass
+@dataclass(eq=False)
 class MambaCache:
     """All that a Mamba block remembers of what it has read: as much after one token as after a million.
 
-    Made by a block's `new_cache`, and brought up to date by its `forward` and its `step`.
+    Made by a block's `new_cache`, and brought up to date by its `forward` and its `step`. They put new tensors in the
+    place of the old ones and never write into them, so that `copy.copy(cache)` is a point to go back to.
 
     Attributes:
         conv: the last K - 1 inputs of the convolution (B, K-1, channels).
@@ -191,6 +206,72 @@ class MambaCache:
 # What Mamba and Mamba-2 have in common.
 
 
+def only_a_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
+
+    Not so for any other class (an adapter, a quantised layer, a subclass), where there are hooks, of the module or
+    global ones, and where the instance has a forward of its own (as accelerate gives it). A parametrization is heard
+    whenever the weight is read, and makes no difference.
+    """
+    return not (
+        type_before_parametrizations(module) is not kind
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a linear layer, of whatever class: quantised layers have a method of that name."""
+    bias = getattr(module, "bias", None)
+    return bias() if callable(bias) else bias
+
+
+def without_bias(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x) less its bias, which is added later, where sums are kept in float32."""
+    if only_a_weight(linear, nn.Linear):
+        return F.linear(x, linear.weight)
+    y, bias = linear(x), bias_of(linear)
+    return y if bias is None else (at_least_float32(y) - bias).to(y.dtype)
+
+
+def convolve(
+    conv1d: nn.Module, x: Tensor, history: Tensor | None, reset: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """What `causal_conv1d` computes, by a module.
+
+    Args:
+        conv1d: an nn.Conv1d of D groups without padding, or what stands in its place.
+        x: (B, N, D).
+        history: the K - 1 inputs before x (B, K-1, D); zeros where left out.
+        reset: (B, N), True where a packed sequence begins.
+        width: K.
+
+    Returns:
+        y (B, N, D), and the last K - 1 inputs (B, K-1, D), with zeros for those before the last reset.
+    """
+    if only_a_weight(conv1d, nn.Conv1d):
+        return causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, history, reset=reset)
+    if history is None:
+        history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    window, length = torch.cat([history, x], 1), x.shape[1]
+    if length == 0:
+        return x, history
+    if reset is None:
+        return conv1d(window.transpose(1, 2)).transpose(1, 2), window[:, length:].clone()
+    check_shapes({"reset": (reset, tuple(x.shape[:2]), "(B, N)")})
+    check_kinds({"x": x}, {}, reset)
+    sequence = F.pad(reset.cumsum(1), (width - 1, 0))  # which sequence each input belongs to (B, K-1+N)
+    foreign = sequence.unfold(1, width, 1) != sequence[:, width - 1 :, None]  # (B, N, K)
+    windows = window.unfold(1, width, 1).masked_fill(foreign[:, :, None], 0)  # (B, N, D, K)
+    y = conv1d(windows.flatten(0, 1)).view(x.shape)
+    past = sequence[:, length:] != sequence[:, -1:]
+    return y, window[:, length:].masked_fill(past[..., None], 0)
+
+
 def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> Float[Tensor, " n"]:
     """n biases whose softplus, the step length at the start, lies log-uniformly between dt_min and dt_max.
 
@@ -203,17 +284,22 @@ def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> F
     if not 0 < dt_min <= dt_max:
         raise ValueError(f"dt_min and dt_max must be in order and above 0, got {dt_min} and {dt_max}")
     low, high = math.log(dt_min), math.log(dt_max)
-    delta = torch.exp(low + (high - low) * torch.rand(n)).clamp(min=floor)
-    return delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus, right for small ones too
+    delta = torch.exp(low + (high - low) * torch.rand(n).double()).clamp(min=floor)
+    bias = delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus, right for small ones too
+    return bias.to(torch.get_default_dtype())
 
 
-def empty_cache(like: Tensor, conv: tuple[int, ...], state: tuple[int, ...]) -> MambaCache:
-    """A cache of these shapes, all zeros, where `like` is: the window in its dtype, the state in float32 or better."""
-    return MambaCache(conv=like.new_zeros(conv), state=at_least_float32(like.new_zeros(state)))
+def empty_cache(conv1d: nn.Module, D: Tensor, conv: tuple[int, ...], state: tuple[int, ...]) -> MambaCache:
+    """A cache of these shapes, all zeros, on the device of D: the window in the dtype of conv1d's weight, or of D where
+    that is no floating-point tensor (a quantised layer), the state in float32 or better."""
+    weight = getattr(conv1d, "weight", None)
+    like = weight if isinstance(weight, Tensor) and weight.is_floating_point() else D
+    return MambaCache(conv=D.new_zeros(conv, dtype=like.dtype), state=at_least_float32(like.new_zeros(state)))
 
 
 def one_step(mixer: nn.Module, x: Tensor, cache: MambaCache) -> Tensor:
     """The forward of a sequence of one position, its axis left out."""
+    check_tensors({"x": x})
     if x.ndim != 2:
         raise ValueError(f"x must be (B, E), one position of each sequence, got {tuple(x.shape)}")
     return mixer(x[:, None], cache=cache)[:, 0]
@@ -224,10 +310,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def check_width(x: Tensor, width: int) -> None:
-    """Refuse an x that is not (B, N, E) of this E."""
+def check_input(x: Tensor, width: int, cache: MambaCache | None) -> None:
+    """Refuse an x that is not a floating-point Tensor (B, N, E) of this E, and what is no cache."""
+    check_tensors({"x": x})
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"x must be (B, N, {width}), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if cache is not None and not isinstance(cache, MambaCache):
+        raise TypeError(f"cache must be a MambaCache, from this module's new_cache, got {type(cache).__name__}")
 
 
 def check_sizes(**sizes: int) -> None:

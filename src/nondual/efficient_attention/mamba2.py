@@ -8,6 +8,8 @@ Where we differ from the paper: its T is our N, its N our S. Parameters are name
 and in Hugging Face's: their state_dicts load.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,13 +19,13 @@ from torch import Tensor, nn
 from nondual.efficient_attention.mamba import (
     MambaCache,
     at_least_float32,
+    check_input,
     check_sizes,
-    check_width,
+    convolve,
     empty_cache,
     one_step,
     step_bias,
 )
-from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.ops.ssd import ssd
 
 
@@ -57,6 +59,10 @@ class Mamba2(nn.Module):
         y = scan(x, Δ, A, B, C) + D x                          out = norm(y · silu(z)) W_out
 
     It mixes positions causally, in time linear in N, and drops into `TransformerLayer` as any mixer does.
+
+    in_proj, conv1d, norm and out_proj may be replaced or wrapped (LoRA, quantised layers), and may have forward hooks
+    and parametrizations. conv1d is called as a module only where it has hooks or is not a plain nn.Conv1d, as in
+    `Mamba`.
 
     Args:
         d_model: width E of x and of the output.
@@ -94,7 +100,7 @@ class Mamba2(nn.Module):
         conv_bias: bool = True,
         eps: float = 1e-5,
         chunk: int | None = None,
-        impl: str = "auto",
+        impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
     ):
         super().__init__()
         d_inner = int(expand * d_model)
@@ -129,25 +135,22 @@ class Mamba2(nn.Module):
 
         Args:
             x: (B, N, E); N may be 0.
-            cache: what is remembered of the positions before x, as in `Mamba`; it is brought up to date.
+            cache: what is remembered of the positions before x, as in `Mamba`; it is brought up to date, unless this
+                call raises.
             reset: True at the first position of each of several sequences packed along N, as in `Mamba`; but see
                 `nondual.ops.ssd` on a NaN, which may reach its neighbours in a chunk.
 
         Raises:
-            ValueError: x of another rank or width, a cache made for another batch or module.
+            ValueError: x of another rank, width or kind, a cache made for another batch or module.
+            TypeError: x is not a Tensor, or cache is not a MambaCache.
         """
-        check_width(x, self.d_model)
+        check_input(x, self.d_model, cache)
         if cache is not None:
             cache.check(x, *self._cache_shapes(x.shape[0]))
         # --8<-- [start:block]
         z, mixed, delta = self.in_proj(x).split([self.d_inner, self.d_mixed, self.n_heads], dim=-1)
-        mixed, history = causal_conv1d(
-            mixed,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            None if cache is None else cache.history(mixed),
-            reset=reset,
-        )
+        past = None if cache is None else cache.history(mixed)
+        mixed, history = convolve(self.conv1d, mixed, past, reset, self.d_conv)
         shared = self.n_groups * self.d_state
         u, B, C = F.silu(mixed).split([self.d_inner, shared, shared], dim=-1)
         u, z = (rearrange(v, "b n (h p) -> b n h p", p=self.d_head) for v in (u, z))
@@ -168,22 +171,24 @@ class Mamba2(nn.Module):
             chunk=self.chunk,
             impl=self.impl,
         )
+        out = self.out_proj(self.norm(rearrange(y, "b n h p -> b n (h p)")))
         # --8<-- [end:block]
-        if cache is not None:
+        if cache is not None:  # last of all: nothing that raises has changed it
             cache.conv, cache.state = history, state
-        return self.out_proj(self.norm(rearrange(y, "b n h p -> b n (h p)")))
+        return out
 
     def step(self, x: Float[Tensor, "b e"], cache: MambaCache) -> Float[Tensor, "b e"]:
         """One position: x (B, E) -> (B, E), in time and memory that do not depend on how many came before.
 
         Raises:
-            ValueError: x of another rank or width, a cache made for another batch or module.
+            ValueError: x of another rank, width or kind, a cache made for another batch or module.
+            TypeError: as `forward`.
         """
         return one_step(self, x, cache)
 
     def new_cache(self, batch: int) -> MambaCache:
         """A cache that remembers nothing yet, for a batch of B sequences."""
-        return empty_cache(self.conv1d.weight, *self._cache_shapes(batch))
+        return empty_cache(self.conv1d, self.D, *self._cache_shapes(batch))
 
     def _cache_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (batch, self.d_conv - 1, self.d_mixed), (batch, self.n_heads, self.d_head, self.d_state)

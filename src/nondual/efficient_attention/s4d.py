@@ -1,4 +1,4 @@
-"""S4D: a state space model with a complex diagonal, and three ways to compute what it gives.
+"""S4D: a state space model with a complex diagonal, and four ways to compute what it gives.
 
 Source: Gu, Gupta, Goel and Ré 2022 (2206.11893), sections 3 and 4. Symbols: B batch, L steps, D channels, N states of a
 channel, of which M = N/2 are kept.
@@ -8,25 +8,35 @@ channel, of which M = N/2 are kept.
 A is -exp(log_A_real) + i A_imag, so that its real part stays negative. States come in conjugate pairs: of each the half
 with the positive imaginary part is kept, and twice the real part stands for both.
 
-    recurrence     L steps of D M numbers               for decoding
-    convolution    y = K * u with K_l = 2 Re(C Ā^l B̄)   for training: by FFT, and no state in between is written down
+    recurrence     L steps of B D M numbers             for decoding
+    chunked        a matrix within 64 steps, then the   for training, and the default: memory of B L D numbers, and
+                   state to the next 64                 exactly causal
+    convolution    y = K * u with K_l = 2 Re(C Ā^l B̄)   the paper's own, by FFT: causal only to rounding, and D M L
+                                                        numbers for the powers of Ā
     scan           2 log₂ L rounds of B L D M numbers   the one that still works where Ā changes with time, as in Mamba
+
+A NaN or an infinity in u spoils its own channel from its own step on, whichever of them computes it.
 
 Where we differ from the paper: B is fixed at 1, since only C · B counts, and D starts at 1.
 """
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from nondual.efficient_attention.hippo import legs
+from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_tensors
 from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan.reference import discretize
 
 RULES = ("zoh", "bilinear")
+CHUNK = 64  # steps of a chunk in `chunked`
 
 
 # --8<-- [start:initializations]
@@ -59,7 +69,7 @@ def s4d_inv(n_states: int) -> Complex[Tensor, " m"]:
 
 
 def s4d_lin(n_states: int) -> Complex[Tensor, " m"]:
-    """-1/2 + i π n: damped sines of whole and half turns in a unit of time, a fading Fourier series."""
+    """-1/2 + i π n: damped sines of whole and half turns in a unit of time, a decaying Fourier series."""
     n = torch.arange(_even(n_states) // 2, dtype=torch.float64)
     return torch.complex(torch.full_like(n, -0.5), math.pi * n)
 
@@ -81,7 +91,7 @@ def recurrence(
     C: Complex[Tensor, "d m"],
     state: Complex[Tensor, "b d m"] | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
-    """Step by step: y_t = 2 Re(C · h_t) with h_t = Ā h_{t-1} + B̄ u_t. All fit each other: `S4D` has seen to it.
+    """Step by step: y_t = 2 Re(C · h_t) with h_t = Ā h_{t-1} + B̄ u_t. Nothing is checked here: `S4D` does that.
 
     Args:
         u: input (B, L, D), float32 or float64; L may be 0.
@@ -91,9 +101,9 @@ def recurrence(
         state: the state before the first step (B, D, M); zero where left out.
 
     Returns:
-        y (B, L, D) and the last state (B, D, M). The same for the other two ways.
+        y (B, L, D) and the last state (B, D, M). The same for the other three ways.
     """
-    h = _silent(u, A_bar) if state is None else state
+    h = _zero_state(u, A_bar) if state is None else state
     outputs = []
     for u_t in u.unbind(1):
         h = A_bar * h + B_bar * u_t[..., None]
@@ -104,6 +114,67 @@ def recurrence(
 # --8<-- [end:recurrence]
 
 
+# --8<-- [start:chunked]
+def chunked(
+    u: Float[Tensor, "b l d"],
+    A_bar: Complex[Tensor, "d m"],
+    B_bar: Complex[Tensor, "d m"],
+    C: Complex[Tensor, "d m"],
+    state: Complex[Tensor, "b d m"] | None = None,
+) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
+    """By chunks of T = 64 steps. No output depends on a later input, not even by rounding.
+
+    1. within a chunk        y_t = Σ_{s ≤ t} K_{t-s} u_s with the kernel K_l = 2 Re(C · Ā^l B̄), by a T x T matrix
+    2. a chunk's own state   S = Σ_s Ā^{T-1-s} B̄ u_s
+    3. chunk to chunk        h ← Ā^T h + S
+    4. from earlier chunks   y_t += 2 Re(C · Ā^{t+1} h)
+
+    Arguments and results as `recurrence`. One compiled program serves all lengths.
+    """
+    with autocast_off(u.device.type):
+        length, (u, spoiled, spoiled_state) = u.shape[1], _finite(u)
+        start = _zero_state(u, A_bar) if state is None else state
+        missing = CHUNK - length % CHUNK  # 1 or more: a compiled program need not ask whether there are any
+        u = F.pad(u, (0, 0, 0, missing)).unflatten(1, (-1, CHUNK))  # (B, K, T, D)
+        V = powers(A_bar, CHUNK + 1)  # (D, M, T+1)
+        kernel = 2 * torch.einsum("dm,dmt->dt", C * B_bar, V[..., :-1]).real
+        at = torch.arange(CHUNK, device=u.device)
+        lag = at[:, None] - at  # (t, s)
+        within = kernel[:, lag.clamp(min=0)].masked_fill(lag < 0, 0)  # (D, T, T)
+
+        y = torch.einsum("dts,bksd->bktd", within, u)  # 1. within a chunk
+        S = _weighted(V[..., :-1].flip(-1) * B_bar[..., None], u)  # 2. a chunk's own state (B, K, D, M)
+        after, _ = linear_recurrence(V[..., -1][None, None], S, start)  # 3. from chunk to chunk (B, K, D, M)
+        before = torch.cat([start[:, None], after[:, :-1]], 1)
+        read = torch.view_as_real(2 * (C[..., None] * V[..., 1:]).conj().resolve_conj())  # (D, M, T, 2)
+        y = y + torch.einsum("dmtr,bkdmr->bktd", read, torch.view_as_real(before))  # 4. from earlier chunks
+
+        # The last state: of the last chunk only its first L mod T steps are real.
+        age = length % CHUNK - 1 - torch.arange(-1, CHUNK, device=u.device)  # of the state before the chunk, then steps
+        passed = V[..., age.clamp(min=0)].masked_fill(age < 0, 0)  # (D, M, 1+T)
+        last = passed[..., 0] * before[:, -1] + _weighted(passed[..., 1:] * B_bar[..., None], u[:, -1])
+        return y.flatten(1, 2)[:, :length] * spoiled, last * spoiled_state
+
+
+# --8<-- [end:chunked]
+
+
+def _weighted(weights: Complex[Tensor, "d m t"], u: Float[Tensor, "... t d"]) -> Complex[Tensor, "... d m"]:
+    """Σ_t weights_t u_t, as a product of real matrices: u has no imaginary part."""
+    sums = torch.einsum("dmtr,...td->...dmr", torch.view_as_real(weights), u)
+    return torch.view_as_complex(sums.contiguous())
+
+
+def _finite(u: Float[Tensor, "b l d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """u with 0 for NaN and infinities, and what outputs and last state are multiplied by to have NaN where due.
+
+    A sum over all steps multiplies later ones by 0, and 0 times NaN is NaN. So what is not finite stays out of the
+    sums, and comes back as a factor: 1 before it, NaN from its step on (B, L, D); for the last state (B, D, 1).
+    """
+    nothing = u.detach() * 0  # 0, or NaN
+    return u.nan_to_num(0.0, 0.0, 0.0), 1 + nothing.cumsum(1), 1 + nothing.sum(1)[..., None]
+
+
 # --8<-- [start:convolution]
 def convolution(
     u: Float[Tensor, "b l d"],
@@ -112,19 +183,24 @@ def convolution(
     C: Complex[Tensor, "d m"],
     state: Complex[Tensor, "b d m"] | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
-    """All at once: y = K * u with the kernel K_l = 2 Re(C · Ā^l B̄), by FFT. Arguments and results as `recurrence`."""
-    length = u.shape[1]
+    """All at once: y = K * u with the kernel K_l = 2 Re(C · Ā^l B̄), by FFT. Arguments and results as `recurrence`.
+
+    Causal only to rounding: an FFT adds up all steps, and rounds at the size of the greatest. A later input of size x
+    moves earlier outputs by up to some ε log₂(2L) ‖K‖ x, with ε = 6e-8 in float32 and ‖K‖ = √(Σ K_l²): 1e8 in the last
+    step by whole units. `chunked` and `scan` are exactly causal.
+    """
+    length, (u, spoiled, spoiled_state) = u.shape[1], _finite(u)
     if u.numel() == 0:
-        return torch.zeros_like(u), _silent(u, A_bar) if state is None else state
+        return torch.zeros_like(u), _zero_state(u, A_bar) if state is None else state
     V = powers(A_bar, length + 1)  # (D, M, L+1)
     K = 2 * torch.einsum("dm,dml->ld", C * B_bar, V[..., :-1]).real
     over = 2 * length  # twice as long, so that the end does not come round to the beginning
     y = torch.fft.irfft(torch.fft.rfft(u, over, dim=1) * torch.fft.rfft(K, over, dim=0), over, dim=1)[:, :length]
     last = torch.einsum("dml,bld->bdm", V[..., :-1].flip(-1), u.to(V)) * B_bar
-    if state is not None:  # what was there before goes on fading
+    if state is not None:  # what is left of the state before
         y = y + 2 * torch.einsum("dm,dml,bdm->bld", C, V[..., 1:], state).real
         last = last + V[..., -1] * state
-    return y, last
+    return y * spoiled, last * spoiled_state
 
 
 def powers(x: Complex[Tensor, "d m"], n: int) -> Complex[Tensor, "d m n"]:
@@ -154,16 +230,16 @@ def scan(
 # --8<-- [end:scan]
 
 
-def _silent(u: Tensor, A_bar: Tensor) -> Tensor:
-    """The state of one who has heard nothing: zeros (B, D, M)."""
+def _zero_state(u: Tensor, A_bar: Tensor) -> Tensor:
+    """Zeros (B, D, M)."""
     return A_bar.new_zeros(u.shape[0], *A_bar.shape)
 
 
 class S4D(nn.Module):
     """A mixer x -> x over time, each channel by a state space model of its own.
 
-        S4D(512, 64)                       # trained as a convolution
-        S4D(512, 64, op=scan)              # the same, another way
+        layer = S4D(512, 64)               # trained by `chunked`
+        S4D(512, 64, op=convolution)       # the same, another way
         y, state = layer.step(u_t, state)  # the same, decoded
 
     Parameters: log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2), its real and imaginary part, D (D,).
@@ -175,10 +251,10 @@ class S4D(nn.Module):
         rule: how A becomes Ā: "zoh" or "bilinear".
         dt_min: Δ is drawn between dt_min and dt_max, evenly in its logarithm.
         dt_max: as dt_min.
-        op: what computes it: `convolution`, `scan` or `recurrence`.
+        op: what computes it: `chunked`, `convolution`, `scan` or `recurrence`, or another function like these.
 
     Raises:
-        ValueError: no channels, an odd N, an unknown rule, an A that does not fade, or not 0 < dt_min <= dt_max.
+        ValueError: no channels, an odd N, an unknown rule, an A that does not decay, or not 0 < dt_min <= dt_max.
     """
 
     def __init__(
@@ -187,10 +263,10 @@ class S4D(nn.Module):
         n_states: int = 64,
         *,
         init: Callable[[int], Tensor] = s4d_legs,
-        rule: str = "zoh",
+        rule: Literal["zoh", "bilinear"] = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        op: Callable = convolution,
+        op: Callable[..., tuple[Tensor, Tensor]] = chunked,
     ):
         super().__init__()
         if d_model < 1:
@@ -211,6 +287,16 @@ class S4D(nn.Module):
         self.C = nn.Parameter(torch.randn(d_model, n_states // 2, 2) * 0.5**0.5)  # complex normal, of variance 1
         self.D = nn.Parameter(torch.ones(d_model))
 
+    @overload
+    def forward(self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, u: Tensor, state: Tensor | None = None, *, return_state: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self, u: Float[Tensor, "b l d"], state: Complex[Tensor, "b d m"] | None = None, *, return_state: bool = False
     ) -> Float[Tensor, "b l d"] | tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
@@ -218,7 +304,7 @@ class S4D(nn.Module):
 
         Args:
             u: any floating dtype; computed in float32 or better, and returned in its own.
-            state: what an earlier call or step returned; silence where left out.
+            state: what an earlier call or step returned; zeros where left out.
             return_state: also return the state (B, D, N/2), complex.
 
         Returns:
@@ -226,14 +312,19 @@ class S4D(nn.Module):
 
         Raises:
             ValueError: u or state of another shape or kind.
+            TypeError: u or state that is not a Tensor.
         """
         self._check(u, state)
         wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
         A_bar, B_bar, C = self.discretized(wide)
         state = None if state is None else state.to(A_bar)
-        y, state = self.op(u.to(wide), A_bar, B_bar, C, state)
+        with autocast_off(u.device.type):  # float32 or better, whatever op multiplies
+            y, state = self.op(u.to(wide), A_bar, B_bar, C, state)
         y = (y + self.D.to(wide) * u).to(u.dtype)
         return (y, state) if return_state else y
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def step(
         self, u: Float[Tensor, "b d"], state: Complex[Tensor, "b d m"] | None = None
@@ -242,14 +333,15 @@ class S4D(nn.Module):
 
         Args:
             u: (B, D).
-            state: what the step or the call before returned; silence where left out.
+            state: what the step or the call before returned; zeros where left out.
 
         Returns:
             y (B, D) and the new state (B, D, N/2).
 
         Raises:
-            ValueError: as `forward`.
+            ValueError, TypeError: as `forward`.
         """
+        check_tensors({"u": u}, {"state": state})
         if u.ndim != 2:
             raise ValueError(f"u must be (B, D) for one step, got {tuple(u.shape)}; forward takes whole sequences")
         self._check(u[:, None], state)
@@ -266,6 +358,7 @@ class S4D(nn.Module):
         return A_bar, B_bar, torch.view_as_complex(C)
 
     def _check(self, u: Tensor, state: Tensor | None) -> None:
+        check_tensors({"u": u}, {"state": state})
         channels, half = self.A_imag.shape
         if u.ndim != 3 or u.shape[2] != channels or not u.is_floating_point():
             raise ValueError(f"u must be floating point (B, L, D) with D = {channels}, got {u.dtype} {tuple(u.shape)}")

@@ -4,6 +4,7 @@ Source: Gu and Dao 2023 (2312.00752), section 3.4 and figure 3; root-mean-square
 (1910.07467). Symbols: ids (B, N), E width, V tokens in the vocabulary.
 """
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nondual.efficient_attention.mamba import Mamba, MambaCache, at_least_float32
+from nondual.ops.checks import check_tensors
 
 
 class MambaBlock(nn.Module):
@@ -30,7 +32,7 @@ class MambaBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"], **mixing) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E); what is given besides x goes to the mixer. x may be wider than the weights are."""
-        return x + self.mixer(self.norm(x.to(self.norm.weight.dtype)), **mixing)
+        return x + self.mixer(normed(self.norm, x), **mixing)
 
 
 class MambaLM(nn.Module):
@@ -38,6 +40,11 @@ class MambaLM(nn.Module):
 
         MambaLM(256, 64, 4)                                        # Mamba
         MambaLM(256, 64, 4, mixer=partial(Mamba2, d_head=32))      # Mamba-2
+
+    Every layer may be replaced or wrapped (LoRA, quantised layers), and may have hooks and parametrizations; see the
+    mixer for its own. Tied scores use the weight of the embeddings. Where something that is not an nn.Embedding stands
+    in their place, such as an adapter, they use the rows that it gives for all V ids, computed at every call: merge the
+    adapter, or untie the scores, where that is too slow.
 
     Args:
         vocabulary: V.
@@ -61,7 +68,7 @@ class MambaLM(nn.Module):
         residual_in_fp32: bool = True,
     ):
         super().__init__()
-        self.residual_in_fp32 = residual_in_fp32
+        self.vocabulary, self.residual_in_fp32 = vocabulary, residual_in_fp32
         self.embeddings = nn.Embedding(vocabulary, d_model)
         self.layers = nn.ModuleList(MambaBlock(mixer(d_model), d_model, eps=eps) for _ in range(n_layers))
         self.norm_f = nn.RMSNorm(d_model, eps=eps)
@@ -88,31 +95,47 @@ class MambaLM(nn.Module):
         """ids (B, N) -> scores (B, N, V) for the token that follows each.
 
         Args:
-            ids: integers (B, N).
-            cache: one for each layer, from `new_cache`, of what came before; it is brought up to date.
+            ids: (B, N), of any integer dtype.
+            cache: one for each layer, from `new_cache`, of what came before; all are brought up to date, or none where
+                this call raises.
             reset: True where a packed sequence begins, as in `Mamba`. For a batch padded on the left, True at the first
                 real token of each row.
 
         Raises:
             ValueError: ids that are not integers (B, N) or not in the vocabulary; a cache of another batch or depth.
+            TypeError: ids that are not a Tensor, a cache that is not a list.
         """
-        self._check(ids)
-        return self._scores(self._hidden(ids, cache, reset))
+        ids = self._checked(ids)
+        return self._next(ids, cache, reset)
 
     def loss(self, ids: Int[Tensor, "b n"], *, reset: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
         """The mean cross-entropy, in nats, of each token given those before it; of a packed sequence's first, none.
 
+        Where nothing is left to predict (reset is True at every position, or the batch is empty) it is 0, and so are
+        its gradients.
+
+        Args:
+            ids: (B, N), of any integer dtype, N of 2 or more.
+            reset: (B, N), as in `forward`.
+
+        Returns:
+            A number, in float32 or better.
+
         Raises:
             ValueError: fewer than two tokens a row, or ids as in `forward`.
+            TypeError: ids that are not a Tensor.
         """
-        self._check(ids)
+        ids = self._checked(ids)
         if ids.shape[1] < 2:
             raise ValueError(f"ids must have 2 tokens or more a row for a loss, got {tuple(ids.shape)}")
-        scores = self._scores(self._hidden(ids[:, :-1], None, None if reset is None else reset[:, :-1]))
-        targets = ids[:, 1:].long()
+        if reset is not None:
+            check_reset(reset, ids)
+        scores = self._next(ids[:, :-1], None, None if reset is None else reset[:, :-1])
+        targets = ids[:, 1:]
         if reset is not None:
             targets = targets.masked_fill(reset[:, 1:], -100)
-        return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        each = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return at_least_float32(each).sum() / (targets != -100).sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(
@@ -129,7 +152,7 @@ class MambaLM(nn.Module):
         """The prompt and up to n_new tokens after it, each read once: time a token does not grow with the length.
 
         Args:
-            ids: the prompt (B, N), of one token or more.
+            ids: the prompt (B, N), of one token or more, of any integer dtype.
             n_new: how many tokens to add.
             temperature: scores are divided by it and a token is drawn; the likeliest is taken where left out.
             top_k: draw among the k likeliest only.
@@ -138,13 +161,15 @@ class MambaLM(nn.Module):
             reset: as in `forward`, for a prompt padded on the left.
 
         Returns:
-            (B, N + n_new), or shorter where every row met eos before.
+            (B, N + n_new), or shorter where every row met eos before; in the dtype of ids, or in int64 where that of
+            ids does not hold every token of the vocabulary.
 
         Raises:
             ValueError: an empty prompt, a negative n_new, a temperature not above 0, a top_k below 1 or without a
                 temperature; ids as in `forward`.
+            TypeError: ids that are not a Tensor.
         """
-        self._check(ids)
+        dtype, ids = getattr(ids, "dtype", None), self._checked(ids)
         if ids.shape[1] < 1:
             raise ValueError(f"ids must hold a token or more to go on from, got {tuple(ids.shape)}")
         if n_new < 0:
@@ -157,43 +182,88 @@ class MambaLM(nn.Module):
         cache, tokens = self.new_cache(ids.shape[0]), [ids]
         finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         for _ in range(n_new):
-            hidden = self._hidden(tokens[-1], cache, reset if len(tokens) == 1 else None)
-            token = choose(self._scores(hidden[:, -1]), temperature, top_k, generator).to(ids.dtype)
+            scores = self._next(tokens[-1], cache, reset if len(tokens) == 1 else None, last=True)
+            token = choose(scores, temperature, top_k, generator)
             if eos is not None:
                 token = token.masked_fill(finished, eos)
                 finished |= token == eos
             tokens.append(token[:, None])
             if eos is not None and finished.all():
                 break
-        return torch.cat(tokens, 1)
         # --8<-- [end:generate]
+        fits = torch.iinfo(dtype).max >= self.vocabulary - 1
+        return torch.cat(tokens, 1).to(dtype if fits else torch.long)
 
     def new_cache(self, batch: int) -> list[MambaCache]:
         """One empty cache for each layer, for a batch of B sequences."""
         return [layer.mixer.new_cache(batch) for layer in self.layers]
 
+    def _next(
+        self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None, *, last: bool = False
+    ) -> Tensor:
+        """Scores (B, N, V), or (B, V) for the last position alone. The caches change last of all, or not at all."""
+        new = None if cache is None else self._copies(cache)
+        hidden = self._hidden(ids, new, reset)
+        scores = self._scores(hidden[:, -1] if last else hidden)
+        if cache is not None and new is not None:
+            for kept, got in zip(cache, new):
+                kept.conv, kept.state = got.conv, got.state
+        return scores
+
+    def _copies(self, cache: list[MambaCache]) -> list[MambaCache]:
+        """Caches that layers may change: they put new tensors in place of these, and do not write into them."""
+        if not isinstance(cache, (list, tuple)):
+            raise TypeError(f"cache must be a list of one MambaCache a layer, from new_cache, got {type(cache).__name__}")
+        if len(cache) != len(self.layers):
+            raise ValueError(f"cache must have one for each of {len(self.layers)} layers, got {len(cache)}")
+        return [copy.copy(one) for one in cache]
+
     def _hidden(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None) -> Tensor:
         """What stands at each position after the last norm (B, N, E)."""
-        if cache is not None and len(cache) != len(self.layers):
-            raise ValueError(f"cache must have one for each of {len(self.layers)} layers, got {len(cache)}")
         x = self.embeddings(ids)
         if self.residual_in_fp32:
             x = at_least_float32(x)
         for i, layer in enumerate(self.layers):
             x = layer(x, cache=None if cache is None else cache[i], reset=reset)
-        return self.norm_f(x.to(self.norm_f.weight.dtype))
+        return normed(self.norm_f, x)
 
     def _scores(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embeddings.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        if isinstance(self.embeddings, nn.Embedding):
+            return F.linear(hidden, self.embeddings.weight)
+        rows = self.embeddings(torch.arange(self.vocabulary, device=hidden.device))
+        return F.linear(hidden, rows.to(hidden.dtype))
 
-    def _check(self, ids: Tensor) -> None:
+    def _checked(self, ids: Tensor) -> Tensor:
+        """ids in int64, once it is seen that they are ids."""
+        check_tensors({"ids": ids})
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
-        if torch.compiler.is_compiling() or ids.device.type == "meta" or not ids.numel():
-            return  # no values to look at
-        low, high, vocabulary = int(ids.min()), int(ids.max()), self.embeddings.num_embeddings
-        if not 0 <= low <= high < vocabulary:
-            raise ValueError(f"ids must lie in 0 to {vocabulary - 1}, got {low} to {high}")
+        ids = ids.long()
+        if torch.compiler.is_compiling() or ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+            return ids  # no values to look at
+        if ids.numel():
+            low, high, vocabulary = int(ids.min()), int(ids.max()), self.vocabulary
+            if not 0 <= low <= high < vocabulary:
+                raise ValueError(f"ids must lie in 0 to {vocabulary - 1}, got {low} to {high}")
+        return ids
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), x in the dtype of the norm's weight where it has one."""
+    weight = getattr(norm, "weight", None)
+    return norm(x if weight is None else x.to(weight.dtype))
+
+
+def check_reset(reset: Tensor, ids: Tensor) -> None:
+    """Refuse a reset that is not a boolean Tensor of the shape of ids."""
+    check_tensors({"reset": reset})
+    if reset.shape != ids.shape or reset.dtype != torch.bool:
+        raise ValueError(
+            f"reset must be boolean (B, N) = {tuple(ids.shape)}, True where a sequence begins, got {reset.dtype} "
+            f"{tuple(reset.shape)}"
+        )
 
 
 def choose(

@@ -1,16 +1,11 @@
 """The selective scan: its door, its reference, its matrix, and the engine for CPUs, compiled and in plain torch.
 
-The kernels are tested in test_selective_scan_triton.py. "c" and "torch" are the two ways of impl="cpu".
+"c" and "torch" are the two ways of impl="cpu". More of that engine is in test_selective_scan_cpu.py, how its loop is
+compiled in test_selective_scan_build.py, and the Triton kernels are in test_selective_scan_triton.py.
 """
 
-import io
 import itertools
 import math
-import multiprocessing
-import pickle
-import re
-import tempfile
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -651,107 +646,3 @@ def test_a_step_is_named_too_and_a_dtype_that_the_engine_does_not_hold():
     small = {k: x.to(torch.float8_e4m3fn) for k, x in given.items()}
     with pytest.raises(ValueError, match="u must be float16, bfloat16, float32 or float64 for impl='cpu', got"):
         selective_scan(**small, impl="cpu")
-
-
-# --- compiling -------------------------------------------------------------------------------------------------------
-
-
-def test_processes_that_build_at_once_do_not_collide(tmp_path, monkeypatch):
-    """From an empty cache, which is left with one library that works, and nothing half made."""
-    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path / "new"))
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=cpu.build, args=(torch.float32,)) for _ in range(3)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=120)
-    assert [process.exitcode for process in started] == [0, 0, 0]
-    assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
-    cpu._library.cache_clear()
-    try:
-        made_before = cpu.build(torch.float32)
-        check(made())
-        assert list((tmp_path / "new").iterdir()) == [made_before]
-    finally:
-        cpu._library.cache_clear()
-
-
-def test_where_the_cache_cannot_be_written_it_builds_elsewhere(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert cpu.build(torch.float32).parent.parent == tmp_path
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"no folder to write to.*set NONDUAL_CACHE"):
-        cpu.build(torch.float32)
-
-
-@pytest.mark.parametrize(
-    "compiler, says", [("none-of-this-name", "no C compiler found: none-of-"), ("cc", "out of paper")]
-)
-def test_without_a_compiler_it_runs_in_torch_and_says_so_once(tmp_path, monkeypatch, compiler, says):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\ncase $1 in --version) echo 1;; *) echo 'out of paper' >&2; exit 1;; esac\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken) if compiler == "cc" else compiler)
-    monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path / "cache"))
-    cpu._library.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match=f"{says}.*. Install a C compiler .* variable CC"):
-            check(made())
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            check(made())
-        assert not list(tmp_path.glob("cache/*"))  # nothing half made
-    finally:
-        cpu._library.cache_clear()
-
-
-def test_the_source_travels_with_the_package_and_its_struct_is_ours():
-    text = cpu.SOURCE.read_text(encoding="utf-8")
-    struct = text[text.index("struct scan {") : text.index("\n};", text.index("struct scan {"))]
-    words = re.sub(r"/\*.*?\*/|\b(const|int64_t|real|uint8_t)\b|[*]", "", struct.split("\n", 1)[1], flags=re.DOTALL)
-    declared = [name.strip() for name in re.split("[,;]", words)]
-    assert [name for name in declared if name] == [*cpu.SIZES, *cpu.POINTERS]
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def child(queue, given):
-    queue.put(pickle.dumps(selective_scan(**given, impl="cpu")[0].tolist()))
-
-
-class Scans(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        return selective_scan(**{k: x.detach() if torch.is_tensor(x) else x for k, x in made(seed=i).items()})[0]
-
-
-def test_a_forked_child_and_a_loader_s_worker(way):
-    """Work for two threads before the fork and after it, and nothing of torch's: its threads do not outlive a fork."""
-    way("c")
-    given = {k: x.detach() if torch.is_tensor(x) else x for k, x in made(2, 60, 100, 16).items()}
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        here = selective_scan(**given, impl="cpu")[0].tolist()
-        context = multiprocessing.get_context("fork")
-        queue = context.Queue()
-        process = context.Process(target=child, args=(queue, given))
-        process.start()
-        assert pickle.loads(queue.get(timeout=60)) == here
-        process.join()
-    finally:
-        torch.set_num_threads(before)
-    for i, y in enumerate(torch.utils.data.DataLoader(Scans(), batch_size=None, num_workers=1)):
-        assert torch.equal(y, Scans()[i])
-
-
-def test_a_function_of_it_can_be_pickled():
-    buffer = io.BytesIO()
-    pickle.dump((selective_scan, cpu.selective_scan), buffer)
-    again, _ = pickle.loads(buffer.getvalue())
-    assert again is selective_scan

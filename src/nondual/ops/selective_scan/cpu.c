@@ -10,12 +10,18 @@
                   dC_t = Σ_d h_t dy_t      dB_t = Σ_d g_t Δ_t u_t      d(Δu)_t = Σ_n g_t B_t
                   d(ΔA)_t = g_t a_t h_{t-1}      dA = Σ_t Δ_t d(ΔA)_t      dΔ_t = Σ_n A d(ΔA)_t + u_t d(Δu)_t
 
-   A task is one batch and up to WIDTH channels that lie in one group; it goes through time in chunks of STEPS. The
-   forward pass keeps the state between chunks, and the backward pass computes the states of a chunk anew from there: in
-   all B·L/STEPS·D·N numbers, never B·L·D·N. Who computes a task does not change what is computed, so that the result
-   does not depend on the number of threads: sums over channels are kept for each task, and added by the caller.
+   A block is one sequence of the batch and up to WIDTH channels that lie in one group. Time is cut into chunks of STEPS.
+   The forward pass saves the state between chunks (`kept`), and the backward pass computes the states within a chunk
+   again from there: in all B·L/STEPS·D·N numbers, never B·L·D·N.
 
-   Compiled by cpu.py, which gives STEPS and WIDTH, and DOUBLE for float64. The layout of `struct scan` is its own. */
+   A thread takes a task: several neighbouring blocks, all through one chunk before any goes on to the next. Their rows
+   lie side by side in memory, so each page is looked up once instead of once for each block. How blocks are put into
+   tasks does not change what is computed, so the result does not depend on the number of threads: sums over channels
+   are written for each block, and the caller adds them.
+
+   Numbers that are not finite follow the equations, and stay in the channels that they belong to.
+
+   Compiled by cpu.py, which defines STEPS and WIDTH, and DOUBLE for float64, and fills `struct scan`. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -52,12 +58,12 @@ struct scan { /* eight bytes each; strides count numbers, and the last axis of e
   int64_t u_b, u_l, delta_b, delta_l, z_b, z_l, dy_b, dy_l;
   int64_t b_b, b_l, b_g, b_unit, c_b, c_l, c_g, c_unit; /* _unit: channels that share it; 0 where it is (D, N) */
   int64_t softplus, threads;
-  /* in; null where it was not given */
+  /* read; null where it was not given */
   const real *u, *delta, *A, *B, *C, *D, *z, *bias, *state;
   const uint8_t *reset;
-  /* out of the forward pass; the backward pass reads `kept`, (B, chunks - 1, D, N) */
+  /* written by the forward pass; the backward pass reads `kept`, the states between chunks (B, chunks - 1, D, N) */
   real *y, *last, *kept;
-  /* the backward pass */
+  /* of the backward pass: the gradients that come in, and those that it writes */
   const real *dy, *dlast;
   real *du, *ddelta, *dz, *dstate;    /* like u, and like state */
   real *dA, *dB, *dC, *dD, *dbias;    /* for each batch (B, D, N) or (B, D); dB and dC of time (B, L, tasks, N) */
@@ -99,10 +105,16 @@ INLINE real sum(const vec *x) { /* always in the same order */
   return total;
 }
 
-INLINE real greatest(vec x) { /* a NaN comes through */
-  real most = 0;
-  for (int i = 0; i < LANES; i++) most = x[i] <= most ? most : x[i];
-  return most;
+/* The greater of two magnitudes, lane by lane, and the greatest of all lanes. They are compared as integers, whose order
+   is that of the numbers with infinity above all numbers and NaN above infinity: a NaN stays to the end. Compared as
+   numbers it would lose to whatever comes next. */
+INLINE vec greater(vec x, vec y) { return choose((ivec)x > (ivec)y, x, y); }
+
+INLINE real greatest(vec x) {
+  ivec magnitudes = (ivec)x;
+  int which = 0;
+  for (int i = 1; i < LANES; i++) which = magnitudes[i] > magnitudes[which] ? i : which;
+  return x[which];
 }
 
 /* --- functions ---------------------------------------------------------------------------------------------------
@@ -149,7 +161,7 @@ INLINE vec power(vec f) {
   return p;
 }
 
-/* exp(x y) where |x y log2 e| < REACH: nothing to look out for. */
+/* exp(x y) where |x y log2 e| < REACH: the result is a normal number, and no case needs care. */
 INLINE vec exp_near(vec x, struct pair y) {
   struct split s = split(x, y);
   return (vec)((ivec)power(s.fraction) + (s.exponent << MANTISSA));
@@ -160,13 +172,13 @@ INLINE vec exp_any(vec x, struct pair y) {
   struct split s = split(x, y);
   const bits bias = ((bits)1 << (8 * sizeof(real) - MANTISSA - 2)) - 1;
   const real far = bias + MANTISSA + 10;
-  ivec near = absolute(s.whole) < far;
+  ivec near = absolute(s.whole) < far; /* not a NaN */
   ivec exponent = (s.exponent << (8 * sizeof(real) - 16)) >> (8 * sizeof(real) - 16); /* the low 16 bits, signed */
   ivec half = exponent >> 1; /* in two steps, since 2^exponent alone may be no number of this size */
   vec value = power(choose(near, s.fraction, splat(0)));
   value = value * (vec)((half + bias) << MANTISSA) * (vec)((exponent - half + bias) << MANTISSA);
   vec beyond = choose(s.whole < 0, splat(0), absolute(s.whole) * (real)(sizeof(real) == 8 ? 1e308 : 1e38f));
-  return choose(near, value, beyond); /* a NaN is not near, and stays itself */
+  return choose(near, value, beyond); /* `beyond` of a NaN is NaN */
 }
 
 INLINE vec exponential(vec x) { return exp_any(x, in_base_2(splat(1))); }
@@ -192,20 +204,18 @@ INLINE vec softplus(vec x) {
 
 INLINE vec softplus_slope(vec x) { return choose(x > 20, splat(1), sigmoid(x)); }
 
-/* --- a task ------------------------------------------------------------------------------------------------------ */
+/* --- blocks and the room to work in ------------------------------------------------------------------------------- */
 
-struct task {
-  int64_t batch, block, first, width, vectors; /* its channels: first … first + width */
+struct block {
+  int64_t batch, index, first, width, vectors; /* its channels: first … first + width; index within its sequence */
   int64_t b_group, c_group;
 };
 
 static int64_t blocks_of(const struct scan *s) { return s->channels / s->unit * ((s->unit + WIDTH - 1) / WIDTH); }
 
-static struct task task_of(const struct scan *s, int64_t i) {
-  int64_t blocks = blocks_of(s), each = (s->unit + WIDTH - 1) / WIDTH;
-  struct task k = {.batch = i / blocks, .block = i % blocks};
-  int64_t within = k.block % each * WIDTH;
-  k.first = k.block / each * s->unit + within;
+static struct block block_of(const struct scan *s, int64_t batch, int64_t index) {
+  int64_t each = (s->unit + WIDTH - 1) / WIDTH, within = index % each * WIDTH;
+  struct block k = {.batch = batch, .index = index, .first = index / each * s->unit + within};
   k.width = s->unit - within < WIDTH ? s->unit - within : WIDTH;
   k.vectors = (k.width + LANES - 1) / LANES;
   k.b_group = s->b_unit ? k.first / s->b_unit : 0;
@@ -213,42 +223,60 @@ static struct task task_of(const struct scan *s, int64_t i) {
   return k;
 }
 
-INLINE int64_t lanes_of(struct task k, int64_t v) { return k.width - v * LANES < LANES ? k.width - v * LANES : LANES; }
+INLINE int64_t lanes_of(struct block k, int64_t v) {
+  return k.width - v * LANES < LANES ? k.width - v * LANES : LANES;
+}
 
-/* What a thread works with: one allocation, cut up. */
+/* What a thread works in: one allocation, cut up. Each block of a task has tables of its own, and turn_to points at
+   those of one block; everything else is used by one block after another. */
 struct room {
   struct pair *A2;            /* (N, V) A log2 e */
   vec *A, *B, *C;             /* (N, V); B and C where they are (D, N) */
   vec *h, *g, *dA, *dB, *dC;  /* (N, V) */
   real *reach;                /* (N, V) the greatest |A log2 e| over all lanes */
-  real *B_t, *C_t;            /* (N, STEPS), this chunk's */
+  vec *dD, *dbias;            /* (V) */
+  real *B_t, *C_t;            /* (N, STEPS), of this chunk and of b_group and c_group */
+  int64_t b_group, c_group;
+  int b_finite, c_finite;
   /* What belongs to one step lies together: arrays of STEPS vectors would all fall on the same lines of the cache. */
   struct step { vec delta, x, y, dy, ddelta, dx; } at[VECTORS][STEPS]; /* x = Δ u */
-  struct { vec a, before; } path[STEPS][TOGETHER]; /* before: h of the last step, be it forgotten in this or not */
+  struct { vec a, before; } path[STEPS][TOGETHER]; /* before: h of the last step, whether or not this one resets it */
   struct { vec dB, dC; } sums[STEPS][TOGETHER];
-  vec dD[VECTORS], dbias[VECTORS];
   real most[VECTORS];         /* the greatest |Δ| of the chunk, over all lanes */
   uint8_t reset[STEPS];
+  char *tables;
 };
 
-static struct room *make_room(int64_t states) {
-  size_t fixed = (sizeof(struct room) + 63) / 64 * 64, table = states * VECTORS * sizeof(vec);
-  size_t rows = (states * STEPS * sizeof(real) + 63) / 64 * 64;
-  char *memory = aligned_alloc(64, fixed + 10 * table + 3 * rows);
+INLINE size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static size_t bytes_of_tables(int64_t states) {
+  return (10 * states + 2) * VECTORS * sizeof(vec) + whole_lines(states * VECTORS * sizeof(real));
+}
+
+static struct room *make_room(int64_t states, int64_t blocks) {
+  size_t fixed = whole_lines(sizeof(struct room)), rows = whole_lines(states * STEPS * sizeof(real));
+  char *memory = aligned_alloc(64, fixed + 2 * rows + blocks * bytes_of_tables(states));
   if (!memory) return NULL;
   struct room *r = (struct room *)memory;
-  memory += fixed;
-  r->A2 = (struct pair *)memory, memory += 2 * table;
-  vec **tables[] = {&r->A, &r->B, &r->C, &r->h, &r->g, &r->dA, &r->dB, &r->dC};
-  for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) *tables[i] = (vec *)memory, memory += table;
-  r->B_t = (real *)memory, memory += rows;
-  r->reach = (real *)memory, memory += rows;
-  r->C_t = (real *)memory;
+  r->B_t = (real *)(memory + fixed);
+  r->C_t = (real *)(memory + fixed + rows);
+  r->tables = memory + fixed + 2 * rows;
   return r;
 }
 
-/* Once for a task: A, and B and C where they do not change. */
-static void enter(const struct scan *s, struct task k, struct room *r) {
+static void turn_to(struct room *r, int64_t block, int64_t states) {
+  char *memory = r->tables + block * bytes_of_tables(states);
+  size_t table = states * VECTORS * sizeof(vec);
+  r->A2 = (struct pair *)memory, memory += 2 * table;
+  vec **tables[] = {&r->A, &r->B, &r->C, &r->h, &r->g, &r->dA, &r->dB, &r->dC};
+  for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) *tables[i] = (vec *)memory, memory += table;
+  r->dD = (vec *)memory, memory += VECTORS * sizeof(vec);
+  r->dbias = (vec *)memory, memory += VECTORS * sizeof(vec);
+  r->reach = (real *)memory;
+}
+
+/* Once for a block: A, and B and C where they do not change with time. */
+static void enter(const struct scan *s, struct block k, struct room *r) {
   for (int64_t n = 0; n < s->states; n++)
     for (int64_t v = 0; v < k.vectors; v++) {
       int64_t i = n * VECTORS + v, at = (k.first + v * LANES) * s->states + n;
@@ -260,28 +288,28 @@ static void enter(const struct scan *s, struct task k, struct room *r) {
     }
 }
 
-/* A table (N, V) from a tensor (…, D, N) at the task's first channel, and back. */
-static void read_states(const struct scan *s, struct task k, const real *from, vec *to) {
+/* A table (N, V) from a tensor (…, D, N) at the block's first channel, and back. */
+static void read_states(const struct scan *s, struct block k, const real *from, vec *to) {
   for (int64_t n = 0; n < s->states; n++)
     for (int64_t v = 0; v < k.vectors; v++)
       to[n * VECTORS + v] = from ? gather(from + v * LANES * s->states + n, s->states, lanes_of(k, v)) : splat(0);
 }
 
-static void write_states(const struct scan *s, struct task k, real *to, const vec *from) {
+static void write_states(const struct scan *s, struct block k, real *to, const vec *from) {
   for (int64_t n = 0; n < s->states; n++)
     for (int64_t v = 0; v < k.vectors; v++)
       scatter(to + v * LANES * s->states + n, s->states, from[n * VECTORS + v], lanes_of(k, v));
 }
 
-/* Where the batch and first channel of a task lie in (B, D, N), and those of a chunk in `kept`. */
-INLINE int64_t place(const struct scan *s, struct task k) { return (k.batch * s->channels + k.first) * s->states; }
+/* Where a block's first channel lies in (B, D, N), and in `kept` before a chunk other than the first. */
+INLINE int64_t place(const struct scan *s, struct block k) { return (k.batch * s->channels + k.first) * s->states; }
 
-INLINE real *kept_at(const struct scan *s, struct task k, int64_t chunk) {
+INLINE real *kept_at(const struct scan *s, struct block k, int64_t chunk) {
   int64_t between = (s->length + STEPS - 1) / STEPS - 1;
   return s->kept + ((k.batch * between + chunk - 1) * s->channels + k.first) * s->states;
 }
 
-INLINE vec step_length(const struct scan *s, struct task k, int64_t v, int64_t t, vec *before) {
+INLINE vec step_length(const struct scan *s, struct block k, int64_t v, int64_t t, vec *before) {
   int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v);
   vec x = load(s->delta + k.batch * s->delta_b + t * s->delta_l + channel, lanes);
   if (s->bias) x += load(s->bias + channel, lanes);
@@ -289,10 +317,30 @@ INLINE vec step_length(const struct scan *s, struct task k, int64_t v, int64_t t
   return s->softplus ? softplus(x) : x;
 }
 
-/* A chunk's Δ, Δ u, B, C and resets. The same rows `ahead` steps on are asked for: they lie too far apart in memory for
-   the processor to foresee them. */
+/* A chunk's rows of B or C, turned to (N, STEPS), and whether all their numbers are finite. */
+static int read_rows(const real *from, int64_t stride, int64_t steps, int64_t states, real *to) {
+  real zero = 0;
+  for (int64_t t = 0; t < steps; t++)
+    for (int64_t n = 0; n < states; n++) {
+      real x = from[t * stride + n];
+      to[n * STEPS + t] = x;
+      zero += 0 * x; /* NaN, once x is not finite */
+    }
+  return zero == 0;
+}
+
+/* Before the blocks of a task go through a chunk. */
+static void enter_chunk(const struct scan *s, int64_t batch, struct room *r, int64_t start, int64_t steps) {
+  r->b_group = r->c_group = -1;
+  r->b_finite = r->c_finite = 1;
+  if (s->reset) memcpy(r->reset, s->reset + batch * s->length + start, steps);
+  else memset(r->reset, 0, steps);
+}
+
+/* A chunk's Δ and Δ u, and B and C where the block before had others. The rows of u and delta that lie `ahead` steps on
+   are prefetched: they are too far apart in memory for the processor to foresee them. */
 static void read_chunk(
-    const struct scan *s, struct task k, struct room *r, int64_t start, int64_t steps, int64_t ahead) {
+    const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps, int64_t ahead) {
   for (int64_t v = 0; v < k.vectors; v++) {
     vec most = {0}, raw;
     for (int64_t t = 0; t < steps; t++) {
@@ -300,36 +348,35 @@ static void read_chunk(
       const real *u = s->u + k.batch * s->u_b + channel, *d = s->delta + k.batch * s->delta_b + channel;
       __builtin_prefetch(u + (row + ahead) * s->u_l, 0, 2);
       __builtin_prefetch(d + (row + ahead) * s->delta_l, 0, 2);
-      vec delta = step_length(s, k, v, row, &raw), far = absolute(delta);
+      vec delta = step_length(s, k, v, row, &raw);
       r->at[v][t] = (struct step){.delta = delta, .x = delta * load(u + row * s->u_l, lanes_of(k, v))};
-      most = choose(far <= most, most, far); /* a NaN comes through */
+      most = greater(absolute(delta), most);
     }
     r->most[v] = greatest(most);
   }
-  const real *B = s->B + k.batch * s->b_b + start * s->b_l + k.b_group * s->b_g;
-  const real *C = s->C + k.batch * s->c_b + start * s->c_l + k.c_group * s->c_g;
-  for (int64_t t = 0; t < steps; t++)
-    for (int64_t n = 0; n < s->states; n++) {
-      if (s->b_unit) r->B_t[n * STEPS + t] = B[t * s->b_l + n];
-      if (s->c_unit) r->C_t[n * STEPS + t] = C[t * s->c_l + n];
-    }
-  if (s->reset)
-    memcpy(r->reset, s->reset + k.batch * s->length + start, steps);
-  else
-    memset(r->reset, 0, steps);
+  if (s->b_unit && r->b_group != k.b_group) {
+    const real *B = s->B + k.batch * s->b_b + start * s->b_l + k.b_group * s->b_g;
+    r->b_finite = read_rows(B, s->b_l, steps, s->states, r->B_t), r->b_group = k.b_group;
+  }
+  if (s->c_unit && r->c_group != k.c_group) {
+    const real *C = s->C + k.batch * s->c_b + start * s->c_l + k.c_group * s->c_g;
+    r->c_finite = read_rows(C, s->c_l, steps, s->states, r->C_t), r->c_group = k.c_group;
+  }
 }
 
-/* Whether exp(Δ A) stays within reach of the plain form for `count` states, from n on, all through the chunk. */
-INLINE int is_near(const struct room *r, int64_t n, int64_t count, int64_t v) {
-  int near = 1;
-  for (int64_t j = n; j < n + count; j++) near &= r->most[v] * r->reach[j * VECTORS + v] < REACH;
-  return near;
+/* Whether the plain form serves for the TOGETHER states from n on, all through the chunk: B and C change with time and
+   are finite, and exp(Δ A) is within reach of exp_near. */
+INLINE int is_plain(const struct scan *s, const struct room *r, int64_t n, int64_t v) {
+  if (!s->b_unit || !s->c_unit || n + TOGETHER > s->states) return 0;
+  int plain = r->b_finite & r->c_finite;
+  for (int64_t j = n; j < n + TOGETHER; j++) plain &= r->most[v] * r->reach[j * VECTORS + v] < REACH; /* not a NaN */
+  return plain;
 }
 
 /* --- forward ----------------------------------------------------------------------------------------------------- */
 
-/* `count` states of one vector of channels, from n on, through one chunk; those together that the processor can keep in
-   flight at once. The last four arguments are known where it is inlined. */
+/* `count` states of one vector of channels, from n on, through one chunk: as many together as the processor can keep in
+   flight at once. The last four arguments are constants where it is inlined. */
 INLINE void scan_chunk(
     struct room *r, int64_t n, int64_t v, int64_t steps, int count, int near, int b_timed, int c_timed) {
   const int64_t i = n * VECTORS + v;
@@ -356,40 +403,58 @@ INLINE void scan_chunk(
   for (int j = 0; j < count; j++) r->h[i + j * VECTORS] = h[j];
 }
 
-static void forward_task(const struct scan *s, struct task k, struct room *r) {
-  enter(s, k, r);
-  read_states(s, k, s->state ? s->state + place(s, k) : NULL, r->h);
+static void forward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
+  if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
+  read_chunk(s, k, r, start, steps, STEPS);
+  for (int64_t v = 0; v < k.vectors; v++)
+    for (int64_t n = 0, count; n < s->states; n += count) {
+      int plain = is_plain(s, r, n, v);
+      count = plain ? TOGETHER : 1;
+      if (plain) scan_chunk(r, n, v, steps, TOGETHER, 1, 1, 1);
+      else scan_chunk(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0);
+    }
+  for (int64_t v = 0; v < k.vectors; v++)
+    for (int64_t t = 0; t < steps; t++) {
+      int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
+      vec y = r->at[v][t].y;
+      if (s->D) y += load(s->D + channel, lanes) * load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes);
+      if (s->z) {
+        vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
+        y *= z * sigmoid(z);
+      }
+      store(s->y + (k.batch * s->length + row) * s->channels + channel, y, lanes);
+    }
+}
+
+static void forward_task(const struct scan *s, int64_t batch, int64_t first, int64_t blocks, struct room *r) {
+  for (int64_t i = 0; i < blocks; i++) {
+    struct block k = block_of(s, batch, first + i);
+    turn_to(r, i, s->states);
+    enter(s, k, r);
+    read_states(s, k, s->state ? s->state + place(s, k) : NULL, r->h);
+  }
   for (int64_t start = 0; start < s->length; start += STEPS) {
     int64_t steps = s->length - start < STEPS ? s->length - start : STEPS;
-    if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
-    read_chunk(s, k, r, start, steps, STEPS);
-    for (int64_t v = 0; v < k.vectors; v++)
-      for (int64_t n = 0, count; n < s->states; n += count) {
-        int plain = s->b_unit && s->c_unit && n + TOGETHER <= s->states && is_near(r, n, TOGETHER, v);
-        count = plain ? TOGETHER : 1;
-        if (plain) scan_chunk(r, n, v, steps, TOGETHER, 1, 1, 1);
-        else scan_chunk(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0);
-      }
-    for (int64_t v = 0; v < k.vectors; v++)
-      for (int64_t t = 0; t < steps; t++) {
-        int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
-        vec y = r->at[v][t].y;
-        if (s->D) y += load(s->D + channel, lanes) * load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes);
-        if (s->z) {
-          vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
-          y *= z * sigmoid(z);
-        }
-        store(s->y + (k.batch * s->length + row) * s->channels + channel, y, lanes);
-      }
+    enter_chunk(s, batch, r, start, steps);
+    for (int64_t i = 0; i < blocks; i++) {
+      turn_to(r, i, s->states);
+      forward_block(s, block_of(s, batch, first + i), r, start, steps);
+    }
   }
-  write_states(s, k, s->last + place(s, k), r->h);
+  for (int64_t i = 0; i < blocks; i++) {
+    struct block k = block_of(s, batch, first + i);
+    turn_to(r, i, s->states);
+    write_states(s, k, s->last + place(s, k), r->h);
+  }
 }
 
 /* --- backward ---------------------------------------------------------------------------------------------------- */
 
-/* The states of a chunk anew, then time the other way; otherwise as scan_chunk. */
-INLINE void scan_chunk_back(
-    struct room *r, int64_t n, int64_t v, int64_t steps, int count, int near, int b_timed, int c_timed, int gated) {
+/* The states of a chunk again, then time from the last step to the first; otherwise as scan_chunk. Lanes beyond the
+   block's channels hold zeros, and add nothing to the sums over channels, unless B or C is not finite (0 · inf is NaN):
+   then `near` is 0, and they are masked. */
+INLINE void scan_chunk_back(struct room *r, int64_t n, int64_t v, int64_t lanes, int64_t steps, int count, int near,
+                            int b_timed, int c_timed, int gated) {
   const int64_t i = n * VECTORS + v;
   const real *B_t = r->B_t + n * STEPS, *C_t = r->C_t + n * STEPS;
   struct pair A2[TOGETHER];
@@ -399,6 +464,8 @@ INLINE void scan_chunk_back(
     A2[j] = r->A2[at], A[j] = r->A[at], g[j] = r->g[at], h[j] = r->h[at];
     dA[j] = dB[j] = dC[j] = splat(0);
   }
+  ivec within = {0};
+  for (int lane = 0; lane < LANES; lane++) within[lane] = -(lane < lanes);
   for (int64_t t = 0; t < steps; t++) {
     vec delta = r->at[v][t].delta, x = r->at[v][t].x, y = {0};
     for (int j = 0; j < count; j++) r->path[t][j].before = h[j];
@@ -422,11 +489,11 @@ INLINE void scan_chunk_back(
     for (int j = 0; j < count; j++) {
       vec B = b_timed ? splat(B_t[j * STEPS + t]) : r->B[i + j * VECTORS];
       vec C = c_timed ? splat(C_t[j * STEPS + t]) : r->C[i + j * VECTORS];
-      if (c_timed) r->sums[t][j].dC += dy * h[j];
+      if (c_timed) r->sums[t][j].dC += near ? dy * h[j] : choose(within, dy * h[j], splat(0));
       else dC[j] += dy * h[j];
       h[j] = r->path[t][j].before;
       g[j] += C * dy;
-      if (b_timed) r->sums[t][j].dB += g[j] * x;
+      if (b_timed) r->sums[t][j].dB += near ? g[j] * x : choose(within, g[j] * x, splat(0));
       else dB[j] += g[j] * x;
       dx += g[j] * B;
       g[j] = r->reset[t] ? splat(0) : g[j] * r->path[t][j].a;
@@ -445,107 +512,143 @@ INLINE void scan_chunk_back(
   }
 }
 
-static void backward_task(const struct scan *s, struct task k, struct room *r) {
-  enter(s, k, r);
-  read_states(s, k, s->dlast ? s->dlast + place(s, k) : NULL, r->g);
-  for (int64_t i = 0; i < s->states * VECTORS; i++) r->dA[i] = r->dB[i] = r->dC[i] = splat(0);
-  memset(r->dD, 0, sizeof r->dD), memset(r->dbias, 0, sizeof r->dbias);
-  for (int64_t chunk = (s->length - 1) / STEPS; chunk >= 0; chunk--) {
-    int64_t start = chunk * STEPS, steps = s->length - start < STEPS ? s->length - start : STEPS;
-    read_states(s, k, chunk ? kept_at(s, k, chunk) : s->state ? s->state + place(s, k) : NULL, r->h);
-    read_chunk(s, k, r, start, steps, -STEPS);
-    for (int64_t v = 0; v < k.vectors; v++)
-      for (int64_t t = 0; t < steps; t++) {
-        int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
-        vec dy = load(s->dy + k.batch * s->dy_b + row * s->dy_l + channel, lanes);
-        if (s->z) {
-          vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
-          dy *= z * sigmoid(z);
-        }
-        r->at[v][t].dy = dy;
+static void backward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
+  read_states(s, k, start ? kept_at(s, k, start / STEPS) : s->state ? s->state + place(s, k) : NULL, r->h);
+  read_chunk(s, k, r, start, steps, -STEPS);
+  for (int64_t v = 0; v < k.vectors; v++)
+    for (int64_t t = 0; t < steps; t++) {
+      int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
+      vec dy = load(s->dy + k.batch * s->dy_b + row * s->dy_l + channel, lanes);
+      if (s->z) {
+        vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes);
+        dy *= z * sigmoid(z);
       }
-    for (int64_t n = 0, count; n < s->states; n += count) {
-      int plain = s->b_unit && s->c_unit && n + TOGETHER <= s->states;
-      for (int64_t v = 0; v < k.vectors; v++) plain = plain && is_near(r, n, TOGETHER, v);
-      count = plain ? TOGETHER : 1;
-      memset(r->sums, 0, sizeof r->sums);
-      for (int64_t v = 0; v < k.vectors; v++)
-        if (!plain) scan_chunk_back(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0, s->z != NULL);
-        else if (s->z) scan_chunk_back(r, n, v, steps, TOGETHER, 1, 1, 1, 1);
-        else scan_chunk_back(r, n, v, steps, TOGETHER, 1, 1, 1, 0);
-      for (int64_t t = 0; t < steps; t++)
-        for (int64_t j = 0; j < count; j++) {
-          int64_t at = ((k.batch * s->length + start + t) * blocks_of(s) + k.block) * s->states + n + j;
-          if (s->b_unit) s->dB[at] = sum(&r->sums[t][j].dB);
-          if (s->c_unit) s->dC[at] = sum(&r->sums[t][j].dC);
-        }
+      r->at[v][t].dy = dy;
     }
+  for (int64_t n = 0, count; n < s->states; n += count) {
+    int plain = 1;
+    for (int64_t v = 0; v < k.vectors; v++) plain = plain && is_plain(s, r, n, v);
+    count = plain ? TOGETHER : 1;
+    memset(r->sums, 0, sizeof r->sums);
     for (int64_t v = 0; v < k.vectors; v++) {
-      vec dD = {0}, dbias = {0};
-      for (int64_t t = 0; t < steps; t++) {
-        int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
-        int64_t at = (k.batch * s->length + row) * s->channels + channel;
-        vec u = load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes), raw;
-        const struct step *now = &r->at[v][t];
-        vec du = now->delta * now->dx, ddelta = now->ddelta + u * now->dx, y = now->y;
-        if (s->D) {
-          vec D = load(s->D + channel, lanes);
-          du += D * now->dy, y += D * u, dD += u * now->dy;
-        }
-        if (s->softplus) {
-          step_length(s, k, v, row, &raw);
-          ddelta *= softplus_slope(raw);
-        }
-        dbias += ddelta;
-        store(s->du + at, du, lanes);
-        store(s->ddelta + at, ddelta, lanes);
-        if (s->z) {
-          vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes), open = sigmoid(z);
-          vec dout = load(s->dy + k.batch * s->dy_b + row * s->dy_l + channel, lanes);
-          store(s->dz + at, dout * y * open * (1 + z * (1 - open)), lanes);
-        }
+      int64_t lanes = lanes_of(k, v);
+      if (!plain) scan_chunk_back(r, n, v, lanes, steps, 1, 0, s->b_unit != 0, s->c_unit != 0, s->z != NULL);
+      else if (s->z) scan_chunk_back(r, n, v, lanes, steps, TOGETHER, 1, 1, 1, 1);
+      else scan_chunk_back(r, n, v, lanes, steps, TOGETHER, 1, 1, 1, 0);
+    }
+    for (int64_t t = 0; t < steps; t++)
+      for (int64_t j = 0; j < count; j++) {
+        int64_t at = ((k.batch * s->length + start + t) * blocks_of(s) + k.index) * s->states + n + j;
+        if (s->b_unit) s->dB[at] = sum(&r->sums[t][j].dB);
+        if (s->c_unit) s->dC[at] = sum(&r->sums[t][j].dC);
       }
-      r->dD[v] += dD, r->dbias[v] += dbias;
+  }
+  for (int64_t v = 0; v < k.vectors; v++) {
+    vec dD = {0}, dbias = {0};
+    for (int64_t t = 0; t < steps; t++) {
+      int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
+      int64_t at = (k.batch * s->length + row) * s->channels + channel;
+      vec u = load(s->u + k.batch * s->u_b + row * s->u_l + channel, lanes), raw;
+      const struct step *now = &r->at[v][t];
+      vec du = now->delta * now->dx, ddelta = now->ddelta + u * now->dx, y = now->y;
+      if (s->D) {
+        vec D = load(s->D + channel, lanes);
+        du += D * now->dy, y += D * u, dD += u * now->dy;
+      }
+      if (s->softplus) {
+        step_length(s, k, v, row, &raw);
+        ddelta *= softplus_slope(raw);
+      }
+      dbias += ddelta;
+      store(s->du + at, du, lanes);
+      store(s->ddelta + at, ddelta, lanes);
+      if (s->z) {
+        vec z = load(s->z + k.batch * s->z_b + row * s->z_l + channel, lanes), open = sigmoid(z);
+        vec dout = load(s->dy + k.batch * s->dy_b + row * s->dy_l + channel, lanes);
+        store(s->dz + at, dout * y * open * (1 + z * (1 - open)), lanes);
+      }
+    }
+    r->dD[v] += dD, r->dbias[v] += dbias;
+  }
+}
+
+static void backward_task(const struct scan *s, int64_t batch, int64_t first, int64_t blocks, struct room *r) {
+  for (int64_t i = 0; i < blocks; i++) {
+    struct block k = block_of(s, batch, first + i);
+    turn_to(r, i, s->states);
+    enter(s, k, r);
+    read_states(s, k, s->dlast ? s->dlast + place(s, k) : NULL, r->g);
+    for (int64_t j = 0; j < s->states * VECTORS; j++) r->dA[j] = r->dB[j] = r->dC[j] = splat(0);
+    for (int64_t v = 0; v < VECTORS; v++) r->dD[v] = r->dbias[v] = splat(0);
+  }
+  for (int64_t start = (s->length - 1) / STEPS * STEPS; start >= 0; start -= STEPS) {
+    int64_t steps = s->length - start < STEPS ? s->length - start : STEPS;
+    enter_chunk(s, batch, r, start, steps);
+    for (int64_t i = 0; i < blocks; i++) {
+      turn_to(r, i, s->states);
+      backward_block(s, block_of(s, batch, first + i), r, start, steps);
     }
   }
-  write_states(s, k, s->dA + place(s, k), r->dA);
-  if (!s->b_unit) write_states(s, k, s->dB + place(s, k), r->dB);
-  if (!s->c_unit) write_states(s, k, s->dC + place(s, k), r->dC);
-  if (s->dstate) write_states(s, k, s->dstate + place(s, k), r->g);
-  for (int64_t v = 0; v < k.vectors; v++) {
-    int64_t at = k.batch * s->channels + k.first + v * LANES;
-    if (s->dD) store(s->dD + at, r->dD[v], lanes_of(k, v));
-    if (s->dbias) store(s->dbias + at, r->dbias[v], lanes_of(k, v));
+  for (int64_t i = 0; i < blocks; i++) {
+    struct block k = block_of(s, batch, first + i);
+    turn_to(r, i, s->states);
+    write_states(s, k, s->dA + place(s, k), r->dA);
+    if (!s->b_unit) write_states(s, k, s->dB + place(s, k), r->dB);
+    if (!s->c_unit) write_states(s, k, s->dC + place(s, k), r->dC);
+    if (s->dstate) write_states(s, k, s->dstate + place(s, k), r->g);
+    for (int64_t v = 0; v < k.vectors; v++) {
+      int64_t at = k.batch * s->channels + k.first + v * LANES;
+      if (s->dD) store(s->dD + at, r->dD[v], lanes_of(k, v));
+      if (s->dbias) store(s->dbias + at, r->dbias[v], lanes_of(k, v));
+    }
   }
 }
 
 /* --- threads -----------------------------------------------------------------------------------------------------
-   Made for a call and gone after it: there is nothing that a fork could lose. */
+   Started for a call and joined before it returns, and nothing is kept between calls: a fork finds nothing to lose. */
+
+typedef void pass(const struct scan *, int64_t batch, int64_t first, int64_t blocks, struct room *);
 
 struct work {
   const struct scan *scan;
-  void (*run)(const struct scan *, struct task, struct room *);
-  int64_t tasks;
+  pass *run;
+  int64_t tasks, together; /* together: blocks of a task */
   atomic_llong next;
   atomic_int failed;
 };
 
+/* How many blocks a task has: as many as keep their tables in the processor's cache, and no more than leave each thread
+   two tasks. Eight blocks of float32 are half a page of memory in each row. */
+static int64_t blocks_together(const struct scan *s) {
+  enum { MOST = 8, CACHE = 1 << 19 };
+  int64_t most = CACHE / bytes_of_tables(s->states), blocks = blocks_of(s);
+  if (s->threads > 1 && s->batch * blocks / (2 * s->threads) < most) most = s->batch * blocks / (2 * s->threads);
+  if (most > MOST) most = MOST;
+  if (most > blocks) most = blocks;
+  return most > 1 ? most : 1;
+}
+
 static void *work_through(void *given) {
   struct work *w = given;
-  struct room *r = make_room(w->scan->states);
+  int64_t blocks = blocks_of(w->scan), each = (blocks + w->together - 1) / w->together;
+  struct room *r = make_room(w->scan->states, w->together);
   if (!r) {
     w->failed = 1;
     return NULL;
   }
-  for (int64_t i; (i = w->next++) < w->tasks;) w->run(w->scan, task_of(w->scan, i), r);
+  for (int64_t i; (i = w->next++) < w->tasks;) {
+    int64_t first = i % each * w->together, left = blocks - first;
+    w->run(w->scan, i / each, first, left < w->together ? left : w->together, r);
+  }
   free(r);
   return NULL;
 }
 
 /* 0, or 1 where there is no memory left. */
-static int share_out(const struct scan *s, void (*run)(const struct scan *, struct task, struct room *)) {
+static int share_out(const struct scan *s, pass *run) {
   enum { MOST = 256 };
-  struct work w = {.scan = s, .run = run, .tasks = s->batch * blocks_of(s)};
+  struct work w = {.scan = s, .run = run, .together = blocks_together(s)};
+  w.tasks = s->batch * ((blocks_of(s) + w.together - 1) / w.together);
   pthread_t others[MOST];
   int64_t wanted = s->threads < w.tasks ? s->threads : w.tasks, made = 0;
   while (made < wanted - 1 && made < MOST && !pthread_create(&others[made], NULL, work_through, &w)) made++;

@@ -1,16 +1,17 @@
-"""The selective scan on a CPU: a loop over time in C, compiled when first used; where it cannot be, the same in torch.
+"""The selective scan on a CPU: a loop over time in C, compiled at its first use; without a C compiler, in plain torch.
 
 Source: Gu and Dao 2023 (2312.00752), equation 2, Algorithm 2 and, for the backward pass, section 3.3.2; the equations
-stand in cpu.c. Symbols: B batch, L steps, D channels, N states of a channel, G groups of channels that share B and C.
+are written out in cpu.c. Symbols: B batch, L steps, D channels, N states of a channel, G groups of channels that share
+B and C.
 
-Both ways take time and memory linear in L: the state is kept once every `CHUNK` steps, and the states between are
-computed anew in the backward pass. Why C: forward at B2 L2048 D512 N16, float32, one thread with AVX-512, torch.compile
-over chunks of 16 steps took 3.0 times as long, numba's loop 8.9 times with an exponential of its own and 10.4 with the
-library's (AMD EPYC, torch 2.13, numba 0.68, November 2026), and the way in plain torch below about nine times
-(docs/measured/selective_scan_cpu.json).
+Both ways take time and memory linear in L: the forward pass saves the state once every `CHUNK` steps, and the backward
+pass computes the states between again. Why C: forward at B2 L2048 D512 N16, float32, one thread with AVX-512,
+torch.compile over chunks of 16 steps took 3.0 times as long, numba's loop 8.9 times with an exponential of its own and
+10.4 with the library's (AMD EPYC, torch 2.13, numba 0.68, November 2026). How long the way in plain torch takes stands
+in docs/measured/selective_scan_cpu.json.
 
-A result of the compiled loop does not depend on the number of threads. In torch it may in the last place, as torch's
-own exponential does.
+A result of the compiled loop does not depend on the number of threads. That of the way in torch may differ in the last
+place, as torch's own exponential does.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ import ctypes
 import functools
 import hashlib
 import math
+import mmap
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -32,15 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nondual.ops.impl import refuses_transforms
 from nondual.ops.selective_scan.reference import step_length
+from nondual.store import cache_folder
 
-CHUNK = 64  # steps between two kept states
-BLOCK = 64  # channels that one thread takes at a time
+CHUNK = 64  # steps between two saved states
+BLOCK = 64  # channels that go through a chunk together
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
-NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler knows
+NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler accepts
+SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 20, 120  # after these a compiler is taken to hang
 
-# --- the compiled loop ---------------------------------------------------------------------------------------------
+# --- finding or compiling the loop -----------------------------------------------------------------------------------
 
 SIZES = (
     "batch length channels states unit u_b u_l delta_b delta_l z_b z_l dy_b dy_l "
@@ -55,100 +61,230 @@ class Scan(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in SIZES] + [(f"p_{name}", ctypes.c_void_p) for name in POINTERS]
 
 
-_building = threading.Lock()
+_loops: dict[torch.dtype, ctypes.CDLL | None] = {}  # what `library` has found; None where there is no loop
+_compiling = threading.Lock()  # held while a loop is looked for or compiled: seconds
+_opening = threading.Lock()  # held while the system opens a library: an instant
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled loop for float32 or float64, or None where it is to be done without.
+    """The compiled loop for float32 or float64, or None where there is none and plain torch must serve.
 
-    NONDUAL_CPU_SCAN=torch in the environment asks for that.
+    It is None where the environment says NONDUAL_CPU_SCAN=torch, and where the loop could not be compiled: then the
+    first call warns, and none tries again.
     """
     if os.environ.get("NONDUAL_CPU_SCAN") == "torch":
         return None
-    with _building:
-        return _library(dtype)
+    if dtype not in _loops:
+        with _compiling:
+            if dtype not in _loops:
+                _loops[dtype] = _load_or_warn(dtype)
+    return _loops[dtype]
 
 
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+def _renew_locks() -> None:
+    """In a forked child: the thread that held a lock is not there to release it."""
+    global _compiling, _opening
+    _compiling, _opening = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits until no library is being opened, since the system's own lock would stay held in the child. It does
+    # not wait for a compiler: the child finds no loop yet, and looks for it itself.
+    os.register_at_fork(
+        before=lambda: _opening.acquire(), after_in_parent=lambda: _opening.release(), after_in_child=_renew_locks
+    )
+
+
+def _load_or_warn(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(build(dtype)))
+        return _load(dtype)
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"the selective scan's loop could not be compiled, and runs in plain torch, several times slower: {said}. "
-            "Install a C compiler (gcc or clang), or name one in the environment variable CC",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        said = (getattr(error, "stderr", None) or str(error))[-1000:]
+        if not any(loop is None for loop in _loops.values()):  # once, not for each dtype
+            warnings.warn(
+                f"the selective scan's loop could not be compiled, and runs in plain torch, several times slower: "
+                f"{said}. Install a C compiler (gcc or clang), or name one in the environment variable CC",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return None
 
 
-def build(dtype: torch.dtype) -> Path:
-    """Compile cpu.c for this machine into the user's cache, unless it is there, and return where that is.
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The loop from the cache folder (`nondual.store.cache_folder`), compiled into it where it is not there.
 
-    The cache is NONDUAL_CACHE, or nondual/ under XDG_CACHE_HOME or ~/.cache; the file's name is a hash of all that it
-    depends on. It is written under another name and then moved, so that no process ever sees half of it.
+    A library's name holds a hash of all that it was made from and a hash of its bytes: what was cut short or replaced
+    is not opened, but removed and compiled again. The library is made under another name and then moved, so that no
+    process ever sees a part of it. Where the folder cannot be written to, what it holds is still used; what it lacks is
+    compiled among the temporary files, for this process alone.
 
     Raises:
         OSError: no compiler, or nowhere to write.
-        subprocess.CalledProcessError: the compiler's refusal.
+        subprocess.CalledProcessError: the compiler refuses.
+        subprocess.TimeoutExpired: the compiler hangs.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "")]
-    if not shutil.which(compiler[0]):
-        raise FileNotFoundError(f"no C compiler found: {compiler[0] or 'cc, gcc or clang'}")
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    defines = [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
-    told = [SOURCE.read_text(encoding="utf-8"), compiler, version, FLAGS, NATIVE, defines, _processor()]
-    name = f"selective_scan-{hashlib.sha256(repr(told).encode()).hexdigest()[:24]}.so"
-    for folder in (_cache, lambda: Path(tempfile.mkdtemp(prefix="nondual-"))):
-        with contextlib.suppress(OSError):
-            to = folder() / name
-            to.parent.mkdir(parents=True, exist_ok=True)
-            if not to.exists():
-                _compile(compiler, defines, to)
-            return to
-    raise OSError(f"no folder to write to: neither {_cache()} nor {tempfile.gettempdir()}; set NONDUAL_CACHE")
-
-
-def _compile(compiler: list[str], defines: list[str], to: Path) -> None:
-    """One library, whole or not at all."""
-    handle, new = tempfile.mkstemp(dir=to.parent, prefix=to.stem, suffix=".part")
-    os.close(handle)
+    compiler = _compiler()
+    start = f"selective_scan-{_key(compiler, dtype)}"
+    with contextlib.suppress(OSError):
+        folder = cache_folder()
+        for path in sorted(folder.glob(f"{start}-*.so")):
+            try:
+                return _open(path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        return _open(_compile(compiler, dtype, folder, start))
     try:
+        private = tempfile.TemporaryDirectory(prefix="nondual-")
+    except OSError as error:
+        raise OSError(f"no folder to write to: neither the cache nor {tempfile.tempdir}; set NONDUAL_CACHE") from error
+    with private as folder:  # an open library stays in memory when its file is gone
+        return _open(_compile(compiler, dtype, Path(folder), start))
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library at this path, if it is the one that its name tells of.
+
+    Raises:
+        OSError: it was cut short or replaced, is not for this machine, or has not the two functions.
+    """
+    if _digest(path.read_bytes()) != path.stem.rpartition("-")[2]:
+        raise OSError(f"{path} was changed since it was compiled")
+    with _opening:
+        loop = ctypes.CDLL(str(path))
+    if not (hasattr(loop, "forward") and hasattr(loop, "backward")):
+        raise OSError(f"{path} has no functions forward and backward")
+    return loop
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def _compiler() -> list[str]:
+    """The command that CC names, with its options, or else the first of cc, gcc and clang that is there.
+
+    Raises:
+        OSError: CC cannot be read as a command, or there is no such compiler.
+    """
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"CC must be a command, got {os.environ['CC']!r} ({error})") from None
+    command = command or [next(filter(shutil.which, ("cc", "gcc", "clang")), "")]
+    if not shutil.which(command[0]):
+        raise FileNotFoundError(f"no C compiler found: {command[0] or 'cc, gcc or clang'}")
+    return command
+
+
+def _key(compiler: list[str], dtype: torch.dtype) -> str:
+    """A hash of all that the compiled loop depends on."""
+    version = _run([*compiler, "--version"], SECONDS_TO_ANSWER)
+    source = SOURCE.read_text(encoding="utf-8")
+    return _digest(repr([source, compiler, version, FLAGS, NATIVE, _defines(dtype), _processor()]).encode())
+
+
+def _defines(dtype: torch.dtype) -> list[str]:
+    return [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
+
+
+def _compile(compiler: list[str], dtype: torch.dtype, folder: Path, start: str) -> Path:
+    """Compile cpu.c for this machine into the folder, whole or not at all; its mode is that of any new file (umask)."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".selective_scan-") as private:
+        new = Path(private) / "new.so"
         for native in NATIVE:
-            command = [*compiler, *FLAGS, *filter(None, [native]), *defines, str(SOURCE), "-o", new, "-lm"]
-            ran = subprocess.run(command, capture_output=True, text=True)
-            if ran.returncode == 0:
-                os.replace(new, to)
-                return
-        raise subprocess.CalledProcessError(ran.returncode, command, stderr=ran.stderr.strip())
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
+            options = [*FLAGS, *filter(None, [native]), *_defines(dtype)]
+            try:
+                _run([*compiler, *options, str(SOURCE), "-o", str(new), "-lm"], SECONDS_TO_COMPILE)
+                break
+            except subprocess.CalledProcessError:
+                if native == NATIVE[-1]:
+                    raise
+        if not new.exists():
+            raise FileNotFoundError(f"{shlex.join(compiler)} ran, and compiled nothing")
+        path = folder / f"{start}-{_digest(new.read_bytes())}.so"
+        os.replace(new, path)
+    return path
 
 
-def _cache() -> Path:
-    cache = os.environ.get("NONDUAL_CACHE")
-    return Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nondual"
+def _run(command: list[str], seconds: float) -> str:
+    """What a command prints. It is stopped, with all that it has started, when its time is over.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.CalledProcessError: it fails; stderr is what it said.
+        subprocess.TimeoutExpired: its time is over.
+    """
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **pipes) as process:
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except BaseException:  # an interrupt too
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=said.strip())
+    return out
 
 
 def _processor() -> str:
-    """What "native" means here: the processor's name and all that it can do."""
+    """What "native" means here: the processor's name and its instruction sets."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+LARGE = 8 * 2**20  # bytes: from here on malloc may give memory back to the system and take it anew at every call
+HUGE_PAGE = 2 * 2**20
+
+
+@functools.cache
+def _madvise():
+    """The system's madvise, or None where it has no huge pages."""
+    try:
+        function = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
+    except (OSError, AttributeError, TypeError):
+        return None
+    if function:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor, dense; where it is large, in huge pages if the system has them.
+
+    The first touch of each page costs a page fault: for 32 MB 8,192 of them in pages of 4 KiB, and 16 in pages of
+    2 MiB. Only whole huge pages within the tensor are asked for, so that it takes no more memory.
+    """
+    x = like.new_empty(shape, dtype=dtype)
+    start, size = x.data_ptr(), x.numel() * x.element_size()
+    if size >= LARGE and (madvise := _madvise()):
+        first = -(-start // HUGE_PAGE) * HUGE_PAGE
+        madvise(first, (start + size - first) // HUGE_PAGE * HUGE_PAGE, mmap.MADV_HUGEPAGE)
+    return x
+
+
+def _copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A dense copy."""
+    return _new(x, *x.shape, dtype=dtype).copy_(x)
+
+
+# --- the compiled loop -----------------------------------------------------------------------------------------------
+
+
 def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What changes with time: its last axis dense, as the loop reads it. What does not, (D, N): dense altogether."""
-    return [x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else x.contiguous() for x in tensors]
+    """As the loop reads them: what changes with time with its last axis dense; (D, N), which does not, dense wholly."""
+    return [x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else _dense(x)[0] for x in tensors]
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+    return [x if x is None or x.is_contiguous() else _copy(x) for x in tensors]
 
 
 def _call(run, **given: Tensor | int | None) -> None:
@@ -167,7 +303,7 @@ def _shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor, softplus: bool) -> dict[s
     """The sizes, and the strides of B and C; no stride where they are (D, N)."""
     (batch, length, channels), states = u.shape, A.shape[1]
     unit = math.gcd(*(channels // x.shape[2] for x in (B, C) if x.ndim == 4)) or channels
-    # A few tens of microseconds are what a thread costs: one for each 100,000 states.
+    # A thread costs some tens of microseconds to start: one for each 100,000 steps of a state.
     threads = min(torch.get_num_threads(), 1 + batch * length * channels * states // 100_000)
     sizes = dict(batch=batch, length=length, channels=channels, states=states, unit=unit)
     sizes |= dict(softplus=int(softplus), threads=threads)
@@ -197,21 +333,21 @@ def _forward_compiled(run, u, delta, A, B, C, D, z, bias, state, reset, softplus
 
 def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
     dy, u, delta, B, C, z = _rows(dy, u, delta, B, C, z)
-    dlast, A, D, bias, state, reset = _dense(dlast, A, D, bias, state, reset)
+    dlast, kept, A, D, bias, state, reset = _dense(dlast, kept, A, D, bias, state, reset)
     (batch, length, channels), states = u.shape, A.shape[1]
     sizes = _shape(u, A, B, C, softplus)
-    tasks = channels // sizes["unit"] * -(-sizes["unit"] // BLOCK)
+    blocks = channels // sizes["unit"] * -(-sizes["unit"] // BLOCK)
 
     def like(x, *shape):
-        return None if x is None else u.new_empty(shape)
+        return None if x is None else _new(u, *shape)
 
-    def sums(x):  # of each task over its channels, or of each batch over time
-        return like(x, batch, length, tasks, states) if x.ndim == 4 else like(x, batch, channels, states)
+    def sums(x):  # of each block over its channels, or of each sequence over time
+        return like(x, batch, length, blocks, states) if x.ndim == 4 else like(x, batch, channels, states)
 
     def whole(sums, x):
         if x.ndim == 2:
             return sums.sum(0)
-        return sums if tasks == x.shape[2] else sums.unflatten(2, (x.shape[2], -1)).sum(3)
+        return sums if blocks == x.shape[2] else sums.unflatten(2, (x.shape[2], -1)).sum(3)
 
     du, ddelta, dz = (like(x, *u.shape) for x in (u, delta, z))
     dA, dB, dC = (sums(x) for x in (A, B, C))
@@ -226,9 +362,10 @@ def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, stat
     return du, ddelta, dA.sum(0), whole(dB, B), whole(dC, C), dD, dz, dbias, dstate
 
 
-# --- the same in torch ---------------------------------------------------------------------------------------------
+# --- the same in torch -----------------------------------------------------------------------------------------------
 # Time first within a chunk of T steps, so that a step's numbers lie together: x (T, B, D), states (T, B, D, N), and B
-# or C (T, B, G, N), or (D, N). Each of the next three functions has its gradients from the other two.
+# or C (T, B, G, N), or (D, N). The gradients of each of the next three functions are made of the other two. Results are
+# dense, whatever the layout of the inputs, as they are from the compiled loop.
 
 
 def _spread(x: Tensor, B: Tensor) -> Tensor:
@@ -269,88 +406,100 @@ def _states(h, delta, x, A, B, resets) -> tuple[Tensor, Tensor]:
 
 
 def _resets(start: int, reset: Tensor | None) -> dict[int, Tensor]:
-    """The steps of a chunk at which some sequence begins, and for which of the batch (B, 1, 1)."""
+    """The steps of a chunk at which some sequence begins, and in which of the batch (B, 1, 1)."""
     (reset,) = _chunk(start, None if reset is None else reset[..., None, None])
     return {} if reset is None else {t: reset[t] for t in reset.flatten(1).any(1).nonzero().flatten().tolist()}
 
 
 def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    delta = step_length(delta, bias, softplus)
     y, last, kept = _outputs(u, A)
     h = torch.zeros_like(last) if state is None else state
     for start in range(0, u.shape[1], CHUNK):
         if start:
             kept[:, start // CHUNK - 1] = h
-        u_, delta_, B_, C_ = _chunk(start, u, delta, B, C)
+        u_, delta_, B_, C_, z_ = _chunk(start, u, delta, B, C, z)
+        delta_ = step_length(delta_, bias, softplus)
         _, hs = _states(h, delta_, delta_ * u_, A, B_, _resets(start, reset))
         h = hs[-1]
-        y[:, start : start + CHUNK] = _gather(hs, C_).transpose(0, 1)
-    if D is not None:
-        y = y + D * u
-    return y if z is None else y * F.silu(z), last.copy_(h), kept
+        y_ = _gather(hs, C_)
+        if D is not None:
+            y_ += D * u_
+        if z is not None:
+            y_ *= F.silu(z_)
+        y[:, start : start + CHUNK] = y_.transpose(0, 1)
+    return y, last.copy_(h), kept
 
 
 def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    raw = delta if bias is None else delta + bias
-    delta = F.softplus(raw) if softplus else raw
-    dy = dout if z is None else dout * F.silu(z)
-    y, dx, ddelta = (torch.empty_like(u) for _ in range(3))
-    dA = torch.zeros_like(A)
-    dB, dC = (torch.zeros_like(x) for x in (B, C))
+    du, ddelta, dz = (None if x is None else _new(u, *u.shape) for x in (u, delta, z))
+    dA, dD, dbias = (None if x is None else x.new_zeros(x.shape) for x in (A, D, bias))
+    dB, dC = (x.new_zeros(x.shape) for x in (B, C))
     g = A.new_zeros(u.shape[0], *A.shape) if dlast is None else dlast
     for start in reversed(range(0, u.shape[1], CHUNK)):
         here, resets = slice(start, start + CHUNK), _resets(start, reset)
-        u_, delta_, B_, C_, dy_ = _chunk(start, u, delta, B, C, dy)
+        u_, raw, B_, C_, z_, dout_ = _chunk(start, u, delta, B, C, z, dout)
+        raw = raw if bias is None else raw + bias
+        delta_ = F.softplus(raw) if softplus else raw
+        dy = dout_ if z is None else dout_ * F.silu(z_)
         h = kept[:, start // CHUNK - 1] if start else torch.zeros_like(g) if state is None else state
         a, hs = _states(h, delta_, delta_ * u_, A, B_, resets)
-        gs = _spread(dy_, C_)
+        gs = _spread(dy, C_)
         for t in reversed(range(len(gs))):
             g = torch.add(gs[t], g, out=gs[t]) * a[t]
             if t in resets:
                 g = g.masked_fill(resets[t], 0)
-        before = torch.cat([h[None], hs[:-1]])
-        for t, at in resets.items():
-            before[t].masked_fill_(at, 0)
-        for d, like, sums in ((dB, B_, _meet(gs, delta_ * u_, B_)), (dC, C_, _meet(hs, dy_, C_))):
+        for d, like, sums in ((dB, B_, _meet(gs, delta_ * u_, B_)), (dC, C_, _meet(hs, dy, C_))):
             if like.ndim == 2:
                 d += sums
             else:
                 d[:, here] = sums.transpose(0, 1)
-        dx[:, here] = _gather(gs, B_).transpose(0, 1)
-        y[:, here] = _gather(hs, C_).transpose(0, 1)
+        if z is not None:
+            y = _gather(hs, C_)
+            if D is not None:
+                y += D * u_
+            gate = torch.sigmoid(z_)
+            dz[:, here] = (dout_ * y * gate * (1 + z_ * (1 - gate))).transpose(0, 1)
+        dx = _gather(gs, B_)
+        du_ = delta_ * dx
+        if D is not None:
+            du_ += D * dy
+            dD += (dy * u_).sum((0, 1))
+        du[:, here] = du_.transpose(0, 1)
+        before = torch.cat([h[None], hs[:-1]])
+        for t, at in resets.items():
+            before[t].masked_fill_(at, 0)
         dstep = gs.mul_(a).mul_(before)  # of Δ A
+        for t, at in resets.items():
+            dstep[t].masked_fill_(at, 0)
         dA += _meet(dstep, delta_, A)
-        ddelta[:, here] = _gather(dstep, A).transpose(0, 1)
-    ddelta += u * dx
-    if softplus:
-        ddelta *= torch.sigmoid(raw).masked_fill_(raw > 20, 1)  # where torch's softplus is the identity
-    du = delta * dx
-    if D is not None:
-        du += D * dy
-        y += D * u
-    dD, dbias = (None if x is None else d.sum((0, 1)) for x, d in ((D, dy * u), (bias, ddelta)))
-    dz = None
-    if z is not None:
-        gate = torch.sigmoid(z)
-        dz = dout * y * gate * (1 + z * (1 - gate))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if state is None else g
+        ddelta_ = _gather(dstep, A) + u_ * dx
+        if softplus:
+            ddelta_ *= torch.sigmoid(raw).masked_fill_(raw > 20, 1)  # torch's softplus is the identity above 20
+        if bias is not None:
+            dbias += ddelta_.sum((0, 1))
+        ddelta[:, here] = ddelta_.transpose(0, 1)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, None if state is None else _copy(g)
 
 
-# --- as an operator of torch ---------------------------------------------------------------------------------------
+# --- as an operator of torch -----------------------------------------------------------------------------------------
+
+
+def _sizes(u: Tensor, A: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of y (B, L, D), the last state (B, D, N) and the states between chunks (B, chunks - 1, D, N)."""
+    (batch, length, channels), states = u.shape, A.shape[1]
+    return (batch, length, channels), (batch, channels, states), (batch, (length - 1) // CHUNK, channels, states)
 
 
 def _outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for y (B, L, D), the last state (B, D, N) and the states between chunks (B, chunks - 1, D, N)."""
-    (batch, length, channels), states = u.shape, A.shape[1]
-    wide = torch.promote_types(u.dtype, torch.float32)
-    last = u.new_empty(batch, channels, states, dtype=wide)
-    return u.new_empty(u.shape), last, last.new_empty(batch, (length - 1) // CHUNK, channels, states)
+    """Room for the three results of the forward pass, in u's dtype, which is float32 or float64."""
+    y, last, kept = _sizes(u, A)
+    return _new(u, *y), _new(u, *last), _new(u, *kept)
 
 
 def _wide(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """All numbers in float32, or in float64 where `like` is."""
     wide = torch.promote_types(like.dtype, torch.float32)
-    return [x if x is None or x.dtype == torch.bool else x.to(wide) for x in tensors]
+    return [x if x is None or x.dtype in (torch.bool, wide) else _copy(x, wide) for x in tensors]
 
 
 @torch.library.custom_op("nondual::selective_scan_cpu", mutates_args=(), device_types="cpu")
@@ -362,12 +511,14 @@ def _forward(
     compiled = library(given[0].dtype)
     with torch.autocast("cpu", enabled=False):
         y, last, kept = _forward_compiled(compiled, *given, softplus) if compiled else _forward_plain(*given, softplus)
-    return y.to(u.dtype), last, kept
+    return y if y.dtype == u.dtype else _copy(y, u.dtype), last, kept
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    return _outputs(u, A)
+    y, last, kept = _sizes(u, A)
+    wide = torch.promote_types(u.dtype, torch.float32)
+    return u.new_empty(y), u.new_empty(last, dtype=wide), u.new_empty(kept, dtype=wide)
 
 
 @torch.library.custom_op("nondual::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
@@ -381,7 +532,10 @@ def _backward(
     compiled = library(given[0].dtype)
     with torch.autocast("cpu", enabled=False):
         grads = _backward_compiled(compiled, *given) if compiled else _backward_plain(*given)
-    return tuple(u.new_empty(0) if x is None else grad.to(x.dtype) for grad, x in zip(grads, inputs))
+    return tuple(
+        u.new_empty(0) if x is None else grad if grad.dtype == x.dtype else _copy(grad, x.dtype)
+        for grad, x in zip(grads, inputs)
+    )
 
 
 @_backward.register_fake
@@ -390,7 +544,7 @@ def _(dy, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros for what nobody asked after, the states between chunks least of all
+    ctx.set_materialize_grads(False)  # an output that the loss does not depend on gets None, not a tensor of zeros
     *tensors, ctx.softplus = inputs
     ctx.save_for_backward(*tensors, output[2])
 
@@ -409,6 +563,38 @@ def _refuse(ctx, *_):
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: the tensors are under forward-mode differentiation or a transform of torch.func.
+    """
+    if refused := refuses_transforms(*tensors):
+        raise RuntimeError(f"selective_scan(impl='cpu') {refused}; impl='reference' or 'auto' can do it")
+
+
+def _guard(operator) -> None:
+    """Have an operator refuse those transforms even where it is called by its own name, torch.ops.nondual.….
+
+    Without a gradient to compute torch would go past its autograd formula and lose a tangent without a word.
+    """
+    try:
+        from torch._library.autograd import make_autograd_impl
+    except ImportError:  # torch has no public way to this; the check in `selective_scan` below stays
+        return
+    follow = make_autograd_impl(operator._opoverload, operator)
+
+    def guarded(keyset, *inputs):
+        _refuse_transforms(*(x for x in inputs if isinstance(x, Tensor)))
+        return follow(keyset, *inputs)
+
+    _library.impl(operator._opoverload._opname, guarded, "AutogradCPU", with_keyset=True)
+
+
+_library = torch.library.Library("nondual", "FRAGMENT")
+_guard(_forward)
+_guard(_backward)
 
 # --- public --------------------------------------------------------------------------------------------------------
 
@@ -445,8 +631,9 @@ def selective_scan(
         y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64).
 
     Raises:
-        RuntimeError: a second derivative.
+        RuntimeError: a second derivative, a forward-mode derivative, or a transform of torch.func.
         MemoryError: no memory for what a thread works in.
     """
+    _refuse_transforms(u, delta, A, B, C, D, z, delta_bias, state, reset)
     y, last, _ = _forward(u, delta, A, B, C, D, z, delta_bias, state, reset, delta_softplus)
     return y, last

@@ -39,7 +39,7 @@ def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch
     except ImportError:
         raise ImportError("transformers 5 or later is needed: pip install 'nondual[transformers]'") from None
     (file,) = SMOLLM2.files
-    values, tensors = read_gguf(read(SMOLLM2, file))
+    values, tensors = read_gguf(read(SMOLLM2, file), name=file)
     heads, kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
     config = LlamaConfig(
         vocab_size=values["llama.vocab_size"],

@@ -1,13 +1,17 @@
 """Scaled dot-product attention, plainly: softmax(q kᵀ · scale) v.
 
 Source: Vaswani et al. 2017 (1706.03762), section 3.2.1, equation 1; grouped key/value heads: Ainslie et al. 2023
-(2305.13245). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width.
+(2305.13245). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width,
+Dv width of the values.
 
-Two engines. "reference" forms the scores in float32 or better and can return the weights. "sdpa" is torch's fused
-scaled_dot_product_attention, which never forms them. "auto" takes "sdpa" unless the weights are asked for.
+Two engines. "reference" forms the scores in float32 or better, under autocast too, and can return the weights. "sdpa"
+is torch's fused scaled_dot_product_attention, which never forms them. "auto" takes "reference" where the weights are
+asked for, for forward-mode derivatives and under the transforms of torch.func (grad, vjp, jacrev, vmap, and so
+gradients for each sample), and "sdpa" for all else.
 """
 
 import math
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,56 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops import masks
-from nondual.ops.impl import choose
+from nondual.ops.autocast import as_autocast_does, autocast_off
+from nondual.ops.checks import check_tensors
+from nondual.ops.impl import choose, has_tangent, refuses_transforms
+
+Engine = Literal["auto", "reference", "sdpa"]
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: Literal[False] = False,
+    impl: Engine = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: Literal[True],
+    impl: Engine = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool,
+    impl: Engine = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -29,7 +82,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_weights: bool = False,
-    impl: str = "auto",
+    impl: Engine = "auto",
 ) -> Float[Tensor, "b h n dv"] | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n m"]]:
     """Each query's weighted mean of the values, weighted by the softmax of its scores with the keys.
 
@@ -39,12 +92,16 @@ def attention(
     nn.MultiheadAttention gives NaN there. NaN or inf in a masked key or value is not held back: it can reach every
     row, as in torch, because 0 · NaN is NaN.
 
+    Under autocast q, k, v and a floating mask are cast as torch casts them for its own attention, so that their dtypes
+    may differ: to autocast's dtype, all but float64.
+
     Args:
         q: queries (B, H, N, D), any floating dtype.
         k: keys (B, G, M, D), of the dtype and device of q. H must be a multiple of G.
         v: values (B, G, M, Dv); Dv may differ from D.
         mask: (N, M), or 4-dimensional and broadcastable to (B, H, N, M). Boolean: True where attending is allowed
-            (nn.MultiheadAttention means the opposite). Floating, of q's dtype: added to the scores; -inf forbids.
+            (nn.MultiheadAttention means the opposite). Floating, of q's dtype or float32: added to the scores; -inf
+            forbids.
         causal: each query sees its own position and those before, aligned at the end where N != M. Combines with mask.
         scale: factor on q · k; 1/√D where left out.
         dropout: probability of dropping a weight, in [0, 1). For training.
@@ -52,21 +109,31 @@ def attention(
         impl: "auto", "reference" or "sdpa".
 
     Returns:
-        out (B, H, N, Dv) in q's dtype, or (out, weights (B, H, N, M)).
+        out (B, H, N, Dv) in q's dtype, or (out, weights (B, H, N, M)), the weights in q's dtype too.
 
     Raises:
+        TypeError: q, k, v or mask is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit; an unknown engine; weights asked of "sdpa".
+        RuntimeError: a forward-mode derivative asked of "sdpa".
     """
+    check_tensors({"q": q, "k": k, "v": v}, {"mask": mask})
+    q, k, v = as_autocast_does(q, k, v)
     check_qkv(q, k, v)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if mask is not None:
-        _check_mask(mask, (*q.shape[:3], k.shape[2]), q)
+        if q.dtype != torch.float64:
+            (mask,) = as_autocast_does(mask)
+        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
     if return_weights and impl == "sdpa":
         raise ValueError("impl='sdpa' never forms the weights; with return_weights=True use impl='reference' or 'auto'")
-    engine = choose(impl, {"reference": _reference, "sdpa": _sdpa}, auto="reference" if return_weights else "sdpa")
-    n, m = q.shape[-2], k.shape[-2]
-    causal = causal and n != 1  # a single query is the last one: it sees everything
+    if impl == "sdpa" and has_tangent(q, k, v, mask):
+        raise RuntimeError("impl='sdpa' has no forward-mode derivative; use impl='reference' or 'auto'")
+    weighs = return_weights or refuses_transforms(q, k, v, mask) is not None
+    engine = choose(impl, {"reference": _reference, "sdpa": _sdpa}, auto="reference" if weighs else "sdpa")
+    n, m = q.shape[2], k.shape[2]
+    if n == 1:  # a single query is the last one: it sees everything (`causal and n != 1` may be a SymBool)
+        causal = False
     if causal and (mask is not None or n != m):  # what an engine calls causal is square and alone
         mask, causal = _both(mask, masks.causal(n, m, device=q.device)), False
     out, weights = engine(q, k, v, mask, causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout)
@@ -79,20 +146,33 @@ def masked_softmax(
     """Softmax over the last axis, among the allowed entries only; a row with none allowed is all 0, not NaN.
 
     Args:
-        scores: (..., M), any floating dtype.
+        scores: (..., M), any floating dtype; exponentials and sums are in float32 or better.
         mask: broadcastable to scores. Boolean: True where allowed. Floating: added to the scores; -inf forbids.
 
     Returns:
-        Weights (..., M): non-negative, each row summing to 1 (or to 0 where nothing is allowed).
+        Weights (..., M) in the dtype of scores: non-negative, each row summing to 1 (or to 0 where nothing is allowed).
+
+    Raises:
+        TypeError: scores or mask is not a tensor.
+        ValueError: scores are not floating point, or mask is neither boolean nor floating point.
     """
+    check_tensors({"scores": scores}, {"mask": mask})
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point, got {scores.dtype}")
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            "mask must be boolean (True where allowed) or floating point (added to the scores), "
+            f"got {mask.dtype}; convert it with mask.bool()"
+        )
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if scores.shape[-1] == 0:
-        return scores
-    highest = scores.detach().amax(-1, keepdim=True)
-    exp = torch.exp(scores - highest.masked_fill(highest == -torch.inf, 0))
+        wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
+    if wide.shape[-1] == 0:
+        return wide.to(scores.dtype)
+    highest = wide.detach().amax(-1, keepdim=True)
+    exp = torch.exp(wide - highest.masked_fill(highest == -torch.inf, 0))
     total = exp.sum(-1, keepdim=True)
-    return exp / total.masked_fill(total == 0, 1)
+    return (exp / total.masked_fill(total == 0, 1)).to(scores.dtype)
 
 
 # --8<-- [start:reference]
@@ -102,10 +182,11 @@ def _reference(q, k, v, mask, causal, scale, dropout):
     share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads to each key head
     k, v = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
     if causal:
-        mask = masks.causal(q.shape[-2], device=q.device)
-    scores = scale * q.to(wide) @ rearrange(k, "b h m d -> b h d m")  # (B, H, N, M)
-    weights = masked_softmax(scores, mask)
-    out = F.dropout(weights, dropout) @ v  # (B, H, N, Dv)
+        mask = masks.causal(q.shape[2], device=q.device)
+    with autocast_off(q.device.type):  # it would multiply in half precision
+        scores = scale * q.to(wide) @ rearrange(k, "b h m d -> b h d m")  # (B, H, N, M)
+        weights = masked_softmax(scores, mask)
+        out = F.dropout(weights, dropout) @ v  # (B, H, N, Dv)
     return out.to(q.dtype), weights.to(q.dtype)
 
 
@@ -114,7 +195,9 @@ def _reference(q, k, v, mask, causal, scale, dropout):
 
 def _sdpa(q, k, v, mask, causal, scale, dropout):
     """torch's fused kernels: the same result, no weights."""
-    grouped = q.shape[1] != k.shape[1]
+    if mask is not None and mask.is_floating_point() and (q.device.type != "cpu" or q.dtype == torch.float64):
+        mask = mask.to(q.dtype)  # a float32 mask beside other queries is taken by torch's kernels for a CPU alone
+    grouped = True if q.shape[1] != k.shape[1] else False  # with dynamic shapes `!=` alone gives a SymBool
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped), None
 
 
@@ -154,10 +237,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
-    if mask.dtype != torch.bool and mask.dtype != q.dtype:
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise ValueError(
-            f"mask must be torch.bool (True where attending is allowed) or q's {q.dtype} (added to the scores), "
-            f"got {mask.dtype}; convert it with mask.bool()"
+            f"mask must be torch.bool (True where attending is allowed), or q's {q.dtype} or torch.float32 (added to "
+            f"the scores), got {mask.dtype}; convert it with mask.bool()"
         )
     if mask.device != q.device:
         raise ValueError(f"mask must be on q's device {q.device}, got {mask.device}")

@@ -1,31 +1,55 @@
-"""Autocast at the door of our own operations: what is cast on the way in, and nothing after that."""
+"""Autocast where tensors enter an operation: they are cast once on the way in, and nothing is cast after that.
 
+Source: torch's own rule for scaled_dot_product_attention, https://docs.pytorch.org/docs/stable/amp.html.
+"""
+
+import contextlib
 import functools
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T", bound=Tensor | None)
 
-def as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, the tensors in its dtype, all but float64: what torch does for scaled_dot_product_attention."""
+
+def is_autocasting(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type ("cpu", "cuda")."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def as_autocast_does(*tensors: T) -> tuple[T, ...]:
+    """Under autocast, the tensors in its dtype, all but float64: what torch does for scaled_dot_product_attention.
+
+    Args:
+        tensors: of any shape and dtype, on one device; the first that is not None decides which autocast is meant.
+
+    Returns:
+        The tensors in the same order; booleans, integers, float64 and None as they were.
+    """
     kind = next(x for x in tensors if x is not None).device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocasting(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    )
+    return tuple(cast("T", x.to(dtype)) if _is_cast(x) else x for x in tensors)
+
+
+def _is_cast(x: Tensor | None) -> TypeGuard[Tensor]:
+    return x is not None and x.is_floating_point() and x.dtype != torch.float64
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager:
+    """A context in which autocast casts nothing; where it is off already, one that does nothing (and is not traced)."""
+    return torch.autocast(device_type, enabled=False) if is_autocasting(device_type) else contextlib.nullcontext()
 
 
 def without_autocast(method: Callable) -> Callable:
-    """A pass of an autograd.Function, out of autocast's reach: each tensor is as wide as it was made."""
+    """Make a pass of an autograd.Function run with autocast off: each tensor keeps the dtype that the pass gave it."""
 
     @functools.wraps(method)
     def run(ctx, x, *rest):
-        if not torch.amp.is_autocast_available(x.device.type):
-            return method(ctx, x, *rest)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return method(ctx, x, *rest)
 
     return run

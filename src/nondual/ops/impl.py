@@ -50,15 +50,24 @@ def refuses_transforms(*tensors: Tensor | None) -> str | None:
     Returns:
         What is asked for and is not there, to be put after the engine's name: "has no forward-mode derivative (…)".
     """
-    if torch.compiler.is_compiling():  # the compiler follows torch.func.jvp, and torch itself refuses the others
-        transformed, level = False, forward_ad._current_level
-        tangent = level >= 0
-    else:
-        given = [x for x in tensors if x is not None]
-        transformed = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given)
-        tangent = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
-    if tangent:
+    if has_tangent(*tensors):
         return "has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad)"
-    if transformed:
+    if torch.compiler.is_compiling():  # the compiler follows torch.func.jvp, and torch itself refuses the others
+        return None
+    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         return "cannot be transformed by torch.func (vmap, grad, vjp, jacrev)"
     return None
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether a forward-mode derivative is asked for: any of these carries a tangent.
+
+    True too where forward mode is on and that cannot be seen: while torch.compile traces, and for a tensor that another
+    transform of torch.func has wrapped.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(x is not None and (wrapped(x) or forward_ad.unpack_dual(x).tangent is not None) for x in tensors)

@@ -8,11 +8,13 @@ the last query sees every key. (torch's `is_causal` aligns the first query with 
 """
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from torch import Tensor
 
+from nondual.ops.checks import check_tensors
 
-def _positions(n: int, m: int | None, device) -> tuple[Tensor, Tensor]:
+
+def _positions(n: int, m: int | None, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
     """The position of each query (N, 1) and of each key (M,), counted from the first key."""
     m = n if m is None else m
     if n < 0 or m < 0:
@@ -74,7 +76,7 @@ def sliding_window(
     return (key <= query) & (key > query - window)
 
 
-def padding(lengths: Int[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
+def padding(lengths: Integer[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
     """Sequence b of a batch has `lengths[b]` real keys; what follows them is padding.
 
         padding(torch.tensor([2, 3]), 3)[:, 0, 0]
@@ -82,15 +84,17 @@ def padding(lengths: Int[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
         1 1 1
 
     Args:
-        lengths: integers (B,), each from 0 to M.
+        lengths: integers (B,) of any integer dtype, each from 0 to M.
         m: number of keys, the padded length.
 
     Returns:
         Bool (B, 1, 1, M), True on real keys; broadcasts over heads and queries.
 
     Raises:
+        TypeError: `lengths` is not a tensor.
         ValueError: `lengths` is not a vector of integers.
     """
-    if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    check_tensors({"lengths": lengths})
+    if lengths.is_complex() or lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers (B,), got {lengths.dtype} {tuple(lengths.shape)}")
-    return (torch.arange(m, device=lengths.device) < lengths[:, None])[:, None, None]
+    return (torch.arange(m, device=lengths.device) < lengths.long()[:, None])[:, None, None]

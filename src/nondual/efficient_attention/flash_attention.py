@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from nondual.ops.flash_attention import flash_attention
+from nondual.ops.flash_attention import Engine, flash_attention
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FlashAttention:
 
     window: int | None = None
     scale: float | None = None
-    impl: str = "auto"
+    impl: Engine = "auto"
 
     def __call__(
         self,
@@ -55,7 +55,9 @@ class FlashAttention:
             out (B, H, N, Dv).
 
         Raises:
+            TypeError: q, k or v is not a tensor.
             ValueError: a mask, a dropout or the weights are asked for; or q, k and v do not fit.
+            RuntimeError: as in `nondual.ops.flash_attention.flash_attention`.
         """
         if mask is not None:
             raise ValueError(

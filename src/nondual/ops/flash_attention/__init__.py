@@ -8,27 +8,82 @@ Three engines:
 
 - "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating
   dtype.
-- "sdpa": torch's scaled_dot_product_attention. Where N != M is causal, and for a window, torch is handed a mask (N, M).
+- "sdpa": torch's scaled_dot_product_attention. For a window, and where causal and N != M, torch is handed one tile of
+  queries at a time, with the keys in its reach: `nondual.ops.flash_attention.tiles`. Any floating dtype.
 - "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide. On CUDA tensors; on CPU tensors
   only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
+All three take memory linear in N and M. (In a program exported by torch.export or to ONNX, "sdpa" is handed a whole
+mask (N, M) instead, since a loop over tiles would fix the length.)
+
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "sdpa" for all others; with
-return_lse=True it takes "reference" where it would take "sdpa", which keeps that number to itself.
+return_lse=True it takes "reference" where it would take "sdpa", which keeps that number to itself. For forward-mode
+derivatives and under the transforms of torch.func (grad, vjp, jacrev, vmap, and so gradients for each sample), which
+these engines refuse, it forms the weights in plain torch, and then memory grows with N · M.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Literal, overload
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops import masks
 from nondual.ops.attention import attention, check_qkv
-from nondual.ops.autocast import as_autocast_does
+from nondual.ops.autocast import as_autocast_does, autocast_off
+from nondual.ops.checks import check_tensors
 from nondual.ops.flash_attention import reference
-from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
+from nondual.ops.flash_attention.tiles import attention_by_tiles
+from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose, has_tangent, refuses_transforms
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
+
+Engine = Literal["auto", "reference", "sdpa", "triton"]
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: Engine = "auto",
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: Engine = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: bool,
+    impl: Engine = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -40,7 +95,7 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    impl: str = "auto",
+    impl: Engine = "auto",
 ) -> Float[Tensor, "b h n dv"] | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
     """Each query's weighted mean of the values, as `nondual.ops.attention.attention` gives it, in memory linear in N.
 
@@ -72,10 +127,13 @@ def flash_attention(
         out (B, H, N, Dv) in q's dtype, or (out, lse (B, H, N)). lse is natural, in float32 (float64 for float64).
 
     Raises:
+        TypeError: q, k or v is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
             engine; a window below 1; lse asked of "sdpa".
-        RuntimeError: "triton" asked for where triton is missing. A second derivative through "reference" or "triton".
+        RuntimeError: "triton" asked for where triton is missing. A second derivative through any engine. A forward-mode
+            derivative or a transform of torch.func asked of an engine by name: "auto" has them.
     """
+    check_tensors({"q": q, "k": k, "v": v})
     q, k, v = as_autocast_does(q, k, v)
     check_qkv(q, k, v)
     n, m = q.shape[2], k.shape[2]
@@ -85,21 +143,26 @@ def flash_attention(
         raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
     if return_lse and impl == "sdpa":
         raise ValueError("impl='sdpa' keeps its log-sum-exp; with return_lse=True use 'reference', 'triton' or 'auto'")
-    engines = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": partial(_triton, return_lse=return_lse)}
+    triton = partial(_triton, return_lse=return_lse)
+    engines: dict[str, Callable] = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": triton}
     engine = choose(impl, engines, auto=_auto(q, v, return_lse))
     causal = causal or window is not None
-    if window is not None and window >= m:  # it reaches past the first key: all that came before is seen
-        window = None
+    if window is not None and not torch.compiler.is_exporting() and window >= m:  # it reaches past the first key
+        window = None  # exported, one program serves lengths on either side
     if n == 1 and window is None:  # the last query sees every key
         causal = False
+    by_tiles = window is not None or (causal and n != m)  # by an operator of ours, in _sdpa
+    refused = refuses_transforms(q, k, v) if engine is not _sdpa or by_tiles or has_tangent(q, k, v) else None
+    if refused and impl != "auto":
+        raise RuntimeError(f"impl={impl!r} of flash_attention {refused}; use impl='auto', which forms the weights")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out, lse = engine(q, k, v, causal=causal, window=window, scale=scale)
+    out, lse = (_plain if refused else engine)(q, k, v, causal=causal, window=window, scale=scale)
     return (out, lse) if return_lse else out
 
 
 def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
     """The engine that "auto" means: the rule at the top of this file."""
-    if q.device.type == "cuda" and q.dtype in KERNEL_DTYPES and max(q.shape[-1], v.shape[-1]) <= WIDEST:
+    if q.device.type == "cuda" and _triton_refuses(q, v) is None:
         try:
             import triton  # noqa: F401
 
@@ -111,21 +174,45 @@ def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
     """torch's fused kernels, which keep the log-sum-exp to themselves."""
-    mask = masks.sliding_window(q.shape[2], k.shape[2], window=window, device=q.device) if window else None
-    return attention(q, k, v, mask=mask, causal=causal and not window, scale=scale, impl="sdpa"), None
+    n, m = q.shape[2], k.shape[2]
+    if window is None and (not causal or n == m):
+        return attention(q, k, v, causal=causal, scale=scale, impl="sdpa"), None
+    if torch.compiler.is_exporting():
+        mask = masks.sliding_window(n, m, window=window, device=q.device) if window else None
+        return attention(q, k, v, mask=mask, causal=window is None, scale=scale, impl="sdpa"), None
+    if n == 1 and window is not None:  # decoding: the last keys, and no mask
+        return attention(q, k[:, :, m - window :], v[:, :, m - window :], scale=scale, impl="sdpa"), None
+    return attention_by_tiles(q, k, v, window or 0, float(scale)), None
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+    """The weights formed in plain torch, which every transform of torch can follow."""
+    n, m, wide = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    mask = masks.sliding_window(n, m, window=window or m, device=q.device) if causal and m else None
+    out = attention(q, k, v, mask=mask, scale=scale, impl="reference")
+    share = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    with autocast_off(q.device.type):
+        scores = scale * q.to(wide) @ k.to(wide).repeat_interleave(share, dim=1).mT
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return out, scores.logsumexp(-1)
+
+
+def _triton_refuses(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot hold these, or None where they can."""
+    if q.dtype not in KERNEL_DTYPES:
+        return f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}; impl='reference' takes any"
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > WIDEST:
+            width = x.shape[-1]
+            return f"{name} must be at most {WIDEST} wide for impl='triton', got {width}; impl='reference' takes any"
+    return None
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float, return_lse: bool):
     """Our kernels, where they can run."""
-    if q.dtype not in KERNEL_DTYPES:
-        raise ValueError(
-            f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}; impl='reference' takes any"
-        )
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] > WIDEST:
-            raise ValueError(
-                f"{name} must be at most {WIDEST} wide for impl='triton', got {x.shape[-1]}; impl='reference' takes any"
-            )
+    refused = _triton_refuses(q, v)
+    if refused:
+        raise ValueError(refused)
     try:
         from nondual.ops.flash_attention import triton
     except ImportError as error:

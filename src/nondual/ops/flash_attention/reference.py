@@ -14,12 +14,14 @@ N x M is never held: beyond input and output, memory is one tile of scores and a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops.autocast import without_autocast
+from nondual.ops.impl import refuses_transforms
 
 
 @dataclass
@@ -91,10 +93,18 @@ def flash_attention(
         out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32 or better.
 
     Raises:
-        RuntimeError: when differentiated twice; `nondual.ops.attention.attention(impl="reference")` can be.
+        RuntimeError: when differentiated twice, in forward mode, or under a transform of torch.func;
+            `nondual.ops.attention.attention(impl="reference")` can be.
     """
-    n, m = q.shape[2], k.shape[2]
-    visible = Visible(n, m, causal or window is not None, window, q.device)
+    refused = refuses_transforms(q, k, v)
+    if refused:
+        raise RuntimeError(
+            f"reference.flash_attention {refused}; use nondual.ops.attention.attention(impl='reference')"
+        )
+    causal = causal or window is not None
+    if torch.compiler.is_compiling() and count is None and trace is None:
+        return _forward(q, k, v, causal, window or 0, float(scale), *tile)
+    visible = Visible(q.shape[2], k.shape[2], causal, window, q.device)
     return _FlashAttention.apply(q, k, v, visible, scale, tile, count, trace)
 
 
@@ -172,7 +182,7 @@ class _FlashAttention(torch.autograd.Function):
     # --8<-- [end:forward]
 
     @staticmethod
-    def backward(ctx, d_out, d_lse):
+    def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
         return *_FlashAttentionBackward.apply(d_out, d_lse, *ctx.saved_tensors, *ctx.run), None, None, None, None, None
 
 
@@ -214,6 +224,54 @@ class _FlashAttentionBackward(torch.autograd.Function):
         raise RuntimeError(
             "flash_attention has no second derivative; nondual.ops.attention.attention(impl='reference') has one"
         )
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------
+# torch.compile would unroll the loops, and compile anew for every length: it is given each pass as one operator.
+
+
+@torch.library.custom_op("nondual::flash_attention_reference", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, tile_q: int, tile_kv: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    visible = Visible(q.shape[2], k.shape[2], causal, window or None, q.device)
+    unsaved = SimpleNamespace(save_for_backward=lambda *_: None)
+    return _FlashAttention.forward(unsaved, q, k, v, visible, scale, (tile_q, tile_kv), None, None)
+
+
+@_forward.register_fake
+def _(q, k, v, causal, window, scale, tile_q, tile_kv):
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("nondual::flash_attention_reference_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    causal: bool, window: int, scale: float, tile_q: int, tile_kv: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    visible, tile = Visible(q.shape[2], k.shape[2], causal, window or None, q.device), (tile_q, tile_kv)
+    return _FlashAttentionBackward.forward(None, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, None)
+
+
+@_backward.register_fake
+def _(d_out, d_lse, q, k, v, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
+
+
+def _differentiate(ctx, d_out, d_lse):
+    return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_FlashAttentionBackward.backward)
+
+# --- helpers -------------------------------------------------------------------------------------------------------
 
 
 def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Count | None) -> Tensor:

@@ -9,12 +9,14 @@ context (B, N, H) [c_i], w_s [W_a], w_h [U_a], v [v_a].
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.ops.attention import masked_softmax
+from nondual.ops.checks import check_tensors
 
 
 # --8<-- [start:scores]
@@ -25,7 +27,7 @@ def additive_scores(
     w_h: Float[Tensor, "a h"],
     v: Float[Tensor, " a"],
 ) -> Float[Tensor, "b n m"]:
-    """e_ij = vᵀ tanh(W_s s_i + W_h h_j): a small network is asked about every pair.
+    """e_ij = vᵀ tanh(W_s s_i + W_h h_j): a small network scores every pair.
 
     Args:
         s: decoder states (B, N, S).
@@ -39,7 +41,13 @@ def additive_scores(
 
     Source: 1409.0473, section A.1.2.
     """
-    asked, found = s @ w_s.mT, h @ w_h.mT  # (B, N, A), (B, M, A): the second is computed once a sentence
+    return compare(s @ w_s.mT, h @ w_h.mT, v)
+
+
+def compare(
+    asked: Float[Tensor, "b n a"], found: Float[Tensor, "b m a"], v: Float[Tensor, " a"]
+) -> Float[Tensor, "b n m"]:
+    """vᵀ tanh(asked_i + found_j), of states that W_s (B, N, A) and W_h (B, M, A) have already projected: (B, N, M)."""
     return torch.tanh(asked[:, :, None] + found[:, None]) @ v
 
 
@@ -47,14 +55,30 @@ def additive_scores(
 
 
 def dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
-    """e_ij = s_i · h_j: no network at all, the two must live in one space. Source: 1508.04025, equation 8 ("dot")."""
+    """e_ij = s_i · h_j: no network at all, the two must live in one space. Source: 1508.04025, equation 8 ("dot").
+
+    Args:
+        s: decoder states (B, N, D).
+        h: encoder states (B, M, D).
+
+    Returns:
+        Scores (B, N, M).
+
+    Raises:
+        TypeError: s or h is not a tensor.
+        ValueError: their widths differ.
+    """
+    check_tensors({"s": s, "h": h})
     if s.shape[-1] != h.shape[-1]:
         raise ValueError(f"s and h must have one width for a dot product, got {s.shape[-1]} and {h.shape[-1]}")
     return s @ h.mT
 
 
 def scaled_dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
-    """e_ij = s_i · h_j / √D, so that the spread of a score does not grow with the width. Source: 1706.03762, 3.2.1."""
+    """e_ij = s_i · h_j / √D, so that the spread of a score does not grow with the width. Source: 1706.03762, 3.2.1.
+
+    Arguments, result and errors as those of `dot_scores`.
+    """
     return dot_scores(s, h) / math.sqrt(s.shape[-1])
 
 
@@ -64,18 +88,20 @@ def attend(
     """Scores to weights to context: α = softmax(e) over the encoder's positions, c_i = Σ_j α_ij h_j.
 
     Args:
-        scores: (B, N, M).
-        h: encoder states (B, M, H).
+        scores: (B, N, M), any floating dtype; their softmax is taken in float32 or better, under autocast too.
+        h: encoder states (B, M, H), of the dtype of scores, or any that autocast casts.
         mask: bool, broadcastable to (B, N, M), True where attending is allowed; (B, 1, M) for padding.
 
     Returns:
         (context (B, N, H), weights (B, N, M)). A row with nothing to attend gives 0.
 
     Raises:
+        TypeError: scores, h or mask is not a tensor.
         ValueError: a mask that is not boolean or does not fit.
 
     Source: 1409.0473, equations 5 and 6.
     """
+    check_tensors({"scores": scores, "h": h}, {"mask": mask})
     if mask is not None:
         fits = mask.ndim <= 3 and all(a in (1, b) for a, b in zip(mask.shape[::-1], scores.shape[::-1]))
         if mask.dtype != torch.bool or not fits:
@@ -102,20 +128,62 @@ class AdditiveAttention(nn.Module):
         self.w_h = nn.Linear(d_memory, d_attention, bias=False)
         self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
 
+    def project(self, h: Float[Tensor, "b m h"]) -> Float[Tensor, "b m a"]:
+        """W_h h (B, M, A), which no question changes: computed once a sentence, and given to `forward` at each step.
+
+        Args:
+            h: encoder states (B, M, H).
+
+        Raises:
+            TypeError: h is not a tensor.
+            ValueError: wrong rank or width.
+        """
+        _check_states("h", h, self.w_h.in_features)
+        return self.w_h(h)
+
     def forward(
-        self, s: Float[Tensor, "b n s"], h: Float[Tensor, "b m h"], mask: Bool[Tensor, "..."] | None = None
+        self,
+        s: Float[Tensor, "b n s"],
+        h: Float[Tensor, "b m h"],
+        mask: Bool[Tensor, "..."] | None = None,
+        *,
+        projected: Float[Tensor, "b m a"] | None = None,
     ) -> tuple[Float[Tensor, "b n h"], Float[Tensor, "b n m"]]:
         """Decoder states s (B, N, S) look over encoder states h (B, M, H): (context (B, N, H), weights (B, N, M)).
 
+        Args:
+            s: (B, N, S).
+            h: (B, M, H).
+            mask: as in `attend`.
+            projected: what `project(h)` gave, (B, M, A); computed here where left out.
+
         Raises:
-            ValueError: wrong rank, width or batch.
+            TypeError: s, h, mask or projected is not a tensor.
+            ValueError: wrong rank, width or batch; a mask or a projection that does not fit.
         """
-        for name, x, width in (("s", s, self.w_s.in_features), ("h", h, self.w_h.in_features)):
-            if x.ndim != 3 or x.shape[-1] != width:
-                raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
+        _check_states("s", s, self.w_s.in_features)
+        _check_states("h", h, self.w_h.in_features)
         if s.shape[0] != h.shape[0]:
             raise ValueError(f"s and h must have one batch, got {s.shape[0]} and {h.shape[0]}")
-        return attend(additive_scores(s, h, self.w_s.weight, self.w_h.weight, self.v), h, mask)
+        if projected is None:
+            projected = self.project(h)
+        check_tensors({"projected": projected})
+        expected = (*h.shape[:2], self.w_h.out_features)
+        if tuple(projected.shape) != expected:
+            raise ValueError(f"projected must be project(h), {expected}, got {tuple(projected.shape)}")
+        return attend(compare(self.w_s(s), projected, self.v), h, mask)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(
+            self, s: Tensor, h: Tensor, mask: Tensor | None = None, *, projected: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]: ...
+
+
+def _check_states(name: str, x: Tensor, width: int) -> None:
+    check_tensors({name: x})
+    if x.ndim != 3 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
 
 
 class AttentionDecoder(nn.Module):
@@ -138,21 +206,65 @@ class AttentionDecoder(nn.Module):
         self.cell = nn.GRUCell(d_input + d_memory, d_state)
 
     def step(
-        self, y: Float[Tensor, "b y"], s: Float[Tensor, "b s"], h: Float[Tensor, "b m h"], mask: Tensor | None = None
+        self,
+        y: Float[Tensor, "b y"],
+        s: Float[Tensor, "b s"],
+        h: Float[Tensor, "b m h"],
+        mask: Bool[Tensor, "..."] | None = None,
+        *,
+        projected: Float[Tensor, "b m a"] | None = None,
     ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b m"]]:
-        """From the previous output y (B, Y) and state s (B, S) to (the next state, the weights (B, M) it read with)."""
-        context, weights = self.attention(s[:, None], h, mask)
+        """One step: the next state, and the weights it read with.
+
+        Args:
+            y: the previous output, embedded (B, Y).
+            s: the previous state (B, S).
+            h: encoder states (B, M, H).
+            mask: as in `attend`.
+            projected: `attention.project(h)`, (B, M, A). It is the same at every step: give it where h is read more
+                than once. Computed here where left out.
+
+        Returns:
+            (the next state (B, S), the weights (B, M)).
+
+        Raises:
+            TypeError, ValueError: as `AdditiveAttention.forward` raises them.
+        """
+        check_tensors({"y": y, "s": s})
+        context, weights = self.attention(s[:, None], h, mask, projected=projected)
         return self.cell(torch.cat([y, context[:, 0]], dim=-1), s), weights[:, 0]
 
     def forward(
-        self, y: Float[Tensor, "b n y"], s: Float[Tensor, "b s"], h: Float[Tensor, "b m h"], mask: Tensor | None = None
+        self,
+        y: Float[Tensor, "b n y"],
+        s: Float[Tensor, "b s"],
+        h: Float[Tensor, "b m h"],
+        mask: Bool[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "b n s"], Float[Tensor, "b n m"]]:
-        """Teacher-forced: outputs y (B, N, Y), first state s (B, S), encoder states h -> states, weights (B, N, M)."""
-        states, weights = [], []
+        """All steps, each given the true previous output (teacher forcing). W_h h is computed once, before the first.
+
+        Args:
+            y: the previous outputs, embedded (B, N, Y).
+            s: the first state (B, S).
+            h: encoder states (B, M, H).
+            mask: as in `attend`.
+
+        Returns:
+            (states (B, N, S), weights (B, N, M)).
+
+        Raises:
+            TypeError, ValueError: as `AdditiveAttention.forward` raises them; y of length 0.
+        """
+        check_tensors({"y": y, "s": s})
+        if y.shape[1] == 0:
+            raise ValueError("y must hold one step or more, got length 0")
+        projected, states, weights = self.attention.project(h), [], []
         for i in range(y.shape[1]):
-            s, row = self.step(y[:, i], s, h, mask)
+            s, row = self.step(y[:, i], s, h, mask, projected=projected)
             states.append(s)
             weights.append(row)
-        if not states:
-            raise ValueError("y must hold one step or more, got length 0")
         return torch.stack(states, 1), torch.stack(weights, 1)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, y: Tensor, s: Tensor, h: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...

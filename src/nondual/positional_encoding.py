@@ -4,6 +4,8 @@ The learned table of BERT, GPT-2 and ViT. Source: Gehring et al. 2017 (1705.0312
 (1810.04805), section 3. Symbols: N positions, E model width.
 """
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,6 +25,13 @@ class LearnedPositions(nn.Module):
     def forward(self, n: int, *, start: int = 0) -> Float[Tensor, "n e"]:
         """The vectors of positions start to start + n - 1, shape (N, E).
 
+        Args:
+            n: how many positions, N.
+            start: the first of them.
+
+        Returns:
+            (N, E), a view of the table.
+
         Raises:
             ValueError: a position at or past max_len, or a negative one.
         """
@@ -32,3 +41,7 @@ class LearnedPositions(nn.Module):
                 f"got {n} from {start}: shorten the input or make the table longer"
             )
         return self.table.weight[start : start + n]
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, n: int, *, start: int = 0) -> Tensor: ...

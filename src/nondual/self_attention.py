@@ -5,6 +5,8 @@ Source: Vaswani et al. 2017 (1706.03762), sections 3.2.1 and 3.2.2; grouped key/
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from einops import rearrange
@@ -12,6 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.ops.attention import attention
+from nondual.ops.autocast import is_autocasting
+from nondual.ops.checks import check_tensors
 
 
 class SelfAttention(nn.Module):
@@ -42,13 +46,14 @@ class SelfAttention(nn.Module):
         """x (B, N, E) looks at itself: out (B, N, d_v), and the weights (B, N, N) if asked for.
 
         Args:
-            x: (B, N, E).
+            x: (B, N, E), of the dtype of the weights, or any that autocast casts.
             mask: as in `nondual.ops.attention.attention`.
             causal: no position sees a later one.
             return_weights: also return the weights.
 
         Raises:
-            ValueError: x of another rank or width.
+            TypeError: x or mask is not a tensor.
+            ValueError: x of another rank or width, or a mask that does not fit.
         """
         _check_width("x", x, self.q_proj.in_features)
         # --8<-- [start:one_head]
@@ -56,7 +61,26 @@ class SelfAttention(nn.Module):
         q, k, v = q[:, None], k[:, None], v[:, None]  # one head: (B, 1, N, ·)
         out = attention(q, k, v, mask=mask, causal=causal, return_weights=return_weights)
         # --8<-- [end:one_head]
-        return (out[0][:, 0], out[1][:, 0]) if return_weights else out[:, 0]
+        return (out[0][:, 0], out[1][:, 0]) if isinstance(out, tuple) else out[:, 0]
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, return_weights: Literal[False] = False
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, return_weights: Literal[True]
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, return_weights: bool
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class MultiHeadAttention(nn.Module):
@@ -127,14 +151,17 @@ class MultiHeadAttention(nn.Module):
             memory: what is attended to instead of x.
             mask: (N, M) or broadcastable to (B, H, N, M); True where attending is allowed.
             causal: no position sees a later one.
-            cache: keys and values of the positions before x; x's own are appended.
+            cache: keys and values of the positions before x; x's own are appended. Whatever this call raises, the
+                cache is then as it was before.
             return_weights: also return the weights (B, H, N, M).
 
         Returns:
             out (B, N, E), or (out, weights).
 
         Raises:
-            ValueError: a rank, width or batch that does not fit; a cache together with a memory.
+            TypeError: x, memory or mask is not a tensor.
+            ValueError: a rank, width or batch that does not fit; a cache together with a memory; a full cache.
+            RuntimeError: a cache while gradients are recorded.
         """
         _check_width("x", x, self.q_proj.in_features)
         if memory is not None:
@@ -147,13 +174,56 @@ class MultiHeadAttention(nn.Module):
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
         v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
-        if cache is not None:
-            k, v = cache.append(k, v)
         dropout = self.dropout if self.training else 0.0
-        out = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
-        out, weights = out if return_weights else (out, None)
-        out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+        with as_before_if_raised(cache):
+            if cache is not None:
+                k, v = cache.append(k, v)
+            out: Any = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
+            weights: Any = None
+            if return_weights:
+                out, weights = out
+            out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
         return (out, weights) if return_weights else out
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            cache: "KVCache | None" = None,
+            return_weights: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            cache: "KVCache | None" = None,
+            return_weights: Literal[True],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | None = None,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            cache: "KVCache | None" = None,
+            return_weights: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class KVCache:
@@ -164,11 +234,26 @@ class KVCache:
         n_kv_heads: G.
         capacity: how many positions it can hold.
         d_head: D.
-        dtype: of keys and values; torch's default where left out.
+        dtype: of keys and values; torch's default where left out. Under autocast it may be any: what is appended is
+            cast to it.
         device: where they are kept.
+
+    Attributes:
+        keys: (B, G, capacity, D).
+        values: (B, G, capacity, D).
+        length: how many positions are held; what lies beyond is not read.
     """
 
-    def __init__(self, batch: int, n_kv_heads: int, capacity: int, d_head: int, *, dtype=None, device=None):
+    def __init__(
+        self,
+        batch: int,
+        n_kv_heads: int,
+        capacity: int,
+        d_head: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
         self.keys = torch.zeros(batch, n_kv_heads, capacity, d_head, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.length = 0
@@ -176,7 +261,11 @@ class KVCache:
     def append(
         self, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
     ) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m d"]]:
-        """Add n positions; returns views of all M = length keys and values held so far.
+        """Add n positions; returns views of all M = length keys and values held so far, in the cache's dtype.
+
+        Args:
+            k: keys (B, G, n, D), of the cache's dtype and device; under autocast of any dtype but float64.
+            v: values, likewise.
 
         Raises:
             ValueError: the cache is full, or was made for another batch, head count, width, dtype or device.
@@ -187,7 +276,8 @@ class KVCache:
             expected = (*self.keys.shape[:2], k.shape[2], self.keys.shape[3])
             if tuple(x.shape) != expected:
                 raise ValueError(f"{name} must be {expected} for this cache, got {tuple(x.shape)}")
-            if x.dtype != self.keys.dtype or x.device != self.keys.device:
+            cast = is_autocasting(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
+            if (x.dtype != self.keys.dtype and not cast) or x.device != self.keys.device:
                 raise ValueError(
                     f"{name} must be {self.keys.dtype} on {self.keys.device} for this cache, "
                     f"got {x.dtype} on {x.device}"
@@ -206,7 +296,35 @@ class KVCache:
         self.length = 0
 
 
+class _AsBeforeIfRaised:
+    """Puts a cache's attributes back where an exception leaves the block, a KeyboardInterrupt too.
+
+    A cache replaces what it holds, or writes beyond its length: so its attributes are all that there is to put back.
+    """
+
+    def __init__(self, cache: object):
+        self.cache = cache
+
+    def __enter__(self):
+        self.before = dict(vars(self.cache))
+
+    def __exit__(self, kind, *_):
+        if kind is not None:
+            vars(self.cache).update(self.before)
+
+
+def as_before_if_raised(cache: object | None):
+    """A context: where an exception leaves it, the cache is as it was when it was entered.
+
+    Args:
+        cache: a KVCache, or any cache whose attributes are replaced as it goes on, never overwritten; or None.
+            Compiled, an exception leaves no change behind by itself, and this does nothing.
+    """
+    return nullcontext() if cache is None or torch.compiler.is_compiling() else _AsBeforeIfRaised(cache)
+
+
 def _check_width(name: str, x: Tensor, width: int) -> None:
+    check_tensors({name: x})
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
 

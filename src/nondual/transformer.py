@@ -5,14 +5,18 @@ encoder: Devlin et al. 2018 (1810.04805), section 3. Symbols: x (B, N, E), F the
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from nondual.ops.checks import check_tensors
+from nondual.ops.impl import refuses_transforms
 from nondual.positional_encoding import LearnedPositions
-from nondual.self_attention import MultiHeadAttention
+from nondual.self_attention import MultiHeadAttention, as_before_if_raised
 
 
 class FeedForward(nn.Module):
@@ -36,6 +40,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E)."""
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class TransformerLayer(nn.Module):
@@ -68,19 +76,44 @@ class TransformerLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d_model, eps=eps), nn.LayerNorm(d_model, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "b n e"], *, return_weights: bool = False, **mixing):
-        """x (B, N, E) -> (B, N, E), or with the mixer's weights (B, H, N, N) if asked for."""
+    def forward(
+        self, x: Float[Tensor, "b n e"], *, return_weights: bool = False, **mixing: Any
+    ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "b h n m"]]:
+        """x (B, N, E) -> (B, N, E), or with the mixer's weights (B, H, N, M) if asked for.
+
+        Args:
+            x: (B, N, E).
+            return_weights: also return the mixer's weights; it must take `return_weights=True` itself.
+            mixing: given to the mixer as it is: mask, causal, cache. Whatever this call raises, the cache is then as it
+                was before.
+        """
         if return_weights:  # a mixer that has none is never told of them
             mixing["return_weights"] = True
-        mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing)
-        mixed, weights = mixed if return_weights else (mixed, None)
-        x = x + self.dropout(mixed)
-        if self.norm_first:
-            x = x + self.dropout(self.feed_forward(self.norm2(x)))
-        else:
-            x = self.norm1(x)
-            x = self.norm2(x + self.dropout(self.feed_forward(x)))
+        with as_before_if_raised(mixing.get("cache")):
+            mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing)
+            weights: Any = None
+            if return_weights:
+                mixed, weights = mixed
+            x = x + self.dropout(mixed)
+            if self.norm_first:
+                x = x + self.dropout(self.feed_forward(self.norm2(x)))
+            else:
+                x = self.norm1(x)
+                x = self.norm2(x + self.dropout(self.feed_forward(x)))
         return (x, weights) if return_weights else x
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(self, x: Tensor, *, return_weights: Literal[False] = False, **mixing: Any) -> Tensor: ...
+
+        @overload
+        def __call__(self, x: Tensor, *, return_weights: Literal[True], **mixing: Any) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(self, x: Tensor, *, return_weights: bool, **mixing: Any) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Encoder(nn.Module):
@@ -142,6 +175,25 @@ class Encoder(nn.Module):
         x = self.norm(x)
         return (x, torch.stack(weights)) if return_weights else x
 
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, return_weights: Literal[False] = False
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, return_weights: Literal[True]
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class TextEncoder(nn.Module):
     """Token ids to contextual vectors: BERT's encoder, with its embeddings of token, position and segment.
@@ -176,23 +228,81 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(d_model, eps=eps)
         self.encoder = Encoder(d_model, n_heads, d_ff, n_layers, eps=eps)
 
-    def embed(self, ids: Int[Tensor, "b n"], segments: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n e"]:
+    def embed(
+        self, ids: Integer[Tensor, "b n"], segments: Integer[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n e"]:
         """The input of the first layer: what each token is, where it stands, which segment it is of.
 
+        Args:
+            ids: (B, N), any integer dtype, each below the vocabulary's size.
+            segments: (B, N), any integer dtype, each below n_segments; all 0 where left out.
+
+        Returns:
+            (B, N, E).
+
         Raises:
-            ValueError: ids that are not integers (B, N), or an id outside the vocabulary.
+            TypeError: ids or segments are not a tensor.
+            ValueError: ids or segments that are not integers (B, N), one that is out of range, or N above max_len.
+                Where values cannot be looked at (compiled, exported, on meta, inside torch.func.vmap) the range is
+                left to torch's own embedding.
         """
-        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"ids must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.token.num_embeddings:
-            raise ValueError(
-                f"ids must lie in 0 to {self.token.num_embeddings - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
-        segments = torch.zeros_like(ids) if segments is None else segments
-        return self.norm(self.token(ids) + self.position(ids.shape[1]) + self.segment(segments))
+        check_tensors({"ids": ids}, {"segments": segments})
+        ids = _indices("ids", ids, self.token.num_embeddings)
+        which = (
+            torch.zeros_like(ids) if segments is None else _indices("segments", segments, self.segment.num_embeddings)
+        )
+        if which.shape != ids.shape:
+            raise ValueError(f"segments must be of ids' shape {tuple(ids.shape)}, got {tuple(which.shape)}")
+        return self.norm(self.token(ids) + self.position(ids.shape[1]) + self.segment(which))
 
     def forward(
-        self, ids: Int[Tensor, "b n"], *, mask: Bool[Tensor, "..."] | None = None, return_weights: bool = False
+        self,
+        ids: Integer[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
+        return_weights: bool = False,
     ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n n"]]:
-        """ids (B, N) -> vectors (B, N, E), and the weights (layers, B, H, N, N) if asked for."""
+        """ids (B, N) -> vectors (B, N, E), and the weights (layers, B, H, N, N) if asked for.
+
+        Args:
+            ids: as in `embed`.
+            mask: as in `nondual.ops.attention.attention`; `masks.padding` for a padded batch.
+            return_weights: also return every layer's weights.
+
+        Raises:
+            TypeError, ValueError: as in `embed`, and a mask that does not fit.
+        """
         return self.encoder(self.embed(ids), mask=mask, return_weights=return_weights)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self, ids: Tensor, *, mask: Tensor | None = None, return_weights: Literal[False] = False
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self, ids: Tensor, *, mask: Tensor | None = None, return_weights: Literal[True]
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self, ids: Tensor, *, mask: Tensor | None = None, return_weights: bool
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def _indices(name: str, ids: Tensor, size: int) -> Tensor:
+    """ids (B, N) as an embedding of `size` rows takes them, int32 or int64; refused where they do not fit it."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        ids = ids.long()
+    unseen = torch.compiler.is_compiling() or ids.is_meta or isinstance(ids, FakeTensor)
+    if unseen or refuses_transforms(ids):
+        return ids  # their values cannot be looked at
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"{name} must lie in 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}")
+    return ids

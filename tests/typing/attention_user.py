@@ -1,0 +1,63 @@
+"""A user's script on the attention family, for type checkers alone: each flag gives exactly one type."""
+
+from typing import assert_type
+
+import torch
+from torch import Tensor
+
+from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder, attend
+from nondual.efficient_attention.flash_attention import FlashAttention
+from nondual.ops import masks
+from nondual.ops.attention import attention, masked_softmax
+from nondual.ops.flash_attention import flash_attention
+from nondual.positional_encoding import LearnedPositions
+from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
+from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
+
+
+def ops(q: Tensor, k: Tensor, v: Tensor, flag: bool, mask: Tensor | None) -> None:
+    assert_type(attention(q, k, v), Tensor)
+    assert_type(attention(q, k, v, mask=mask, causal=flag, scale=0.5, dropout=0.1, impl="sdpa"), Tensor)
+    assert_type(attention(q, k, v, return_weights=False), Tensor)
+    assert_type(attention(q, k, v, return_weights=True, impl="reference"), tuple[Tensor, Tensor])
+    assert_type(attention(q, k, v, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(flash_attention(q, k, v, window=3), Tensor)
+    assert_type(flash_attention(q, k, v, return_lse=False, impl="triton"), Tensor)
+    assert_type(flash_attention(q, k, v, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(flash_attention(q, k, v, return_lse=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(masked_softmax(q @ k.mT, masks.causal(5)), Tensor)
+    out, weights = attention(q, k, v, return_weights=True)
+    assert_type(out + weights.sum(), Tensor)
+
+
+def layers(x: Tensor, flag: bool) -> None:
+    for layer in (SelfAttention(12), MultiHeadAttention(12, 3, n_kv_heads=1, op=FlashAttention(window=3, impl="sdpa"))):
+        assert_type(layer(x), Tensor)
+        assert_type(layer(x, return_weights=True), tuple[Tensor, Tensor])
+        assert_type(layer(x, causal=True, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    cache = KVCache(2, 3, 8, 4, dtype=torch.bfloat16, device="cpu")
+    assert_type(MultiHeadAttention(12, 3)(x, causal=True, cache=cache), Tensor)
+    assert_type(cache.length, int)
+
+
+def blocks(x: Tensor, ids: Tensor, flag: bool) -> None:
+    layer = TransformerLayer(MultiHeadAttention(12, 3), FeedForward(12, 48), 12)
+    assert_type(layer(x, causal=True), Tensor)
+    assert_type(layer(x, return_weights=True, mask=None), tuple[Tensor, Tensor])
+    assert_type(layer(x, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    encoder = Encoder(12, 3, 48, n_layers=2)
+    assert_type(encoder(x), Tensor)
+    assert_type(encoder(x, return_weights=True), tuple[Tensor, Tensor])
+    assert_type(encoder(x, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    text = TextEncoder(31, 16, 12, 3, 48, n_layers=2)
+    assert_type(text(ids, mask=masks.padding(torch.tensor([3, 5]), 5)), Tensor)
+    assert_type(text(ids, return_weights=True), tuple[Tensor, Tensor])
+    assert_type(text(ids, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(LearnedPositions(16, 12)(5, start=2), Tensor)
+
+
+def before_self_attention(s: Tensor, h: Tensor, y: Tensor) -> None:
+    assert_type(attend(s @ h.mT, h), tuple[Tensor, Tensor])
+    additive = AdditiveAttention(7, 11, 13)
+    assert_type(additive(s, h, projected=additive.project(h)), tuple[Tensor, Tensor])
+    assert_type(AttentionDecoder(17, 7, 11, 13)(y, s[:, 0], h), tuple[Tensor, Tensor])

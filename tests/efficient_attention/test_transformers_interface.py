@@ -1,10 +1,16 @@
 """Hugging Face models on our attention against themselves in eager mode: outputs, gradients, caches, masks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")  # a bare GPU machine may have torch alone
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertModel,
     Gemma3ForCausalLM,
@@ -91,14 +97,19 @@ def calls(monkeypatch):
     """Which of the two functions were called, and how."""
     seen = []
     for name in ("flash_attention", "attention"):
-        own = getattr(transformers_interface, name)
-
-        def spy(*args, own=own, name=name, **kwargs):
-            seen.append((name, kwargs.get("causal"), kwargs.get("window")))
-            return own(*args, **kwargs)
-
-        monkeypatch.setattr(transformers_interface, name, spy)
+        spy_on(transformers_interface, name, seen, monkeypatch.setattr)
     return seen
+
+
+def spy_on(module, name: str, seen: list, replace) -> None:
+    """Have a function of a module append its name, `causal` and `window` to `seen` when it is called."""
+    own = getattr(module, name)
+
+    def spy(*args, **kwargs):
+        seen.append((name, kwargs.get("causal"), kwargs.get("window")))
+        return own(*args, **kwargs)
+
+    replace(module, name, spy)
 
 
 def ids(n: int = 37, batch: int = 2) -> torch.Tensor:
@@ -124,6 +135,154 @@ def both(model, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def close(pair, real=None, tolerance: float = 3e-6):
     theirs, ours = (x if real is None else x[real.bool()] for x in pair)
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=1e-5)
+
+
+# --- the table of architectures ------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs/reference/efficient_attention/transformers_interface.md"
+HEADER = ["architecture", "class", "computed by", "forward", "gradient", "padded", "with a cache"]
+HEADS = {"head_dim": 8}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+ENCODER = {key: SMALL[key] for key in SIZES}
+VISION = {**{key: SMALL[key] for key in SIZES[1:5]}, "image_size": 30, "patch_size": 6}
+BOTH_SIDES = {"vocab_size": 97, "d_model": 48, "pad_token_id": 0, "max_position_embeddings": 64}
+for side in ("encoder", "decoder"):
+    BOTH_SIDES |= {f"{side}_layers": 2, f"{side}_attention_heads": 6, f"{side}_ffn_dim": 61}
+LOCAL_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 64, "intermediate_size": 64}
+
+ARCHITECTURES = {
+    "arcee": SMALL,
+    "bart": BOTH_SIDES,
+    "bert": ENCODER,
+    "bloom": {"vocab_size": 97, "hidden_size": 48, "n_layer": 1, "n_head": 6},
+    "clip_vision_model": VISION,
+    "cohere2": {**SMALL, **WINDOW},
+    "deit": VISION,
+    "dinov2": VISION,
+    "distilbert": {"vocab_size": 97, "dim": 48, "hidden_dim": 61, "n_layers": 2, "n_heads": 6},
+    "electra": {**ENCODER, "embedding_size": 48},
+    "ernie4_5": {**SMALL, **HEADS},
+    "gemma": {**SMALL, **HEADS},
+    "gemma2": {**SMALL, **HEADS},
+    "gemma3_text": {**SMALL, **HEADS, **WINDOW},
+    "glm": {**SMALL, **HEADS},
+    "gpt2": {"vocab_size": 97, "n_embd": 48, "n_layer": 2, "n_head": 3, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": SMALL,
+    "gpt_oss": {**SMALL, **HEADS, **LOCAL_EXPERTS},
+    "granite": SMALL,
+    "llama": SMALL,
+    "marian": BOTH_SIDES,
+    "mistral": {**SMALL, **WINDOW},
+    "mixtral": {**SMALL, **LOCAL_EXPERTS, "num_attention_heads": 8},
+    "modernbert": {**ENCODER, "local_attention": 8},
+    "olmo2": SMALL,
+    "opt": {**SMALL, "ffn_dim": 61, "word_embed_proj_dim": 48},
+    "phi3": SMALL,
+    "qwen2": SMALL,
+    "qwen3": {**SMALL, **HEADS},
+    "qwen3_moe": {**SMALL, **HEADS, **EXPERTS},
+    "roberta": ENCODER,
+    "siglip_vision_model": VISION,
+    "smollm3": SMALL,
+    "starcoder2": {**SMALL, **WINDOW},
+    "t5": {"vocab_size": 97, "num_layers": 2, "num_heads": 3, "d_model": 48, "d_kv": 16, "d_ff": 61},
+    "vit": VISION,
+}
+TWO_SIDED = ("bart", "marian", "t5")  # an encoder, and a decoder that attends to it
+DECODERS = [name for name, given in ARCHITECTURES.items()
+            if given is SMALL or set(SMALL) <= set(given)] + ["bloom", "gpt2"]  # fmt: skip
+
+
+def of(name: str) -> torch.nn.Module:
+    """A small model of an architecture, of random weights and without dropout."""
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    kind = AutoModelForCausalLM if name in DECODERS else AutoModelForSeq2SeqLM if name in TWO_SIDED else AutoModel
+    return kind.from_config(config)
+
+
+def apart(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest number of `theirs`."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def measured(name: str, calls: list) -> list[str | float | None]:
+    """A row of the table: how an architecture is computed, and how far it is from eager, forward and backward."""
+    torch.manual_seed(0)
+    model, images = of(name).train(), "image_size" in ARCHITECTURES[name]
+    row = [name.removesuffix("_model"), f"`{type(model).__name__}`"]
+    inputs = {"pixel_values": torch.randn(2, 3, 30, 30)} if images else {"input_ids": ids()}
+    if name in TWO_SIDED:
+        inputs["decoder_input_ids"] = ids(11)
+    outputs, grads = {}, {}
+    for way in ("eager", "nondual"):
+        model.set_attn_implementation(way)
+        model.zero_grad()
+        calls.clear()
+        try:
+            out = model(**inputs)[0]
+        except ValueError as refusal:
+            return [*row, f"refused: {str(refusal).partition(' is not supported')[0]}", None, None, None, None]
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).mean().backward()
+        outputs[way] = out.detach()
+        grads[way] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    if not calls:
+        return [*row, "its own attention: it does not use AttentionInterface", None, None, None, None]
+    words = {"flash_attention": "flash attention", "attention": "attention with a mask"}
+    row.append(" and ".join(words[each] for each in words if each in {call for call, _, _ in calls}))
+    assert grads["eager"].keys() == grads["nondual"].keys()
+    largest = max(g.abs().max().item() for g in grads["eager"].values())
+    off = max((grads["nondual"][key] - g).abs().max().item() for key, g in grads["eager"].items())
+    row += [apart(outputs["eager"], outputs["nondual"]), off / largest]
+    if images:
+        return [*row, None, None]
+    with torch.no_grad():
+        pair = both(model.eval(), **inputs, attention_mask=padded())
+        row.append(apart(*(x if name in TWO_SIDED else x[padded().bool()] for x in pair)))
+        if name not in DECODERS:
+            return [*row, None]
+        cache, parts = None, []
+        for part in inputs["input_ids"].split([25, 11, 1], dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        model.set_attn_implementation("eager")
+        row.append(apart(model(inputs["input_ids"], use_cache=False).logits, torch.cat(parts, 1)))
+    return row
+
+
+def written(row: list[str | float | None]) -> str:
+    cells = ["–" if cell is None else f"{cell:.0e}" if isinstance(cell, float) else cell for cell in row]
+    return f"| {' | '.join(cells)} |"
+
+
+def shown() -> dict[str, list[str]]:
+    """The rows of the table on the page, by the architecture."""
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    assert header == HEADER
+    return {row[0]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_table_on_the_page_says_what_is_found(name, calls):
+    found, page = measured(name, calls), shown()[name.removesuffix("_model")]
+    for column, ours, theirs in zip(HEADER, found, page, strict=True):
+        if not isinstance(ours, float):
+            assert theirs == (ours or "–"), (
+                f"{column}: {theirs} on the page; to write the table anew: python {__file__}"
+            )
+        else:
+            assert ours < 3e-6, f"{column}: differs by {ours} from eager"
+            assert ours <= 5 * float(theirs), (
+                f"{column}: {ours} here, {theirs} on the page"
+            )  # rounding varies by machine
+
+
+def test_the_table_on_the_page_has_every_architecture_that_is_tested():
+    assert list(shown()) == [name.removesuffix("_model") for name in ARCHITECTURES]
 
 
 # --- models of random weights --------------------------------------------------------------------------------------
@@ -515,3 +674,19 @@ def test_on_a_gpu_gradients_and_generation_equal_eager(make):
     for name, grad in grads["eager"].items():
         torch.testing.assert_close(grads["nondual"][name], grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: n + m)
     assert torch.equal(tokens["eager"], tokens["nondual"])
+
+
+def write_the_table() -> None:
+    """Measure every architecture and write the page's table: run this file with Python."""
+    register_with_transformers()
+    seen = []
+    for name in ("flash_attention", "attention"):
+        spy_on(transformers_interface, name, seen, setattr)
+    rows = [written(measured(name, seen)) for name in ARCHITECTURES]
+    table = "\n".join([written(HEADER), written(["---"] * len(HEADER)), *rows])
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("| architecture |")
+    PAGE.write_text(before + table + rest[rest.index("\n\n") :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_the_table()

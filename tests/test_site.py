@@ -4,13 +4,11 @@ The first part reads the files in site/ and needs no browser: links, what a page
 loads every page in Chromium at two widths and in both palettes. The last shows that each check fails when it should.
 """
 
-import functools
-import http.server
+import contextlib
 import json
 import os
 import re
 import shutil
-import threading
 import unicodedata
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -209,36 +207,48 @@ def test_no_page_is_heavy(pages):
 # In a browser
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """The site as a host would serve it: its own 404 page, and the path it is published under."""
+# The site as a host would serve it: its own 404 page, and the path it is published under. It is run in a process of its
+# own, on a free port, so that a server that hangs is ended with its test.
+SERVER = """
+    import functools, http.server, sys
+    from pathlib import Path
 
-    base = "/"
+    folder, base = sys.argv[1:]
 
-    def translate_path(self, path):
-        return super().translate_path("/" + path.removeprefix(self.base))
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            return super().translate_path("/" + path.removeprefix(base))
 
-    def send_error(self, code, message=None, explain=None):
-        page = Path(self.directory, "404.html")
-        if code != 404 or not page.is_file():
-            return super().send_error(code, message, explain)
-        body = page.read_bytes()
-        self.send_response(404)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        def send_error(self, code, message=None, explain=None):
+            page = Path(self.directory, "404.html")
+            if code != 404 or not page.is_file():
+                return super().send_error(code, message, explain)
+            body = page.read_bytes()
+            self.send_response(404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    print("port", server.server_port, flush=True)
+    server.serve_forever()
+"""
 
 
-def serve(folder: Path, base: str = "/"):
-    """A server of `folder` on a free port, running; `shutdown()` stops it."""
-    handler = functools.partial(type("Handler", (Quiet,), {"base": base}), directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_port}{base}"
+@pytest.fixture(scope="module")
+def serve(a_server_of_its_own):
+    """A context manager: the address of a server of this folder."""
+
+    @contextlib.contextmanager
+    def serving(folder: Path, base: str = "/"):
+        with a_server_of_its_own(SERVER, folder, base, ready=r"port (\d+)\n") as found:
+            yield f"http://127.0.0.1:{found[1]}{base}"
+
+    return serving
 
 
 @pytest.fixture(scope="module")
@@ -263,22 +273,21 @@ def browser():
         "--no-first-run",
     ]
     with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, args=quiet)
+        chromium = play.chromium.launch(executable_path=program, args=quiet, timeout=60_000)
         yield chromium
         chromium.close()
 
 
 @pytest.fixture(scope="module")
-def site(pages):
-    server, address = serve(SITE, base_of(pages))
-    yield address
-    server.shutdown()
+def site(serve, pages):
+    with serve(SITE, base_of(pages)) as address:
+        yield address
 
 
 @pytest.fixture
 def home(browser, site):
     context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     page = context.new_page()
     page.goto(site)
     yield page
@@ -345,10 +354,16 @@ def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
     return faults
 
 
+# With `pytest -n`, two processes have a browser each: one for the wide pages, one for the narrow ones and the rest.
+WIDE, NARROW = pytest.mark.xdist_group("browser, wide"), pytest.mark.xdist_group("browser, narrow")
+PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
+
+
 @pytest.mark.browser
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("palette", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_page_reads_well(browser, site, pages, size, palette):
+@pytest.mark.parametrize("size", [pytest.param("desktop", marks=WIDE), pytest.param("phone", marks=NARROW)])
+def test_every_page_reads_well(browser, site, pages, size, palette, part):
     width, height = SIZES[size]
     context = browser.new_context(
         viewport={"width": width, "height": height},
@@ -357,7 +372,7 @@ def test_every_page_reads_well(browser, site, pages, size, palette):
         service_workers="block",
     )
     page, faults = context.new_page(), {}
-    for name in pages:
+    for name in list(pages)[part::PARTS]:
         found = faults_of(page, site + name.removesuffix("index.html"), axe=True)
         if found:
             faults[name] = found
@@ -365,18 +380,20 @@ def test_every_page_reads_well(browser, site, pages, size, palette):
     assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
 
 
+@NARROW
 @pytest.mark.browser
 @pytest.mark.parametrize("typed, marked", [("pratyabhijna", "pratyabhijñā"), ("samskara", "saṃskāra")])
 def test_search_finds_marked_words_by_plain_letters(home, pages, typed, marked):
     home.keyboard.press("/")
     home.locator(".md-search__input").press_sequentially(typed, delay=20)
     first = home.locator(".md-search-result__item a").first
-    first.wait_for(state="visible", timeout=15_000)
+    first.wait_for(state="visible")
     target = urlsplit(first.get_attribute("href")).path.removeprefix(base_of(pages)).lstrip("/")
     name = target + "index.html" if target in ("",) or target.endswith("/") else target
     assert marked in pages[name].text.lower()
 
 
+@NARROW
 @pytest.mark.browser
 def test_a_glossary_term_explains_itself(home, site, pages):
     name = next(name for name, page in pages.items() if "<abbr title" in page.text)
@@ -385,20 +402,24 @@ def test_a_glossary_term_explains_itself(home, site, pages):
     term.scroll_into_view_if_needed()
     term.hover()
     tip = home.locator(".md-tooltip2--active, .md-tooltip--active").first
-    tip.wait_for(state="visible", timeout=5_000)
+    tip.wait_for(state="visible")
     assert len(tip.inner_text()) > 20
 
 
+@NARROW
 @pytest.mark.browser
 def test_the_palette_turns_from_system_to_light_to_dark(home):
+    choices = home.locator("form[data-md-component=palette] input")
+    media = [choices.nth(i).get_attribute("data-md-color-media") for i in range(3)]
     seen = []
-    for _ in range(3):
+    for now in media:
+        home.wait_for_function("media => document.body.dataset.mdColorMedia === media", arg=now)
         seen.append(home.evaluate("document.body.dataset.mdColorScheme"))
         home.locator("form[data-md-component=palette] label:not([hidden])").click()
-        home.wait_for_timeout(50)
     assert seen == ["default", "default", "slate"]
 
 
+@NARROW
 @pytest.mark.browser
 def test_a_lost_reader_finds_the_way_home(home, site):
     answer = home.goto(site + "no/such/page/")
@@ -462,6 +483,7 @@ def test_a_sound_file_passes(small):
     assert not foreign(pages, folder) and not broken(pages, folder)
 
 
+@NARROW
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "body, fault",
@@ -479,25 +501,17 @@ def test_a_sound_file_passes(small):
         ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">', "axe image-alt"),
     ],
 )
-def test_a_faulty_page_is_caught(browser, small, body, fault):
-    server, address = serve(small(body))
-    page = browser.new_page(viewport={"width": 390, "height": 844})
-    try:
+def test_a_faulty_page_is_caught(browser, serve, small, body, fault):
+    with serve(small(body)) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
         assert [found for found in faults_of(page, address, axe=True) if fault in found]
-    finally:
-        page.close()
-        server.shutdown()
 
 
+@NARROW
 @pytest.mark.browser
-def test_a_sound_page_passes(browser, small):
-    server, address = serve(small("<p>All is well, <code>\\(x\\)</code> too.</p>"))
-    page = browser.new_page(viewport={"width": 390, "height": 844})
-    try:
+def test_a_sound_page_passes(browser, serve, small):
+    folder = small("<p>All is well, <code>\\(x\\)</code> too.</p>")
+    with serve(folder) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
         assert faults_of(page, address, axe=True) == []
-    finally:
-        page.close()
-        server.shutdown()
 
 
 # The hooks that make a page

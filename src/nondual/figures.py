@@ -13,12 +13,17 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
 """Colours that a colour-blind reader can tell apart, in the order in which lines take them."""
@@ -29,7 +34,8 @@ SIGNED = "RdBu_r"
 _INK = "#010101"  # stands for the page's text colour until `show` writes the SVG
 
 
-def _matplotlib():
+def _matplotlib() -> ModuleType:
+    """matplotlib, imported when it is needed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -80,7 +86,12 @@ def style() -> None:
 
 
 def attention(
-    ax: Axes, weights, queries: Sequence[str], keys: Sequence[str] | None = None, *, vmax: float | None = None
+    ax: Axes,
+    weights: Tensor | NDArray,
+    queries: Sequence[str],
+    keys: Sequence[str] | None = None,
+    *,
+    vmax: float | None = None,
 ) -> AxesImage:
     """Draw an attention matrix: queries as rows, keys as columns, the first of each at the top left.
 
@@ -97,11 +108,11 @@ def attention(
     Raises:
         ValueError: If there are not as many labels as rows and columns.
     """
-    weights = weights.detach().cpu().numpy() if hasattr(weights, "detach") else weights
+    table = weights if isinstance(weights, np.ndarray) else weights.detach().cpu().numpy()
     keys = queries if keys is None else keys
-    if weights.shape != (len(queries), len(keys)):
-        raise ValueError(f"weights must be (queries, keys) = {(len(queries), len(keys))}, got {tuple(weights.shape)}.")
-    image = ax.imshow(weights, cmap="cividis", vmin=0.0, vmax=vmax, interpolation="none")
+    if table.shape != (len(queries), len(keys)):
+        raise ValueError(f"weights must be (queries, keys) = {(len(queries), len(keys))}, got {tuple(table.shape)}.")
+    image = ax.imshow(table, cmap="cividis", vmin=0.0, vmax=vmax, interpolation="none")
     ax.set_xticks(range(len(keys)), keys, rotation=90)
     ax.set_yticks(range(len(queries)), queries)
     ax.xaxis.tick_top()
@@ -176,10 +187,12 @@ def _check_words(name: str, alt: str, caption: str) -> None:
 def _svg(fig: Figure, name: str, alt: str) -> str:
     """The figure as inline SVG; closes it."""
     matplotlib = _matplotlib()
+    from matplotlib import pyplot
+
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    matplotlib.pyplot.close(fig)
+    pyplot.close(fig)
     return _inline(buffer.getvalue(), name, alt)
 
 
@@ -191,7 +204,8 @@ def _inline(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda given: f' id="{name}-{given[1]}"' if given[1] in named else "", svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"#010101|#000000", "currentColor", svg)
-    width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    ((width, height), *_) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    width, height = float(width), float(height)
     opening = (
         f'<svg viewBox="0 0 {width:g} {height:g}" style="--natural:{width * 4 / 3:.0f}px" fill="currentColor" '
         f'role="img" aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '

@@ -104,8 +104,8 @@ class CausalRule(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(cls, cls.full, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args, given = tree_map_only(cls, cls.full, (args, kwargs or {}))
+        return func(*args, **dict(given))
 
 
 def make_mask(

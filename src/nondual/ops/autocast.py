@@ -6,12 +6,12 @@ Source: torch's own rule for scaled_dot_product_attention, https://docs.pytorch.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar, cast
+from typing import TypeGuard, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound=Tensor | None)
+Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 
 
 def is_autocasting(device_type: str) -> bool:
@@ -19,7 +19,7 @@ def is_autocasting(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def as_autocast_does(*tensors: T) -> tuple[T, ...]:
+def as_autocast_does(*tensors: *Given) -> tuple[*Given]:
     """Under autocast, the tensors in its dtype, all but float64: what torch does for scaled_dot_product_attention.
 
     Args:
@@ -28,11 +28,12 @@ def as_autocast_does(*tensors: T) -> tuple[T, ...]:
     Returns:
         The tensors in the same order; booleans, integers, float64 and None as they were.
     """
-    kind = next(x for x in tensors if x is not None).device.type
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    kind = next(x for x in given if x is not None).device.type
     if not is_autocasting(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(cast("T", x.to(dtype)) if _is_cast(x) else x for x in tensors)
+    return cast("tuple[*Given]", tuple(x.to(dtype) if _is_cast(x) else x for x in given))
 
 
 def _is_cast(x: Tensor | None) -> TypeGuard[Tensor]:

@@ -46,7 +46,7 @@ def check_kinds(timed: dict[str, Tensor | None], others: dict[str, Tensor | None
     """
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be boolean, True where a sequence begins, got {reset.dtype}")
-    lead, first = next(iter(timed.items()))
+    lead, first = next((name, x) for name, x in timed.items() if x is not None)
     for name, x in (timed | others).items():
         if x is not None and not x.is_floating_point():
             kind = "real, " if x.is_complex() else ""

@@ -144,9 +144,11 @@ def selective_scan_step(
             f"got {tuple(u.shape)}, {tuple(B.shape)}, {tuple(C.shape)}; selective_scan takes whole sequences"
         )
     y, state = selective_scan(
-        *(x.unsqueeze(1) for x in (u, delta)),
+        u.unsqueeze(1),
+        delta.unsqueeze(1),
         A,
-        *(x.unsqueeze(1) for x in (B, C)),
+        B.unsqueeze(1),
+        C.unsqueeze(1),
         D,
         None if z is None else z.unsqueeze(1),
         delta_bias,

@@ -30,6 +30,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import TypeVarTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from nondual.ops.impl import refuses_transforms
 from nondual.ops.selective_scan.reference import step_length
 from nondual.store import cache_folder
 
+Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 CHUNK = 64  # steps between two saved states
 BLOCK = 64  # channels that go through a chunk together
 SOURCE = Path(__file__).with_suffix(".c")
@@ -216,8 +218,10 @@ def _run(command: list[str], seconds: float) -> str:
         subprocess.CalledProcessError: it fails; stderr is what it said.
         subprocess.TimeoutExpired: its time is over.
     """
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
         try:
             out, said = process.communicate(timeout=seconds)
         except BaseException:  # an interrupt too
@@ -278,13 +282,16 @@ def _copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 # --- the compiled loop -----------------------------------------------------------------------------------------------
 
 
-def _rows(*tensors: Tensor | None) -> list[Tensor | None]:
+def _rows(*tensors: *Given) -> tuple[*Given]:
     """As the loop reads them: what changes with time with its last axis dense; (D, N), which does not, dense wholly."""
-    return [x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else _dense(x)[0] for x in tensors]
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    rows = (x if x is None or (x.ndim > 2 and x.stride(-1) == 1) else _dense(x)[0] for x in given)
+    return cast("tuple[*Given]", tuple(rows))
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None or x.is_contiguous() else _copy(x) for x in tensors]
+def _dense(*tensors: *Given) -> tuple[*Given]:
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    return cast("tuple[*Given]", tuple(x if x is None or x.is_contiguous() else _copy(x) for x in given))
 
 
 def _call(run, **given: Tensor | int | None) -> None:
@@ -390,9 +397,11 @@ def _meet(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (x.unflatten(2, groups)[..., None, :] @ h.unflatten(2, groups)).squeeze(-2)
 
 
-def _chunk(start: int, *tensors: Tensor | None) -> list[Tensor | None]:
+def _chunk(start: int, *tensors: *Given) -> tuple[*Given]:
     """CHUNK steps of tensors (B, L, …), time first; (D, N) as it is."""
-    return [x if x is None or x.ndim == 2 else x[:, start : start + CHUNK].transpose(0, 1) for x in tensors]
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    parts = (x if x is None or x.ndim == 2 else x[:, start : start + CHUNK].transpose(0, 1) for x in given)
+    return cast("tuple[*Given]", tuple(parts))
 
 
 def _states(h, delta, x, A, B, resets) -> tuple[Tensor, Tensor]:
@@ -496,10 +505,12 @@ def _outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _new(u, *y), _new(u, *last), _new(u, *kept)
 
 
-def _wide(like: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def _wide(like: Tensor, *tensors: *Given) -> tuple[*Given]:
     """All numbers in float32, or in float64 where `like` is."""
     wide = torch.promote_types(like.dtype, torch.float32)
-    return [x if x is None or x.dtype in (torch.bool, wide) else _copy(x, wide) for x in tensors]
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    cast_up = (x if x is None or x.dtype in (torch.bool, wide) else _copy(x, wide) for x in given)
+    return cast("tuple[*Given]", tuple(cast_up))
 
 
 @torch.library.custom_op("nondual::selective_scan_cpu", mutates_args=(), device_types="cpu")

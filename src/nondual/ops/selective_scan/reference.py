@@ -54,9 +54,8 @@ def selective_scan(
         y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 or better.
     """
     dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
-    u, delta, A, B, C, D, z, delta_bias, state = (
-        None if x is None else x.to(wide) for x in (u, delta, A, B, C, D, z, delta_bias, state)
-    )
+    u, delta, A, B, C = (x.to(wide) for x in (u, delta, A, B, C))
+    D, z, delta_bias, state = (None if x is None else x.to(wide) for x in (D, z, delta_bias, state))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if state is None else state
     # unbind, not u[:, t]: the gradient of a slice is as long as what it was cut from, and L of them make L²
     per_step = zip(u.unbind(1), step_length(delta, delta_bias, delta_softplus).unbind(1), _at(B, u), _at(C, u))

@@ -12,11 +12,15 @@ paper's A_t is our exp(Δ_t A), its X our Δ x. Differentiable by autograd, twic
 backward.
 """
 
+from typing import TypeVarTuple, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nondual.ops.selective_scan.reference import step_length
+
+Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 
 
 def ssd(
@@ -68,10 +72,11 @@ def ssd(
     return skip_and_gate(y, x, D, z).to(dtype), h
 
 
-def wide(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+def wide(x: Tensor, *rest: *Given) -> tuple[Tensor, *Given]:
     """All of them in float32, or in float64 where x is: what states and sums are kept in."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return tuple(None if v is None else v.to(dtype) for v in (x, *rest))
+    given = cast("tuple[Tensor | None, ...]", (x, *rest))
+    return cast("tuple[Tensor, *Given]", tuple(None if v is None else v.to(dtype) for v in given))
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

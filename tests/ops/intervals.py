@@ -1,0 +1,306 @@
+"""What every whole number in a kernel can be, from Triton's intermediate code and the arguments of one launch.
+
+Run in a process that does not interpret, `python tests/ops/intervals.py`: the launchers run on tensors of torch's
+"meta" device, which may be as large as one likes. At each launch the kernel is brought to Triton's own intermediate
+code (TTIR), as the JIT would for these arguments, and no further. Then an interval is computed for each integer: the
+arguments are known, a program's index lies between 0 and the grid, and the rest follows. What is printed, as JSON, is
+for each launch: sums and products in 32 bits that can leave 32 bits, integers that could not be bounded, products in
+tf32, and the order of stores (S), loads (L) and barriers (B) for memory that the kernel both writes and reads.
+"""
+
+import json
+import os
+import re
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached kernel would not pass through the compiler
+
+INFINITE = float("inf")
+ASSIGNED = re.compile(r"^\s*%(?P<name>[\w$.-]+)(?::\d+)? = (?P<op>[\w.]+)(?P<rest>.*)$")
+
+
+def width(line: str) -> int | None:
+    """Bits of the integers that a line of TTIR makes; None where it makes something else."""
+    text = re.sub(r"\s*loc\(.*?\)+\s*$", "", line.rstrip(" {"))
+    found = re.search(r"tt\.load .*!tt\.ptr<(i\d+)>", text) or re.search(
+        r"(?:->|:| to)\s*(?:tensor<(?:\d+x)*)?(i\d+)>?\s*$", text
+    )
+    return int(found[1][1:]) if found else None
+
+
+def hull(*ranges):
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def product(a, b):
+    ends = [0 if 0 in (x, y) else x * y for x in a for y in b]
+    return min(ends), max(ends)
+
+
+def quotient(a, b):
+    """Towards 0, by what is never 0."""
+    low, high = max(1, b[0]), max(1, b[1])
+    ends = [x if abs(x) == INFINITE else abs(x) // y * (1 if x >= 0 else -1) for x in a for y in (low, high)]
+    return min(ends), max(ends)
+
+
+class Kernel:
+    """One launch: the text of its kernel, and the values of its arguments by name."""
+
+    def __init__(self, text: str, values: dict[str, int], grid: int):
+        self.grid = grid
+        self.known: dict[str, tuple] = {name: (value, value) for name, value in values.items()}
+        self.root: dict[str, str] = {}
+        self.faults: list[str] = []
+        self.events: dict[str, str] = {}
+        self.order: list[tuple[str, str]] = []
+        self.places = dict(re.findall(r"^#(loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
+        self.products = text.count("tt.dot ")
+        self.tf32 = text.count("tf32")
+        for argument in re.findall(r"%(\w+): !tt.ptr", text):
+            self.root[argument] = argument
+        for line in text.splitlines():
+            self.line(line)
+
+    def where(self, line: str) -> str:
+        """file:line of the source, by following the names of places."""
+        place = re.search(r"loc\(#(loc\d*)\)\s*\{?$", line)
+        said = self.places.get(place[1], "") if place else ""
+        for _ in range(6):
+            if found := re.search(r'"([^"]+\.py)":(\d+)', said):
+                return f"{os.path.basename(os.path.dirname(found[1]))}/{os.path.basename(found[1])}:{found[2]}"
+            inner = re.search(r"#(loc\d+)", said)
+            said = self.places.get(inner[1], "") if inner else ""
+        return line.strip()[:80]
+
+    def of(self, name: str):
+        return self.known.get(name.split("#")[0].lstrip("%"), (-INFINITE, INFINITE))
+
+    def line(self, line: str) -> None:
+        if "barrier" in line:
+            self.order.append(("B", ""))
+        if "tt.store" in line:
+            self.order.append(("S", self.root.get(re.search(r"tt\.store %([\w$.-]+)", line)[1], "?")))
+        found = ASSIGNED.match(line)
+        if not found:
+            return
+        name, op, rest = found["name"], found["op"], found["rest"]
+        operands = re.findall(r"%[\w$.-]+(?:#\d+)?", re.sub(r"loc\(.*", "", rest))
+        given = [self.of(x) for x in operands]
+        if operands and (
+            root := next((r for x in operands if (r := self.root.get(x.lstrip("%").split("#")[0]))), None)
+        ):
+            if op == "tt.load":
+                self.order.append(("L", root))
+            elif op in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith.select"):
+                self.root[name] = root
+        if op == "scf.for":
+            induction = re.search(r"scf\.for (%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?) to (%[\w$.-]+(?:#\d+)?)", line)
+            low, high = self.of(induction[2]), self.of(induction[3])
+            self.known[induction[1].lstrip("%")] = low[0], max(low[0], high[1] - 1)
+            return
+        bits = width(line)
+        if bits is None:
+            return
+        result = self.result(op, rest, given)
+        if result is None:  # loaded, reduced or carried through a loop
+            result = (0, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            if op == "tt.load" and bits == 32:  # the only integers that are loaded: steps of a sequence
+                result = (-1, self.known.get("length", (0, 0))[1])
+            elif bits > 8 and op != "tt.load":
+                self.faults.append(f"{self.where(line)}: {op} is not bounded")
+        limit = 2 ** (bits - 1)
+        if op.startswith("arith.") and bits >= 32 and not (-limit <= result[0] and result[1] < limit):
+            self.faults.append(f"{self.where(line)}: {op} in {bits} bits reaches {max(map(abs, result))}")
+            result = -limit, limit - 1
+        self.known[name] = result
+
+    def result(self, op: str, rest: str, given):
+        if op == "arith.constant":
+            value = re.search(r"(?:dense<)?(-?\d+|true|false)>?", rest)
+            if value is None:
+                return None
+            number = {"true": 1, "false": 0}.get(value[1])
+            number = int(value[1]) if number is None else number
+            return number, number
+        if op == "tt.get_program_id":
+            return 0, self.grid - 1
+        if op == "tt.make_range":
+            ends = dict(re.findall(r"(start|end) = (\d+)", rest))
+            return int(ends["start"]), int(ends["end"]) - 1
+        if not given:
+            return None
+        a, b = given[0], given[1] if len(given) > 1 else None
+        match op.removeprefix("arith."):
+            case "muli":
+                return product(a, b)
+            case "addi":
+                return a[0] + b[0], a[1] + b[1]
+            case "subi":
+                return a[0] - b[1], a[1] - b[0]
+            case "divsi":
+                return quotient(a, b)
+            case "remsi":
+                most = max(0, b[1] - 1)
+                return max(-most, min(0, a[0])), min(most, max(0, a[1]))
+            case "minsi":
+                return min(a[0], b[0]), min(a[1], b[1])
+            case "maxsi":
+                return max(a[0], b[0]), max(a[1], b[1])
+            case "extsi" | "trunci":
+                return a
+            case "extui":  # of a byte or a bit
+                return max(0, a[0]), min(255, max(1, a[1]))
+            case "cmpi" | "cmpf" | "andi" | "ori" | "xori":
+                return 0, 1
+            case "select":
+                return hull(*given[1:3])
+        if op in ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans"):
+            return a
+        return None
+
+    def both_ways(self) -> dict[str, str]:
+        """For each argument that is both written and read: the order of stores, loads and barriers."""
+        written = {root for kind, root in self.order if kind == "S"}
+        read = {root for kind, root in self.order if kind == "L"}
+        orders = {}
+        for root in sorted(written & read):
+            kinds = "".join(kind for kind, x in self.order if kind == "B" or x == root)
+            orders[root] = re.sub(r"(.)\1+", r"\1", kinds)
+        return orders
+
+    def told(self) -> dict:
+        faults = sorted(set(self.faults))
+        return {"faults": faults, "dots": self.products, "tf32": self.tf32, "both": self.both_ways(), "grid": self.grid}
+
+
+def launches() -> dict[str, dict]:
+    """Every kernel that the launchers ask for in `cases`, by its name and the case's."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Chip:
+        """Knows what to compile for, and cannot launch."""
+
+        def get_current_device(self, *_):
+            return 0
+
+        get_current_stream = get_current_device
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    class Found(Exception):
+        """The compiler has come as far as the intermediate code."""
+
+        text = ""
+
+    driver.set_active(Chip())
+    add_stages, found, now = CUDABackend.add_stages, {}, []
+
+    def stop_at_ttir(self, stages, *rest):
+        add_stages(self, stages, *rest)
+
+        def stop(module, metadata):
+            reached = Found()
+            reached.text = str(module)
+            raise reached
+
+        stages["ttgir"] = stop
+
+    def launcher(self, grid):
+        def launch(*args, **kwargs):
+            try:
+                self.warmup(*args, grid=grid, **kwargs)
+            except Found as reached:
+                given = dict(zip(self.arg_names, args)) | kwargs
+                values = {name: x for name, x in given.items() if type(x) is int}
+                name = f"{self.fn.__name__}, {now[-1]}"
+                while name in found:
+                    name += "'"
+                found[name] = Kernel(reached.text, values, grid[0]).told()
+            else:
+                raise RuntimeError("the compiler did not pass through its stages")
+
+        return launch
+
+    CUDABackend.add_stages, JITFunction.__getitem__ = stop_at_ttir, launcher
+    for case, run in cases():
+        now.append(case)
+        run()
+    return found
+
+
+def cases():
+    """Launches whose tensors have more elements than 32 bits can count."""
+    import torch
+
+    from nondual.ops.flash_attention import triton as flash
+    from nondual.ops.selective_scan import triton as scan
+    from nondual.ops.ssd import triton as ssd
+
+    ssd.chip_of = flash.chip_of = lambda device: "sm_90"
+    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+
+    def attend(dtype, b, h, g, n, m, d, causal, window):
+        def run():
+            q = empty(b, n, h, d, dtype=dtype).transpose(1, 2)
+            k, v = (empty(b, g, m, d, dtype=dtype) for _ in range(2))
+            kept = flash.launch_forward(q, k, v, causal, window, 0.5)
+            flash.launch_backward(kept[0], kept[2], q, k, v, *kept, causal, window, 0.5)
+
+        return run
+
+    def decode(dtype, b, h, g, m, d, window):
+        def run():
+            q, k = empty(b, h, 4, d, dtype=dtype), empty(b, g, m, d, dtype=dtype)
+            flash.launch_decode(q, k, k, True, window, 0.5, flash.splits_of(q, k, window))
+
+        return run
+
+    def selective(dtype, b, length, d, n, groups, full=True):
+        def run():
+            u, A = empty(b, length, d, dtype=dtype), empty(d, n)
+            B = empty(b, length, groups, n, dtype=dtype) if groups else A
+            state, reset = empty(b, d, n), empty(b, length, dtype=torch.bool)
+            rest = (A[:, 0], u, A[:, 0], True, state, reset) if full else (None, None, None, False, None, None)
+            y, last, *kept = scan.launch_forward(u, u, A, B, B, *rest, True)
+            scan.launch_backward(y, last, u, u, A, B, B, *rest, *kept)
+
+        return run
+
+    def dual(dtype, b, length, h, p, g, n, chunk):
+        def run():
+            x, B = empty(b, length, h, p, dtype=dtype), empty(b, length, g, n, dtype=dtype)
+            rest = empty(h, p), x, empty(h), empty(b, h, p, n), empty(b, length, dtype=torch.bool)
+            call = ssd.Launcher(x, x[..., 0], empty(h), B, B, *rest, True, chunk)
+            call.steps()
+            states, last = call.pass_on()
+            call.output(states)
+            grads, _, whole = call.pass_back(x, last, states)
+            _, _, *crossing = call.rows(x, states)
+            _, _, _, d_step, columns, after = call.columns(x, grads)
+            call.steps_back(*crossing, columns, after, whole, d_step)
+
+        return run
+
+    half, single = torch.bfloat16, torch.float32
+    yield "all keys", attend(half, 32, 64, 8, 131072, 131072, 128, False, 0)
+    yield "causal, float32", attend(single, 32, 64, 64, 131072, 131072, 128, True, 0)
+    yield "window, few heads", attend(half, 4, 2, 1, 2**22, 2**22, 256, True, 4096)
+    yield "split keys", decode(half, 64, 64, 8, 2**18, 128, 0)
+    yield "split keys, float32, window", decode(single, 64, 64, 8, 2**18, 128, 2**16)
+    yield "16 states", selective(half, 16, 65536, 8192, 16, 1)
+    yield "256 states, float32", selective(single, 16, 65536, 2048, 256, 1)
+    yield "many short sequences", selective(half, 16384, 64, 2048, 16, 1)
+    yield "two levels", selective(half, 1, 2**23, 500, 16, 1)
+    yield "two levels, B and C constant", selective(single, 1, 2**23, 500, 256, 0, full=False)
+    yield "Mamba-2", dual(half, 16, 65536, 80, 64, 1, 128, 256)
+    yield "Mamba-2, float32, short chunks", dual(single, 16, 65536, 80, 64, 8, 128, 16)
+
+
+if __name__ == "__main__":
+    print(json.dumps(launches()))

@@ -114,7 +114,6 @@ def recurrence(
 # --8<-- [end:recurrence]
 
 
-# --8<-- [start:chunked]
 def chunked(
     u: Float[Tensor, "b l d"],
     A_bar: Complex[Tensor, "d m"],
@@ -134,8 +133,11 @@ def chunked(
     with autocast_off(u.device.type):
         length, (u, spoiled, spoiled_state) = u.shape[1], _finite(u)
         start = _zero_state(u, A_bar) if state is None else state
-        missing = CHUNK - length % CHUNK  # 1 or more: a compiled program need not ask whether there are any
-        u = F.pad(u, (0, 0, 0, missing)).unflatten(1, (-1, CHUNK))  # (B, K, T, D)
+        # Padding to spare, so that a compiled program need not ask whether there is a rest, or one chunk alone.
+        spare = 2 if torch.compiler.is_compiling() else 1
+        whole = length // CHUNK * CHUNK  # steps in full chunks
+        padding = whole + spare * CHUNK - length
+        u = F.pad(u, (0, 0, 0, padding)).unfold(1, CHUNK, CHUNK).mT  # (B, K, T, D)
         V = powers(A_bar, CHUNK + 1)  # (D, M, T+1)
         kernel = 2 * torch.einsum("dm,dmt->dt", C * B_bar, V[..., :-1]).real
         at = torch.arange(CHUNK, device=u.device)
@@ -144,19 +146,18 @@ def chunked(
 
         y = torch.einsum("dts,bksd->bktd", within, u)  # 1. within a chunk
         S = _weighted(V[..., :-1].flip(-1) * B_bar[..., None], u)  # 2. a chunk's own state (B, K, D, M)
-        after, _ = linear_recurrence(V[..., -1][None, None], S, start)  # 3. from chunk to chunk (B, K, D, M)
-        before = torch.cat([start[:, None], after[:, :-1]], 1)
+        engine = "parallel" if u.is_cuda else "sequential"
+        S = torch.cat([start[:, None], S], 1)  # 3. from chunk to chunk (B, K+1, D, M)
+        before = linear_recurrence(V[..., -1][None, None], S, impl=engine)[0][:, :-1]  # (B, K, D, M)
         read = torch.view_as_real(2 * (C[..., None] * V[..., 1:]).conj().resolve_conj())  # (D, M, T, 2)
         y = y + torch.einsum("dmtr,bkdmr->bktd", read, torch.view_as_real(before))  # 4. from earlier chunks
 
-        # The last state: of the last chunk only its first L mod T steps are real.
-        age = length % CHUNK - 1 - torch.arange(-1, CHUNK, device=u.device)  # of the state before the chunk, then steps
+        # The last state comes from the first L mod T steps of the chunk after the full ones; the others are padding.
+        age = length - whole - 1 - torch.arange(-1, CHUNK, device=u.device)  # of the state before it, of steps
         passed = V[..., age.clamp(min=0)].masked_fill(age < 0, 0)  # (D, M, 1+T)
-        last = passed[..., 0] * before[:, -1] + _weighted(passed[..., 1:] * B_bar[..., None], u[:, -1])
-        return y.flatten(1, 2)[:, :length] * spoiled, last * spoiled_state
-
-
-# --8<-- [end:chunked]
+        last = passed[..., 0] * before[:, -spare] + _weighted(passed[..., 1:] * B_bar[..., None], u[:, -spare])
+        y = F.pad(y.flatten(1, 2), (0, 0, 0, -padding))  # not y[:, :length]: torch.export cannot prove that it fits
+        return y * spoiled, last * spoiled_state
 
 
 def _weighted(weights: Complex[Tensor, "d m t"], u: Float[Tensor, "... t d"]) -> Complex[Tensor, "... d m"]:

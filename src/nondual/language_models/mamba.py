@@ -198,9 +198,7 @@ class MambaLM(nn.Module):
         """One empty cache for each layer, for a batch of B sequences."""
         return [layer.mixer.new_cache(batch) for layer in self.layers]
 
-    def _next(
-        self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None, *, last: bool = False
-    ) -> Tensor:
+    def _next(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None, *, last: bool = False) -> Tensor:
         """Scores (B, N, V), or (B, V) for the last position alone. The caches change last of all, or not at all."""
         new = None if cache is None else self._copies(cache)
         hidden = self._hidden(ids, new, reset)
@@ -213,7 +211,9 @@ class MambaLM(nn.Module):
     def _copies(self, cache: list[MambaCache]) -> list[MambaCache]:
         """Caches that layers may change: they put new tensors in place of these, and do not write into them."""
         if not isinstance(cache, (list, tuple)):
-            raise TypeError(f"cache must be a list of one MambaCache a layer, from new_cache, got {type(cache).__name__}")
+            raise TypeError(
+                f"cache must be a list of one MambaCache a layer, from new_cache, got {type(cache).__name__}"
+            )
         if len(cache) != len(self.layers):
             raise ValueError(f"cache must have one for each of {len(self.layers)} layers, got {len(cache)}")
         return [copy.copy(one) for one in cache]

@@ -66,7 +66,10 @@ def linear_recurrence(
     dtype = torch.promote_types(dtype, torch.complex64) if start.is_complex() else dtype
     wide = torch.promote_types(torch.promote_types(dtype, torch.float32), start.dtype)
     a, b, start = a.to(wide), b.to(wide), start.to(wide)
-    auto = "parallel" if b.device.type == "cuda" or start.numel() * (1 + start.is_complex()) <= FEW else "sequential"
+    auto = "sequential"
+    if impl == "auto":  # asked only then, so that a program compiled for a named engine serves every size
+        few = start.numel() * (1 + start.is_complex()) <= FEW
+        auto = "parallel" if b.device.type == "cuda" or few else "sequential"
     engine = choose(impl, {"sequential": sequential, "parallel": parallel}, auto)
     if b.shape[1] == 0:
         return b.to(dtype).clone(), start.clone()
@@ -158,7 +161,6 @@ def doubling(a: Tensor, b: Tensor, state: Tensor) -> Tensor:
 
     Source: Hillis and Steele 1986, "Data parallel algorithms". For lengths up to 2^ROUNDS.
     """
-    a = a.expand(b.shape)
     b = torch.cat([a[:, :1] * state[:, None] + b[:, :1], b[:, 1:]], 1)
     step = torch.arange(b.shape[1], device=b.device)
     for k in range(ROUNDS):

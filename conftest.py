@@ -207,7 +207,12 @@ def pytest_unconfigure(config):
 # --- 4. what is collected ------------------------------------------------------------------------------------------
 
 
+LONGEST = ("test_site.py", "test_flash_attention_compiles.py", "test_mamba.py", "test_transformers_interface.py")
+
+
 def pytest_collection_modifyitems(items):
+    if workers:  # the longest files first, so that no worker is left alone with one at the end
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     correct([item for item in items if is_snippet(item)])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:

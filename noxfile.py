@@ -102,7 +102,8 @@ def serve(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Unit tests, every snippet of README and docs, and the checks of the built site; `-- -n0` runs them in turn."""
     python = build(session)
-    many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadgroup"]  # each worker loads torch, and some a model
+    # The tests of a file stay together, for what they share; conftest.py sorts the files. Each worker loads torch.
+    many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
     what = ["--codeblocks", "tests", "README.md", "docs"]
     run(session, python, "-m", "pytest", *many, *what, *session.posargs, minutes=30)
 

@@ -118,7 +118,7 @@ def test_the_limits_go_up_from_the_gentlest_to_the_last():
 
 def test_every_setting_that_a_plugin_reads_is_known_without_it():
     markers = [text.partition(":")[0].partition("(")[0] for text in SETTINGS["markers"]]
-    assert {"timeout", "xdist_group"} <= set(markers)
+    assert "timeout" in markers
     assert "-n" not in SETTINGS["addopts"] and "--dist" not in SETTINGS["addopts"]
 
 

@@ -354,15 +354,13 @@ def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
     return faults
 
 
-# With `pytest -n`, two processes have a browser each: one for the wide pages, one for the narrow ones and the rest.
-WIDE, NARROW = pytest.mark.xdist_group("browser, wide"), pytest.mark.xdist_group("browser, narrow")
 PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("palette", ["light", "dark"])
-@pytest.mark.parametrize("size", [pytest.param("desktop", marks=WIDE), pytest.param("phone", marks=NARROW)])
+@pytest.mark.parametrize("size", SIZES)
 def test_every_page_reads_well(browser, site, pages, size, palette, part):
     width, height = SIZES[size]
     context = browser.new_context(
@@ -380,7 +378,6 @@ def test_every_page_reads_well(browser, site, pages, size, palette, part):
     assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
 
 
-@NARROW
 @pytest.mark.browser
 @pytest.mark.parametrize("typed, marked", [("pratyabhijna", "pratyabhijñā"), ("samskara", "saṃskāra")])
 def test_search_finds_marked_words_by_plain_letters(home, pages, typed, marked):
@@ -393,7 +390,6 @@ def test_search_finds_marked_words_by_plain_letters(home, pages, typed, marked):
     assert marked in pages[name].text.lower()
 
 
-@NARROW
 @pytest.mark.browser
 def test_a_glossary_term_explains_itself(home, site, pages):
     name = next(name for name, page in pages.items() if "<abbr title" in page.text)
@@ -406,7 +402,6 @@ def test_a_glossary_term_explains_itself(home, site, pages):
     assert len(tip.inner_text()) > 20
 
 
-@NARROW
 @pytest.mark.browser
 def test_the_palette_turns_from_system_to_light_to_dark(home):
     choices = home.locator("form[data-md-component=palette] input")
@@ -419,7 +414,6 @@ def test_the_palette_turns_from_system_to_light_to_dark(home):
     assert seen == ["default", "default", "slate"]
 
 
-@NARROW
 @pytest.mark.browser
 def test_a_lost_reader_finds_the_way_home(home, site):
     answer = home.goto(site + "no/such/page/")
@@ -483,7 +477,6 @@ def test_a_sound_file_passes(small):
     assert not foreign(pages, folder) and not broken(pages, folder)
 
 
-@NARROW
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "body, fault",
@@ -506,7 +499,6 @@ def test_a_faulty_page_is_caught(browser, serve, small, body, fault):
         assert [found for found in faults_of(page, address, axe=True) if fault in found]
 
 
-@NARROW
 @pytest.mark.browser
 def test_a_sound_page_passes(browser, serve, small):
     folder = small("<p>All is well, <code>\\(x\\)</code> too.</p>")

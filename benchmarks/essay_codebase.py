@@ -42,7 +42,8 @@ def main(options: list[str]) -> None:
         row["text_share"] = round(text / len(source), 2)
         row["functions"] = sum(isinstance(n, ast.FunctionDef) for n in nodes)
         row["arithmetic"] = sum(isinstance(n, ast.BinOp) and isinstance(n.op, ARITHMETIC) for n in nodes)
-    head = subprocess.run(["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    command = ["git", "-C", checkout, "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     write(
         "essay_codebase",
         "nox -s bench -- essay_codebase --checkout=DIR",

@@ -56,7 +56,9 @@ def main(options: list[str]) -> None:
             for n in LENGTHS:
                 for engine in ENGINES:
                     case = [sys.executable, "-m", "benchmarks.flash_attention_cpu", engine, str(n), str(int(backward))]
-                    ran = subprocess.run([*case, str(int(causal))], capture_output=True, text=True, check=True)
+                    ran = subprocess.run(
+                        [*case, str(int(causal))], capture_output=True, text=True, check=True, timeout=1800
+                    )
                     rows[engine].append({"n": n, **json.loads(ran.stdout)})
             for engine in ENGINES:
                 case = {

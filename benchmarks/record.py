@@ -47,12 +47,11 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:
     """docs/measured/<name>.json: the figures, with device, versions, commit, command and date."""
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True)
+    commit, changed = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "src", "benchmarks")
     record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_driver(device)},
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "commit": commit + ("+changes" if changed else ""),
         "command": command,
         "date": datetime.date.today().isoformat(),
         **more,
@@ -63,14 +62,23 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
     print(path.relative_to(MEASURED.parent.parent))
 
 
+def _git(*arguments: str) -> str:
+    """What git says, run where these files are."""
+    ran = subprocess.run(
+        ["git", *arguments], cwd=MEASURED.parent.parent, capture_output=True, text=True, check=True, timeout=60
+    )
+    return ran.stdout.strip()
+
+
 def _driver(device: str) -> dict[str, str]:
     """The version of a GPU's driver, where its own tool tells it."""
     if device != "cuda":
         return {}
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return {"driver": subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]}
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        ran = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=60)
+        return {"driver": ran.stdout.split()[0]}
+    except (OSError, subprocess.SubprocessError, IndexError):
         return {}
 
 

@@ -78,7 +78,7 @@ def test_a_figure_without_name_or_words_is_refused(given, told):
 
 def test_without_matplotlib_one_sentence_says_what_to_install():
     program = "import sys; sys.modules['matplotlib'] = None; from nondual import figures; figures.style()"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert run.returncode == 1
     assert "ImportError: nondual.figures draws with matplotlib: pip install 'nondual[figures]'." in run.stderr
 

@@ -1,5 +1,6 @@
 """A test that hangs is ended and shows where, however it hangs; and the settings that see to it."""
 
+import ast
 import os
 import re
 import shutil
@@ -180,3 +181,33 @@ def test_every_command_of_a_session_has_a_limit():
     bare = re.findall(r"^ *(?:return )?session\.run\((.*)", source, re.MULTILINE)
     assert [words for words in bare if "serve" not in words and "http.server" not in words] == [bare[0]]
     assert bare[0].startswith("*limit,")
+
+
+# --- the code of the project -----------------------------------------------------------------------------------------
+
+
+def waits_without_a_limit(source: str) -> list[int]:
+    """The lines that wait for another process, thread or host, and give no time limit."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "timeout" for keyword in node.keywords):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("subprocess.run", "subprocess.call", "subprocess.check_call", "subprocess.check_output"):
+            lines.append(node.lineno)
+        elif called.endswith(("urlopen", ".communicate")) or (called.endswith((".join", ".wait")) and not node.args):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_nothing_waits_without_a_limit():
+    assert waits_without_a_limit(
+        "import subprocess\nsubprocess.run([1])\nsubprocess.run([1], timeout=1)\nprocess.join()\n','.join(words)\n"
+        "process.wait()\nprocess.wait(3)\nrequest.urlopen(x)\n"
+    ) == [2, 4, 6, 8]
+    found = {}
+    for folder in ("tests", "hooks", "benchmarks", "src"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if lines := waits_without_a_limit(file.read_text(encoding="utf-8")):
+                found[str(file.relative_to(ROOT))] = lines
+    assert not found

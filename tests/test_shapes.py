@@ -104,6 +104,6 @@ except Exception as error:
 
 
 def test_every_public_call_has_the_shapes_that_its_signature_states():
-    ran = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout == "refused: TypeCheckError\n"  # so the check was really on

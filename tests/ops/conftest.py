@@ -107,7 +107,8 @@ def compiled_alone() -> Callable[..., str]:
     def run(*arguments):
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-        ran = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+        command = [sys.executable, *arguments]
+        ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
         assert ran.returncode == 0, ran.stderr[-4000:]
         return ran.stdout
 

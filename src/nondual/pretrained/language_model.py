@@ -58,7 +58,8 @@ def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch
     )
     state = from_gguf(tensors, heads, kv_heads)
     model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model.eval().to(device), _tokenizer(values)
+    model.eval().to(device)  # pyright: ignore[reportArgumentType] transformers' decorator hides the signature
+    return model, _tokenizer(values)
 
 
 def from_gguf(tensors: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:

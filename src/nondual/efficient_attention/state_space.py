@@ -110,4 +110,4 @@ def _check(A: Tensor, B: Tensor, rule: str = "zoh", **others: Tensor | None) -> 
             )
     if rule not in RULES:
         raise ValueError(f"rule must be one of {list(RULES)}, got {rule!r}")
-    return B.shape
+    return B.shape[0], B.shape[1]

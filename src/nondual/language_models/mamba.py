@@ -4,14 +4,15 @@ Source: Gu and Dao 2023 (2312.00752), section 3.4 and figure 3; root-mean-square
 (1910.07467). Symbols: ids (B, N), E width, V tokens in the vocabulary.
 """
 
-import copy
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nondual.efficient_attention.mamba import Mamba, MambaCache, at_least_float32
 from nondual.ops.checks import check_tensors
@@ -80,10 +81,11 @@ class MambaLM(nn.Module):
         """As the released code does: small embeddings, no biases, and branches that sum to the scale of one."""
         nn.init.normal_(self.embeddings.weight, std=0.02)
         for layer in self.layers:
-            for linear in (layer.mixer.in_proj, layer.mixer.out_proj):
+            mixer = cast("Mamba", layer.mixer)
+            for linear in (mixer.in_proj, mixer.out_proj):
                 if linear.bias is not None:
                     linear.bias.zero_()
-            layer.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+            mixer.out_proj.weight /= math.sqrt(len(self.layers))
 
     def forward(
         self,
@@ -169,7 +171,8 @@ class MambaLM(nn.Module):
                 temperature; ids as in `forward`.
             TypeError: ids that are not a Tensor.
         """
-        dtype, ids = getattr(ids, "dtype", None), self._checked(ids)
+        checked = self._checked(ids)
+        dtype, ids = ids.dtype, checked
         if ids.shape[1] < 1:
             raise ValueError(f"ids must hold a token or more to go on from, got {tuple(ids.shape)}")
         if n_new < 0:
@@ -196,7 +199,7 @@ class MambaLM(nn.Module):
 
     def new_cache(self, batch: int) -> list[MambaCache]:
         """One empty cache for each layer, for a batch of B sequences."""
-        return [layer.mixer.new_cache(batch) for layer in self.layers]
+        return [cast("Mamba", layer.mixer).new_cache(batch) for layer in self.layers]
 
     def _next(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None, *, last: bool = False) -> Tensor:
         """Scores (B, N, V), or (B, V) for the last position alone. The caches change last of all, or not at all."""
@@ -216,7 +219,7 @@ class MambaLM(nn.Module):
             )
         if len(cache) != len(self.layers):
             raise ValueError(f"cache must have one for each of {len(self.layers)} layers, got {len(cache)}")
-        return [copy.copy(one) for one in cache]
+        return [MambaCache(one.conv, one.state) if isinstance(one, MambaCache) else one for one in cache]
 
     def _hidden(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None) -> Tensor:
         """What stands at each position after the last norm (B, N, E)."""
@@ -241,7 +244,7 @@ class MambaLM(nn.Module):
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
         ids = ids.long()
-        if torch.compiler.is_compiling() or ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        if torch.compiler.is_compiling() or ids.is_meta or is_functorch_wrapped_tensor(ids):
             return ids  # no values to look at
         if ids.numel():
             low, high, vocabulary = int(ids.min()), int(ids.max()), self.vocabulary

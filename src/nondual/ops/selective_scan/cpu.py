@@ -349,7 +349,7 @@ def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, stat
         return None if x is None else _new(u, *shape)
 
     def sums(x):  # of each block over its channels, or of each sequence over time
-        return like(x, batch, length, blocks, states) if x.ndim == 4 else like(x, batch, channels, states)
+        return _new(u, batch, length, blocks, states) if x.ndim == 4 else _new(u, batch, channels, states)
 
     def whole(sums, x):
         if x.ndim == 2:
@@ -422,10 +422,11 @@ def _resets(start: int, reset: Tensor | None) -> dict[int, Tensor]:
 
 def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
     y, last, kept = _outputs(u, A)
+    saved = _between(kept, u, A)
     h = torch.zeros_like(last) if state is None else state
     for start in range(0, u.shape[1], CHUNK):
         if start:
-            kept[:, start // CHUNK - 1] = h
+            saved[:, start // CHUNK - 1] = h
         u_, delta_, B_, C_, z_ = _chunk(start, u, delta, B, C, z)
         delta_ = step_length(delta_, bias, softplus)
         _, hs = _states(h, delta_, delta_ * u_, A, B_, _resets(start, reset))
@@ -433,24 +434,26 @@ def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
         y_ = _gather(hs, C_)
         if D is not None:
             y_ += D * u_
-        if z is not None:
+        if z_ is not None:
             y_ *= F.silu(z_)
         y[:, start : start + CHUNK] = y_.transpose(0, 1)
     return y, last.copy_(h), kept
 
 
 def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, reset, softplus):
-    du, ddelta, dz = (None if x is None else _new(u, *u.shape) for x in (u, delta, z))
-    dA, dD, dbias = (None if x is None else x.new_zeros(x.shape) for x in (A, D, bias))
-    dB, dC = (x.new_zeros(x.shape) for x in (B, C))
+    du, ddelta = _new(u, *u.shape), _new(u, *u.shape)
+    dz = None if z is None else _new(u, *u.shape)
+    dA, dB, dC = (x.new_zeros(x.shape) for x in (A, B, C))
+    dD, dbias = (None if x is None else x.new_zeros(x.shape) for x in (D, bias))
+    saved = _between(kept, u, A)
     g = A.new_zeros(u.shape[0], *A.shape) if dlast is None else dlast
     for start in reversed(range(0, u.shape[1], CHUNK)):
         here, resets = slice(start, start + CHUNK), _resets(start, reset)
         u_, raw, B_, C_, z_, dout_ = _chunk(start, u, delta, B, C, z, dout)
         raw = raw if bias is None else raw + bias
         delta_ = F.softplus(raw) if softplus else raw
-        dy = dout_ if z is None else dout_ * F.silu(z_)
-        h = kept[:, start // CHUNK - 1] if start else torch.zeros_like(g) if state is None else state
+        dy = dout_ if z_ is None else dout_ * F.silu(z_)
+        h = saved[:, start // CHUNK - 1] if start else torch.zeros_like(g) if state is None else state
         a, hs = _states(h, delta_, delta_ * u_, A, B_, resets)
         gs = _spread(dy, C_)
         for t in reversed(range(len(gs))):
@@ -462,7 +465,7 @@ def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, res
                 d += sums
             else:
                 d[:, here] = sums.transpose(0, 1)
-        if z is not None:
+        if dz is not None and z_ is not None:
             y = _gather(hs, C_)
             if D is not None:
                 y += D * u_
@@ -494,15 +497,26 @@ def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, res
 
 
 def _sizes(u: Tensor, A: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Of y (B, L, D), the last state (B, D, N) and the states between chunks (B, chunks - 1, D, N)."""
+    """Of y (B, L, D), the last state (B, D, N), and the states between chunks (B, chunks - 1, D, N), flat.
+
+    The last are two numbers longer than needed. torch asks of every size whether it is 0 or 1, and a graph compiled or
+    exported for any length would otherwise be held to one chunk, or to several.
+    """
     (batch, length, channels), states = u.shape, A.shape[1]
-    return (batch, length, channels), (batch, channels, states), (batch, (length - 1) // CHUNK, channels, states)
+    between = batch * ((length - 1) // CHUNK) * channels * states
+    return (batch, length, channels), (batch, channels, states), (between + 2,)
 
 
 def _outputs(u: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the three results of the forward pass, in u's dtype, which is float32 or float64."""
-    y, last, kept = _sizes(u, A)
-    return _new(u, *y), _new(u, *last), _new(u, *kept)
+    y, last, kept = (_new(u, *size) for size in _sizes(u, A))
+    kept[-2:] = 0
+    return y, last, kept
+
+
+def _between(kept: Tensor, u: Tensor, A: Tensor) -> Tensor:
+    """The states between chunks (B, chunks - 1, D, N), as a view."""
+    return kept[:-2].view(u.shape[0], (u.shape[1] - 1) // CHUNK, *A.shape)
 
 
 def _wide(like: Tensor, *tensors: *Given) -> tuple[*Given]:
@@ -543,8 +557,8 @@ def _backward(
     compiled = library(given[0].dtype)
     with torch.autocast("cpu", enabled=False):
         grads = _backward_compiled(compiled, *given) if compiled else _backward_plain(*given)
-    return tuple(
-        u.new_empty(0) if x is None else grad if grad.dtype == x.dtype else _copy(grad, x.dtype)
+    return tuple(  # pyright: ignore[reportReturnType] nine, as there are nine inputs
+        u.new_empty(0) if x is None or grad is None else grad if grad.dtype == x.dtype else _copy(grad, x.dtype)
         for grad, x in zip(grads, inputs)
     )
 

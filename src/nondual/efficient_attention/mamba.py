@@ -9,7 +9,7 @@ Parameters are named and laid out as in the released code, in Hugging Face's and
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.selective_scan import selective_scan
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Mamba(nn.Module):
@@ -37,7 +39,7 @@ class Mamba(nn.Module):
     - dt_proj. While it is a plain nn.Linear without hooks, its weight is applied here and its bias is added by the
       scan, in float32. Otherwise it is called, and its bias is added as it adds it.
     - conv1d. While it is a plain nn.Conv1d without hooks, its weight and bias are read. Otherwise it is called with
-      (B, D, K-1+N), the last K - 1 inputs first; where `reset` is given, with the window of every position, (B N, D, K).
+      (B, D, K-1+N), the last K - 1 inputs first; where `reset` is given, with each position's window, (B N, D, K).
 
     Args:
         d_model: width E of x and of the output.
@@ -128,7 +130,7 @@ class Mamba(nn.Module):
             delta_softplus=True,
             state=None if cache is None else cache.state,
             reset=reset,
-            impl=self.impl,
+            impl=step_engine(self.impl, x),
         )
         out = self.out_proj(y)
         # --8<-- [end:block]
@@ -206,7 +208,7 @@ class MambaCache:
 # What Mamba and Mamba-2 have in common.
 
 
-def only_a_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
+def only_a_weight(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
 
     Not so for any other class (an adapter, a quantised layer, a subclass), where there are hooks, of the module or
@@ -227,7 +229,7 @@ def only_a_weight(module: nn.Module, kind: type[nn.Module]) -> bool:
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a linear layer, of whatever class: quantised layers have a method of that name."""
     bias = getattr(module, "bias", None)
-    return bias() if callable(bias) else bias
+    return cast("Tensor | None", bias() if callable(bias) else bias)
 
 
 def without_bias(linear: nn.Module, x: Tensor) -> Tensor:
@@ -253,11 +255,15 @@ def convolve(
     Returns:
         y (B, N, D), and the last K - 1 inputs (B, K-1, D), with zeros for those before the last reset.
     """
-    if only_a_weight(conv1d, nn.Conv1d):
+    length, plain = x.shape[1], only_a_weight(conv1d, nn.Conv1d)
+    if plain and not (length == 1 and reset is None):
         return causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, history, reset=reset)
     if history is None:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
-    window, length = torch.cat([history, x], 1), x.shape[1]
+    window = torch.cat([history, x], 1)
+    if plain:  # one position: a sum, since a call of conv1d costs several times as much on a CPU
+        y = (at_least_float32(window) * conv1d.weight[:, 0].T).sum(1, keepdim=True)
+        return (y if conv1d.bias is None else y + conv1d.bias).to(x.dtype), window[:, 1:].clone()
     if length == 0:
         return x, history
     if reset is None:
@@ -308,6 +314,12 @@ def one_step(mixer: nn.Module, x: Tensor, cache: MambaCache) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or as it is where it has more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def step_engine(impl: str, x: Tensor) -> str:
+    """The engine for x (B, N, E): "auto" is "reference" for one position on a CPU, where every other costs more to call
+    than it computes."""
+    return "reference" if impl == "auto" and x.shape[1] == 1 and x.device.type == "cpu" else impl
 
 
 def check_input(x: Tensor, width: int, cache: MambaCache | None) -> None:

@@ -24,6 +24,7 @@ from nondual.efficient_attention.mamba import (
     convolve,
     empty_cache,
     one_step,
+    step_engine,
     step_bias,
 )
 from nondual.ops.ssd import ssd
@@ -169,7 +170,7 @@ class Mamba2(nn.Module):
             state=None if cache is None else cache.state,
             reset=reset,
             chunk=self.chunk,
-            impl=self.impl,
+            impl=step_engine(self.impl, x),
         )
         out = self.out_proj(self.norm(rearrange(y, "b n h p -> b n (h p)")))
         # --8<-- [end:block]

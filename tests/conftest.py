@@ -170,12 +170,13 @@ class ErrorBudget:
 
     def add(self, name: str, *, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
         """One draw's tensors, of one shape. `exact` is float64; `ours` may be narrower, and is widened to compare."""
-        exact = exact.detach().double()
+        wide = torch.complex128 if exact.is_complex() else torch.float64
+        exact = exact.detach().to(wide)
         for x in (ours, plain):
             assert x.shape == exact.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(exact.shape)}"
         if exact.numel() == 0:
             raise ValueError(f"{name}: an empty tensor has no error to judge")
-        off = [(x.detach().double() - exact).abs().max().item() for x in (ours, plain)]
+        off = [(x.detach().to(wide) - exact).abs().max().item() for x in (ours, plain)]
         ulp = torch.finfo(ours.dtype).eps * exact.abs().max().item()
         self.errors.setdefault(name, []).append((off[0], off[1], ulp))
 

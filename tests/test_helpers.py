@@ -105,6 +105,15 @@ def test_one_unlucky_draw_is_not_held_against_us_and_a_lasting_error_is(error_bu
         error_budget.check({"y": 1.2})
 
 
+def test_a_complex_error_counts_whole(error_budget):
+    exact = torch.ones(1, dtype=torch.complex128)
+    for _ in range(error_budget.DRAWS):
+        error_budget.add("state", ours=(exact + 0.03j).to(torch.complex64), plain=exact + 0.01, exact=exact)
+    error_budget.check(4)
+    with pytest.raises(AssertionError, match=r"state: 0\.03 off, plain PyTorch 0\.01"):
+        error_budget.check(2)
+
+
 def test_a_budget_wants_several_draws_and_a_factor_and_sees_a_nan(error_budget):
     one = torch.ones(1)
     with pytest.raises(AssertionError, match="nothing was added"):

@@ -45,9 +45,11 @@ def compile_for(target: str, kernel, types: dict[str, str], constants: dict, num
     return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
 
 
-def report(kernel) -> dict[str, int]:
+def report(kernel) -> dict:
     """Registers, spills, shared memory and tensor-core instructions of a compiled kernel.
 
+    `tf32` counts instructions that round float32 to 10 bits: none is wanted. `barriers` counts those that the source
+    asks for and those that are left in the machine's code, where the compiler's own are among them.
     `serial` is the share of warpgroup matrix instructions (HGMMA) that wait for their operands one by one
     (WARPGROUP.ARRIVE before each), which ptxas does where it cannot keep several in flight: near 1 is bad.
     """
@@ -67,6 +69,11 @@ def report(kernel) -> dict[str, int]:
         "stack": int(stack),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", instructions)),
         "tensor": sum(ptx.count(word) for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma")),
+        "tf32": ptx.count("tf32"),
+        "barriers": [
+            len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", kernel.asm["ttir"])),
+            len(re.findall(r"\bBAR\.SYNC", instructions)),
+        ],
     }
     if wgmma:
         facts |= {"wgmma": wgmma, "serial": round(instructions.count("WARPGROUP.ARRIVE") / wgmma, 2)}
@@ -82,4 +89,5 @@ def _dump(kernel, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+        command = [CUOBJDUMP, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # the compilers of a hundred kernels, on a busy machine
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "docs/measured/flash_attention_compile.json"
 CHIPS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -94,6 +95,12 @@ def demand(figures, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_line_of_the_table_compiles_well(compiled, chip):
     assert demand(compiled, chip) == (4 * 3 + 3 + 3 + 2) + (4 if chip == "sm_90" else 0)
+
+
+def test_float32_is_multiplied_in_float32(compiled):
+    """On plain multipliers: the tensor cores would round to tf32."""
+    rows = [row["sm_90"] for name, row in compiled.items() if "fp32" in name]
+    assert len(rows) == 4 and not any(row["tf32"] or row["tensor"] for row in rows)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -22,6 +22,8 @@ from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
 from nondual.ops.ssd import ssd, ssd_step
 
+pytestmark = pytest.mark.timeout(600)  # a minute of one core, on a busy machine
+
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # the compilers of a hundred kernels, on a busy machine
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "docs/measured/ssd_compile.json"
 CHIPS = ["sm_80", "sm_90", "sm_100"]
@@ -95,6 +96,12 @@ def demand(figures, chip):
 def test_every_line_of_the_table_compiles_well(compiled, chip):
     products = 4 * 2 * (2 if chip == "sm_90" else 1)  # at two sizes in float16, and for this chip in float32
     assert demand(compiled, chip) == len(KERNELS) * 2 + products
+
+
+def test_float32_is_multiplied_in_float32(compiled):
+    """On plain multipliers: the tensor cores would round to tf32."""
+    rows = [row["sm_90"] for name, row in compiled.items() if "fp32" in name]
+    assert len(rows) == 8 and not any(row["tf32"] or row["tensor"] for row in rows)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -147,7 +147,7 @@ def run_pytest(folder: Path, *arguments: str) -> str:
         (folder / "hooks").symlink_to(ROOT / "hooks")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    claim(id, verdict)\n    gpu\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
     return ran.stdout + ran.stderr
 
 
@@ -176,7 +176,8 @@ def test_an_indented_snippet_keeps_its_empty_lines(tmp_path):
     assert "1 failed, 1 passed" in said
 
 
-def test_a_snippet_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_a_snippet_leaves_nothing_behind(tmp_path, workers):
     leave = (
         "import os, random\nimport torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
         "os.environ['LEFT'] = '1'\nopen('left', 'w').close()\n"
@@ -186,7 +187,7 @@ def test_a_snippet_leaves_nothing_behind(tmp_path):
         "assert 'LEFT' not in os.environ\nassert not os.path.exists('left')\n"
     )
     (tmp_path / "page.md").write_text(f"```python\n{leave}```\n\n```python\n{find}```\n")
-    assert "2 passed" in run_pytest(tmp_path, "--codeblocks", "page.md")
+    assert "2 passed" in run_pytest(tmp_path, "--codeblocks", "page.md", workers)
     assert not (tmp_path / "left").exists()
 
 
@@ -223,7 +224,8 @@ def test_alone_passes_what_is_right(tmp_path, capsys):
 # --- a skip is not a pass ------------------------------------------------------------------------------------------
 
 
-def test_evidence_may_not_be_skipped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_evidence_may_not_be_skipped(tmp_path, monkeypatch, workers):
     monkeypatch.delenv("CI", raising=False)
     (tmp_path / "test_evidence.py").write_text(
         "import pytest\n\n\n@pytest.mark.claim('A1.4', 'holds')\ndef test_a():\n    pytest.skip('no weights')\n\n\n"
@@ -231,12 +233,12 @@ def test_evidence_may_not_be_skipped(tmp_path, monkeypatch):
         "def test_c():\n    pytest.skip('no browser')\n\n\n"
         "@pytest.mark.gpu\ndef test_d():\n    pytest.skip('no device')\n"
     )
-    said = run_pytest(tmp_path)
+    said = run_pytest(tmp_path, workers)
     assert "the evidence for claim A1.4 was not run: it may not be skipped (Skipped: no weights)" in said
     assert "the evidence for claim A1.5 was not run: it may not be skipped (Skipped: later)" in said
     assert "1 failed, 2 skipped, 1 error" in said
     assert "2 skipped, 2 deselected" in run_pytest(tmp_path, "-k", "test_c or test_d")
     monkeypatch.setenv("CI", "true")
-    said = run_pytest(tmp_path)
+    said = run_pytest(tmp_path, workers)
     assert "in CI a skip is a failure (Skipped: no browser)" in said
     assert "2 failed, 1 skipped, 1 error" in said

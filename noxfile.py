@@ -66,12 +66,35 @@ def recipe() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build(session: nox.Session) -> str:
-    """Build the site, strictly; a broken link, a failing figure or a false verdict stops it."""
+def build(session: nox.Session, *, anew: bool = True) -> str:
+    """Build the site, strictly; a broken link, a failing figure or a false verdict stops it.
+
+    Without `anew` a site that was built from the files as they are is taken as it is.
+    """
     python = environment(session)
     run(session, python, "-m", "nondual.pretrained", minutes=20)  # the real weights, once, into the user's cache
+    built = ROOT / ".nox" / "site"  # what the site was built from; not in site/, which is published
+    sources = contents()
+    if not anew and SITE.exists() and built.exists() and built.read_text() == sources:
+        session.log("The site is built from the files as they are.")
+        return python
+    built.unlink(missing_ok=True)
     run(session, python, "-m", "mkdocs", "build", "--strict", "--site-dir", str(SITE), minutes=20)
+    built.parent.mkdir(exist_ok=True)
+    built.write_text(sources)
     return python
+
+
+def contents() -> str:
+    """A hash of every file of the project but what is made from them: pages, code, tests, measurements."""
+    found = hashlib.sha256((recipe() + os.environ.get("SITE_URL", "")).encode())
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = sorted(name for name in inner if name not in ("site", "dist", "__pycache__") and name[0] != ".")
+        for name in sorted(names):
+            file = Path(folder, name)
+            if file.is_file():
+                found.update(f"{file.relative_to(ROOT)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 @nox.session
@@ -101,7 +124,7 @@ def serve(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Unit tests, every snippet of README and docs, and the checks of the built site; `-- -n0` runs them in turn."""
-    python = build(session)
+    python = build(session, anew=False)
     # The tests of a file stay together, for what they share; conftest.py sorts the files. Each worker loads torch.
     many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
     what = ["--codeblocks", "tests", "README.md", "docs"]

@@ -278,6 +278,256 @@ def test_bad_input_is_named(inputs, options, says):
         attention(*inputs, **options)
 
 
+@pytest.mark.parametrize("name, given, says", [
+    ("q", [[1.0]], "q must be a Tensor, got list; use torch.tensor"),
+    ("k", None, "k must be a Tensor, got NoneType"),
+    ("v", "array", "v must be a Tensor, got ndarray; use torch.from_numpy"),
+    ("mask", "array", "mask must be a Tensor, got ndarray"),
+])  # fmt: skip
+def test_what_is_no_tensor_is_named(name, given, says):
+    given = torch.zeros(B, H, M, D).numpy() if given == "array" else given
+    inputs = dict(zip("qkv", made())) | {name: given}
+    with pytest.raises(TypeError, match=says):
+        attention(**inputs)
+    with pytest.raises(TypeError, match="scores must be a Tensor, got list"):
+        masked_softmax([[0.0]])
+
+
+def test_what_is_no_mask_or_no_score_is_named():
+    with pytest.raises(ValueError, match=r"mask must be boolean .* got torch.int64; .*mask.bool\(\)"):
+        masked_softmax(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="scores must be floating point"):
+        masked_softmax(torch.zeros(2, 3, dtype=torch.long))
+
+
+# --- float32 or better -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["no mask", "boolean", "added"])
+def test_a_softmax_of_many_half_precision_scores_sums_to_one(dtype, form):
+    """70,000 equal scores: their sum is beyond float16, and beyond what bfloat16 counts in ones."""
+    m = 70_000
+    mask = {"no mask": None, "boolean": torch.ones(m, dtype=torch.bool), "added": torch.zeros(m, dtype=dtype)}[form]
+    weights = masked_softmax(torch.full((1, m), 3.0, dtype=dtype), mask)
+    assert weights.dtype == dtype
+    assert (weights.double() - 1 / m).abs().max() <= torch.finfo(dtype).eps / m + 2.0**-25  # float16: half a subnormal
+    _, weights = attention(*(torch.zeros(1, 1, n, 4, dtype=dtype) for n in (1, m, m)), return_weights=True)
+    assert (weights.double() - 1 / m).abs().max() <= torch.finfo(dtype).eps / m + 2.0**-25
+
+
+def test_a_softmax_adds_its_mask_in_float32():
+    scores = torch.full((1, 2), -6e4, dtype=torch.float16)
+    added = torch.tensor([[-6e4, -6e4 + 32]], dtype=torch.float16)  # the sums are beyond float16
+    torch.testing.assert_close(masked_softmax(scores, added), (scores.float() + added.float()).softmax(-1).half())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_multiplies_in_float32_under_autocast_too(compiled):
+    """Cast on the way in, as torch casts, and nothing after that: to the bit what it gives without autocast."""
+    inputs = [(8 * x).float().detach().requires_grad_() for x in qkv()]
+    half = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    run = lambda *a: attention(*a, causal=True, return_weights=True, impl="reference")  # noqa: E731
+    expected, rows = run(*half)
+    op = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = op(*inputs)
+    assert out.dtype == weights.dtype == torch.bfloat16
+    assert torch.equal(out, expected) and torch.equal(weights, rows)
+    exact, exact_rows = run(*(x.detach().double() for x in half))
+    assert (out - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (weights - exact_rows).abs().max() <= torch.finfo(torch.bfloat16).eps
+    if not compiled:  # torch.compile traces a backward pass under the autocast around it
+        for a, b in zip(gradients(out, inputs), gradients(expected, half)):
+            torch.testing.assert_close(a.bfloat16(), b)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("q_dtype, kv_dtype, mask_dtype", [
+    (torch.float32, torch.bfloat16, torch.float32), (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32, torch.bfloat16), (torch.float64, torch.float64, torch.float64),
+])  # fmt: skip
+def test_autocast_takes_the_dtypes_that_torch_takes(impl, q_dtype, kv_dtype, mask_dtype):
+    q, k, v = (x.detach().to(t) for x, t in zip(qkv(), (q_dtype, kv_dtype, kv_dtype)))
+    mask = torch.randn(N, M, generator=torch.Generator().manual_seed(1)).to(mask_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        out = attention(q, k, v, mask=mask, impl=impl)
+        masked = attention(q, k, v, mask=mask, causal=True, impl=impl)
+    assert out.dtype == masked.dtype == expected.dtype
+    loose = 1e-12 if out.dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(out, expected, atol=loose, rtol=loose)
+
+
+def test_under_autocast_a_float32_mask_beside_float64_is_taken_as_it_is():
+    q, k, v = (x.detach() for x in qkv())
+    mask = torch.randn(N, M)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, mask=mask)
+    torch.testing.assert_close(out, attention(q, k, v, mask=mask.double()))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_float32_mask_beside_other_queries_keeps_its_digits(impl, dtype, causal):
+    """As torch takes it: a bias of hundreds whose differences bfloat16 could not tell apart, and its gradient."""
+    q, k, v = inputs = qkv(dtype=dtype)
+    bias = (300 + torch.rand(N, M, generator=torch.Generator().manual_seed(4))).requires_grad_()
+    out = attention(q, k, v, mask=bias, causal=causal, impl=impl)
+    assert out.dtype == dtype
+    exact = [x.detach().double().requires_grad_() for x in (*inputs, bias)]
+    truth = attention(*exact[:3], mask=exact[3], causal=causal, impl="reference")
+    loose = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * 300)
+    torch.testing.assert_close(out.double(), truth, atol=loose, rtol=loose)
+    for a, t in zip(gradients(out, [*inputs, bias]), gradients(truth, exact)):
+        torch.testing.assert_close(a.double(), t, atol=8 * loose, rtol=8 * loose)
+
+
+# --- layouts, one tensor at a time ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("which", ["q", "k", "v", "mask", "dy"])
+@pytest.mark.parametrize("layout", ["transposed", "heads inside", "sliced", "expanded"])
+def test_each_tensor_in_a_layout_of_its_own(impl, which, layout):
+    def laid(x, name):
+        if name != which:
+            return x
+        if layout == "transposed":
+            return x.mT.contiguous().mT
+        if layout == "heads inside":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "sliced":
+            return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+        return x[:, :1].expand(x.shape)
+
+    draw = torch.Generator().manual_seed(6)
+    bias, dy = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((B, H, N, M), (B, H, N, DV)))
+    given = dict(zip("qkv", (x.detach() for x in qkv(g=G)))) | {"mask": bias, "dy": dy}
+    given = {name: laid(x, name) for name, x in given.items()}
+    plain = {name: x.contiguous() for name, x in given.items()}
+    results = []
+    for case in (given, plain):
+        inputs = [case[name].requires_grad_() for name in ("q", "k", "v", "mask")]
+        out = attention(*inputs[:3], mask=inputs[3], impl=impl)
+        results.append([out, *torch.autograd.grad(out, inputs, case["dy"])])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+# --- transforms ----------------------------------------------------------------------------------------------------
+
+
+def squares(q, k, v, **options):
+    return attention(q, k, v, **options).square().sum()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"causal": True}, {"mask": masks.sliding_window(N, M, window=3)}, {"mask": torch.randn(N, M).double()},
+])  # fmt: skip
+def test_forward_mode_is_the_directional_derivative(options):
+    """Against the reverse mode's gradient, for q, k and v at once, by torch.func.jvp and by forward_ad."""
+    inputs = qkv(g=G)
+    tangents = [torch.randn_like(x) for x in inputs]
+    expected = sum((g * t).sum() for g, t in zip(torch.autograd.grad(squares(*inputs, **options), inputs), tangents))
+    plain = tuple(x.detach() for x in inputs)
+    _, got = torch.func.jvp(lambda *a: squares(*a, **options), plain, tuple(tangents))
+    torch.testing.assert_close(got, expected)
+    with torch.autograd.forward_ad.dual_level() as _:
+        duals = [torch.autograd.forward_ad.make_dual(x, t) for x, t in zip(plain, tangents)]
+        got = torch.autograd.forward_ad.unpack_dual(squares(*duals, **options)).tangent
+    torch.testing.assert_close(got, expected)
+    bias = torch.randn(N, M, dtype=torch.float64)  # a tangent of the mask alone
+    _, got = torch.func.jvp(lambda bias: squares(*plain, mask=bias), (bias,), (bias,))
+    bias.requires_grad_()
+    torch.testing.assert_close(got, (torch.autograd.grad(squares(*plain, mask=bias), bias)[0] * bias).sum().detach())
+
+
+def test_every_transform_of_torch_func_works_through_auto():
+    q, k, v = (x.detach() for x in qkv(g=G))
+    f = lambda q: squares(q, k, v, causal=True)  # noqa: E731
+    leaf = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(f)(q), expected)
+    torch.testing.assert_close(torch.func.vjp(f, q)[1](torch.ones((), dtype=q.dtype))[0], expected)
+    torch.testing.assert_close(torch.func.jacrev(f)(q), expected)
+    torch.testing.assert_close(torch.func.jacfwd(f)(q), expected)
+    small = q[:1, :1, :2], k[:1, :1, :3], v[:1, :1, :3]
+    f = lambda q: squares(q, *small[1:])  # noqa: E731
+    by_reverse = torch.autograd.functional.hessian(lambda q: squares(q, *small[1:], impl="reference"), small[0])
+    for hessian in (
+        torch.func.hessian(f),
+        torch.func.jacrev(torch.func.jacrev(f)),
+        torch.func.jacfwd(torch.func.jacfwd(f)),
+    ):
+        torch.testing.assert_close(hessian(small[0]), by_reverse)
+    one = lambda q, k, v: squares(q[None], k[None], v[None], causal=True)  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(one, argnums=(0, 1, 2)))(q, k, v)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    for a, b in zip(each, torch.autograd.grad(squares(*inputs, causal=True), inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_mode_through_a_compiled_program():
+    q, k, v = (x.detach() for x in qkv())
+    run = lambda q: torch.func.jvp(lambda q: attention(q, k, v, causal=True), (q,), (q,))[1]  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
+
+
+def test_sdpa_by_name_says_that_it_has_no_forward_mode():
+    q, k, v = (x.detach() for x in qkv())
+    f = lambda q: squares(q, k, v, impl="sdpa")  # noqa: E731
+    for asked in (lambda: torch.func.jvp(f, (q,), (q,)), lambda: torch.func.hessian(f)(q)):
+        with pytest.raises(
+            RuntimeError, match="impl='sdpa' has no forward-mode derivative; use impl='reference' or 'auto'"
+        ):
+            asked()
+    torch.testing.assert_close(torch.func.grad(f)(q), torch.func.grad(lambda q: squares(q, k, v))(q))
+
+
+# --- any length by one program ---------------------------------------------------------------------------------------
+
+SAME = [(5, 5), (9, 9), (17, 17), (130, 130), (33, 33), (1, 1)]
+OTHER = [(5, 9), (9, 17), (130, 150), (3, 7), (17, 9), (1, 6)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("lengths", [SAME, OTHER])
+@pytest.mark.parametrize("form", ["causal", "causal and mask", "weights"])
+def test_compiles_whole_for_many_lengths(dynamic, lengths, form):
+    """At most three programs: the first length, any length, and a single query. Grouped heads, forward and backward."""
+
+    def run(q, k, v):
+        mask = torch.ones(q.shape[0], 1, 1, k.shape[2], dtype=torch.bool) if "mask" in form else None
+        return attention(q, k, v, mask=mask, causal=True, return_weights=form == "weights")
+
+    torch._dynamo.reset()
+    programs = []
+    backend = lambda graph, inputs: programs.append(graph) or torch._dynamo.lookup_backend("aot_eager")(graph, inputs)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n, m in lengths:
+        inputs = qkv(n, m, g=G)
+        ours, plain = (f(*inputs) for f in (compiled, run))
+        torch.testing.assert_close(ours, plain)
+        ours, plain = (x[0] if form == "weights" else x for x in (ours, plain))
+        for a, b in zip(gradients(ours, inputs), gradients(plain, inputs)):
+            torch.testing.assert_close(a, b)
+    assert len(programs) <= 3
+
+
+def test_compiles_whole_by_inductor_for_two_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: attention(*a, causal=True), fullgraph=True, dynamic=True)
+    for n in (5, 19):
+        q, k, v = (x.float().detach() for x in qkv(n, n, g=G, dv=D))
+        torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, causal=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n, m", [(1025, 1025), (1, 4097), (257, 1031), (1031, 257)])

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nondual.ops.autocast import as_autocast_does, without_autocast
+from nondual.ops.autocast import as_autocast_does, autocast_off, is_autocasting, without_autocast
 
 
 def test_the_dtypes_are_those_of_torchs_own_attention():
@@ -32,3 +32,12 @@ def test_a_pass_runs_as_wide_as_it_was_given():
     with torch.autocast("cpu", torch.bfloat16):
         assert run(None, x).dtype == torch.float32 and F.linear(x, x).dtype == torch.bfloat16
     assert run(None, torch.ones(2, 2, device="meta")).is_meta, "where there is no autocast it simply runs"
+
+
+def test_autocast_off_is_off_inside_and_as_it_was_after():
+    x = torch.randn(3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with autocast_off("cpu"):
+            assert not is_autocasting("cpu") and F.linear(x, x).dtype == torch.float32
+        assert is_autocasting("cpu") and F.linear(x, x).dtype == torch.bfloat16
+    assert not is_autocasting("cpu") and not is_autocasting("meta")

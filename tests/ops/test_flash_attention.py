@@ -17,6 +17,7 @@ from nondual.ops import flash_attention as door
 from nondual.ops import masks
 from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention, reference
+from nondual.ops.flash_attention import tiles as by_tiles
 from nondual.ops.flash_attention import triton as kernels
 
 SRC = Path(__file__).parents[2] / "src"
@@ -183,13 +184,6 @@ def test_any_scale_and_scores_of_ten_thousand(device, dtype, scale):
     # Scores of 1e4 are known in float32 to about 1e-3, and so are the weights of keys that nearly tie.
     loose = 3e-2 if dtype == torch.float16 else 2e-1 if dtype == torch.bfloat16 else 1e-2
     torch.testing.assert_close(out.double(), truth, atol=loose, rtol=loose)
-    # A gradient is the factor times a difference of terms dP, of which each is known to its own last places.
-    d_out = incoming(out)
-    terms = (d_out.double().abs() @ exact[2].mT.abs()).max() * max(x.abs().max() for x in exact) * max(1, abs(scale))
-    grads = torch.autograd.grad(out, inputs, d_out), torch.autograd.grad(truth, exact, d_out.double())
-    for a, t in zip(*grads):
-        if t.abs().max() < torch.finfo(dtype).max:
-            assert (a - t).abs().max() <= (loose + 4 * torch.finfo(dtype).eps) * terms
     check(made(29, 41, 16, dtype=dtype, device=device), {"causal": True}, scale=math.copysign(0.5, scale))
 
 
@@ -229,6 +223,83 @@ def test_a_window_is_exactly_that_many_keys(device, impl, window):
     assert (seen[0, 0, window:].sum(-1) == min(window, m)).all() or window > n
 
 
+OPS = [
+    ("attention", "reference"),
+    ("attention", "sdpa"),
+    ("flash", "reference"),
+    ("flash", "sdpa"),
+    ("flash", "triton"),
+]
+
+
+def bounds(q, k, v, out, d_out, mask, scale, dtype, exact, rounded):
+    """By how much each number of out, dq, dk and dv may be off: the rounding of each step, carried through by hand.
+
+    A weight is known to `dtype` once, and twice as badly as its row's worst score (without error where scores are
+    `exact`) or, with `rounded`, as the row's log-sum-exp that float32 holds in one number; a term dP - delta is known
+    to `dtype` and to a float32's last places of what it is summed from.
+    """
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    weights = masked_softmax(scale * q @ k.mT, mask)
+    score = eps32 * (abs(scale) * (q @ k.mT).abs()).masked_fill(~mask, 0).amax(-1, True) if rounded else 0
+    if not exact:
+        score = score + 4 * eps32 * abs(scale) * (q.abs() @ k.mT.abs()).masked_fill(~mask, 0).amax(-1, True)
+    weight = weights * (2 * score + eps + 16 * eps32)
+    terms = d_out.abs() @ v.mT.abs()
+    ds = weights * (2 * score + eps + 16 * eps32) * (terms + (weights * terms).sum(-1, keepdim=True))
+    return {
+        "out": 2 * weight @ v.abs() + eps * out.abs(),
+        "dq": 2 * abs(scale) * ds @ k.abs(),
+        "dk": 2 * abs(scale) * ds.mT @ q.abs(),
+        "dv": 2 * weight.mT @ d_out.abs(),
+    }
+
+
+@everywhere
+@pytest.mark.parametrize("op, impl", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "scale, tied", [(256.0, True), (-256.0, True), (1e4, False), (-1e4, False), (-1.0, False), (0.0, False)]
+)
+def test_scores_of_ten_thousand_tied_or_nearly(device, op, impl, dtype, scale, tied):
+    """Every number of the output and of each gradient lies within the bound of its own roundings.
+
+    Tied: small integers give scores up to 16,384 without rounding, many equal; weights are 1 / the number of the tied,
+    and a key that is not among them has none.
+    """
+    n, m, options = 29, 41, {"causal": True}
+    inputs = made(n, m, 16, dtype=dtype, device=device)
+    if tied:
+        draw = torch.Generator().manual_seed(7)
+        whole = [torch.randint(-2, 3, x.shape, generator=draw).to(x) for x in inputs[:2]]
+        whole[1][:, :, 1::2] = whole[1][:, :, 0:-1:2]  # every key but the last stands twice
+        inputs = [*(x.requires_grad_() for x in whole), inputs[2]]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    mask = allowed(n, m, device, **options)
+    truth = textbook(*exact, mask, scale=scale)
+    run = {"attention": attention, "flash": flash_attention}[op]
+    out = run(*inputs, **options, scale=scale, impl=impl)
+    d_out = incoming(out)
+    grads = zip(torch.autograd.grad(out, inputs, d_out), torch.autograd.grad(truth, exact, d_out.double()))
+    plain = [x.detach() for x in exact]
+    limits = bounds(
+        *plain,
+        truth.detach(),
+        d_out.double(),
+        mask,
+        scale,
+        dtype,
+        exact=tied,
+        rounded=(op, impl) == ("attention", "sdpa"),
+    )
+    if tied:
+        assert (masked_softmax(scale * plain[0] @ plain[1].mT, mask).amax(-1) <= 0.5).float().mean() > 0.8
+    for name, (a, t) in {"out": (out, truth), **dict(zip(("dq", "dk", "dv"), grads))}.items():
+        fits = t.abs() < torch.finfo(dtype).max
+        off = ((a.double() - t).abs() - limits[name] - torch.finfo(dtype).eps * t.abs() - torch.finfo(dtype).tiny)[fits]
+        assert off.max() <= 0, f"{name}: {off.max():.1e} beyond its bound"
+
+
 # --- any layout ----------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +321,28 @@ def test_any_layout_of_inputs_and_of_the_incoming_gradient(device, layout):
     inputs = [laid(x.detach(), layout).requires_grad_() for x in made(17, 37, 24, b=2, device=device)]
     out = torch.randn(2, 2, 17, 24, device=device)
     check(inputs, {"causal": True}, d_out=laid(out, layout))
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("which", ["q", "k", "v", "dy"])
+def test_each_tensor_in_layouts_of_its_own(device, impl, which):
+    """One tensor at a time, forward, backward and in decoding; what is read with another's strides would show."""
+    options = {"window": 9}
+    given = dict(zip("qkv", (x.detach() for x in made(17, 37, 24, 20, b=2, h=4, g=2, device=device))))
+    given["dy"] = torch.randn(2, 4, 17, 20, generator=torch.Generator().manual_seed(2)).to(device)
+    expected = None
+    for layout in ("plain", "transposed", "heads inside", "sliced", "strided"):
+        case = given if layout == "plain" else given | {which: laid(given[which], layout)}
+        inputs = [case[name].detach().requires_grad_() for name in "qkv"]
+        out = flash_attention(*inputs, **options, impl=impl)
+        got = [out, *torch.autograd.grad(out, inputs, case["dy"])]
+        if impl == "triton" and which != "dy":
+            few = case["q"][:, :, -3:]
+            got += kernels.launch_decode(few, case["k"], case["v"], True, 9, 0.25, 2)
+        expected = got if layout == "plain" else expected
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @everywhere
@@ -440,6 +533,38 @@ def test_decoding_takes_over_by_its_rule_and_has_gradients(device):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_partial_sums_of_decoding_are_kept_in_float32(device, dtype, tied):
+    """A part's sum of 300 values of 3e4 is beyond float16; and of parts a thousand apart in score only one counts."""
+    n, m, splits = 1, 600, 2
+    q, k, v = (torch.ones(1, 2, x, 16, dtype=dtype, device=device) for x in (n, m, m))
+    v = (v * 3e4).to(dtype)
+    v[:, :, m // 2 :] = 2e4
+    k = k * 0 if tied else k * 40  # scores of 0, or of 640 and, in the second half, 0
+    k[:, :, m // 2 :] *= 0
+    out, top, total = kernels.launch_decode(q, k, v, False, 0, 1.0, splits)
+    halves = v[:, :, :: m // 2].double()
+    expected = halves.mean(2) if tied else halves[:, :, 0]
+    assert (out[:, :, 0].double() - expected).abs().max() <= torch.finfo(dtype).eps * 3e4
+    scores = (q.double() @ k.double().mT).logsumexp(-1)
+    torch.testing.assert_close((top + total).double() * math.log(2), scores, atol=1e-3, rtol=1e-6)
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [256.0, 1e4])
+def test_decoding_of_scores_of_ten_thousand(device, scale):
+    """Small integers: scores are exact and many are tied, within a part and across parts."""
+    draw = torch.Generator().manual_seed(3)
+    q, k = (torch.randint(-2, 3, (1, 2, x, 16), generator=draw).float().to(device) for x in (2, 700))
+    k[:, :, 350:] = k[:, :, :350]
+    v = torch.randn(1, 2, 700, 16, generator=draw).to(device)
+    out = kernels.launch_decode(q, k, v, False, 0, scale, 4)[0]
+    truth = textbook(q.double(), k.double(), v.double(), allowed(2, 700, device), scale=scale)
+    assert (out - truth).abs().max() <= 64 * torch.finfo(torch.float32).eps * v.abs().max()
+
+
+@everywhere
 def test_decoding_with_more_queries_than_the_cache_is_long_is_empty_above(device):
     q, k, v = (x.detach() for x in made(9, 4, 16, device=device))
     for split, plain in zip(
@@ -452,14 +577,23 @@ def test_decoding_with_more_queries_than_the_cache_is_long_is_empty_above(device
 
 
 @everywhere
-def test_opcheck(device):
-    q, k, v = made(9, 13, 16, h=2, g=1, device=device)
-    for layout in ("plain", "heads inside"):
-        inputs = [q, k, v] if layout == "plain" else [laid(x.detach(), layout).requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(torch.ops.nondual.flash_attention.default, (*inputs, True, 0, 0.25))
-    out, lse = flash_attention(q, k, v, impl="triton", return_lse=True)
-    given = [x.detach() for x in (out, lse, q, k, v, out, lse, lse)]
+@pytest.mark.parametrize("layout", ["plain", "heads inside", "transposed", "strided", "one head"])
+def test_opcheck(device, layout):
+    """What the operators say of their results while compiling is true: shapes, strides, dtypes, in every layout."""
+    lay = (lambda x: x) if layout == "plain" else (lambda x: laid(x, layout))
+    q, k, v = (lay(x.detach()).requires_grad_() for x in made(9, 13, 16, h=2, g=1, device=device))
+    torch.library.opcheck(torch.ops.nondual.flash_attention.default, (q, k, v, True, 0, 0.25))
+    out, top, total = kernels.launch_forward(*(x.detach() for x in (q, k, v)), True, 0, 0.25)
+    d_out = lay(torch.randn(out.shape, device=device))
+    given = [x.detach() for x in (d_out, total, q, k, v, out, top, total)]
     torch.library.opcheck(torch.ops.nondual.flash_attention_backward.default, (*given, True, 0, 0.25))
+    torch.library.opcheck(torch.ops.nondual.attention_by_tiles.default, (q, k, v, 5, 0.25))
+    given = [x.detach() for x in (d_out, q, k, v)]
+    torch.library.opcheck(torch.ops.nondual.attention_by_tiles_backward.default, (*given, 5, 0.25))
+    torch.library.opcheck(torch.ops.nondual.flash_attention_reference.default, (q, k, v, True, 0, 0.25, 8, 8))
+    visible = reference.Visible(9, 13, True, None, q.device)
+    given = [x.detach() for x in (d_out, total, q, k, v, *reference.forward(q, k, v, visible, 0.25, (8, 8)))]
+    torch.library.opcheck(torch.ops.nondual.flash_attention_reference_backward.default, (*given, True, 0, 0.25, 8, 8))
 
 
 @everywhere
@@ -489,10 +623,63 @@ def test_auto_on_a_cpu_compiles_whole(options):
     torch.testing.assert_close(compiled(q, k, v), flash_attention(q, k, v, **options))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 4}, {"window": 4, "return_lse": True}])
+@pytest.mark.parametrize("lengths", [
+    [(5, 5), (9, 9), (130, 130), (33, 33), (200, 200)], [(5, 9), (9, 17), (130, 150), (17, 9), (1, 33)],
+])  # fmt: skip
+def test_one_program_serves_many_lengths(dynamic, options, lengths):
+    """One for the first length, one for any, and more for a single query and for more queries than keys."""
+    torch._dynamo.reset()
+    programs = []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def run(q, k, v):
+        return flash_attention(q, k, v, **options)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n, m in lengths:
+        inputs = made(n, m, 8, h=4, g=2)
+        ours, plain = compiled(*inputs), run(*inputs)
+        torch.testing.assert_close(ours, plain)
+        ours, plain = (x[0] if "return_lse" in options else x for x in (ours, plain))
+        grads = (torch.autograd.grad(out, inputs, incoming(out)) for out in (ours, plain))
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+    assert len(programs) <= (3 if lengths[0] == (5, 5) else 4)
+
+
+def test_a_window_compiles_by_inductor_for_two_lengths():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: flash_attention(*a, window=5) * 2, fullgraph=True, dynamic=True)
+    for n in (9, 150):
+        inputs = made(n, n, 8)
+        ours, plain = compiled(*inputs), flash_attention(*inputs, window=5) * 2
+        torch.testing.assert_close(ours, plain)
+        grads = (torch.autograd.grad(out, inputs, incoming(out)) for out in (ours, plain))
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
 def test_meta_tensors(impl):
     q, k, v = (torch.zeros(2, 4, 7, 16, device="meta") for _ in range(3))
     assert flash_attention(q, k, v, causal=True, impl=impl).shape == (2, 4, 7, 16)
+
+
+@everywhere
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 5}])
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton", "auto"])
+def test_dtypes_meet_under_autocast(device, impl, options):
+    q, k, v = (x.detach() for x in made(17, 23, 16, device=device))
+    expected = flash_attention(q.half(), k.half(), v.half(), **options, impl=impl)
+    with torch.autocast(device, torch.float16):
+        for dtypes in ((torch.float32, torch.float16, torch.float32), (torch.float16, torch.float32, torch.float32)):
+            out = flash_attention(*(x.half().to(t) for x, t in zip((q, k, v), dtypes)), **options, impl=impl)
+            assert torch.equal(out, expected)
 
 
 @everywhere
@@ -518,6 +705,150 @@ def test_a_second_derivative_is_refused(device, impl):
     with pytest.raises(RuntimeError, match="has no second derivative"):
         (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"causal": True}])
+def test_a_second_derivative_through_torchs_own_attention_by_tiles_is_refused(options):
+    q, k, v = made(5, 7, 16)
+    (grad,) = torch.autograd.grad(flash_attention(q, k, v, **options, impl="sdpa").sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"impl='sdpa'\) has no second derivative; .*impl='reference'\) has one"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 3}, {"window": 3, "return_lse": True}])
+@pytest.mark.parametrize("n, m", [(5, 7), (7, 5), (6, 6)])
+def test_every_transform_works_through_auto(options, n, m):
+    """Forward mode, gradients for each sample, Hessians: as through the written formula. Rows that see nothing too."""
+    q, k, v = (x.detach() for x in made(n, m, 4, b=3, h=2, g=1, dtype=torch.float64))
+    mask = allowed(n, m, "cpu", **options)
+
+    def ours(q, k, v):
+        found = flash_attention(q, k, v, **options)
+        out, lse = found if "return_lse" in options else (found, torch.zeros(()))
+        return out.square().sum() + torch.where(lse.isfinite(), lse, 0).square().sum()
+
+    def written(q, k, v):
+        scores = (q @ k.repeat_interleave(2, -3).mT / 2).masked_fill(~mask, -1e9)
+        lse = torch.where(mask.any(-1), scores.logsumexp(-1), 0) if "return_lse" in options else torch.zeros(())
+        return textbook(q, k, v, mask).square().sum() + lse.square().sum()
+
+    by = (0, 1, 2)
+    expected = torch.func.grad(written, by)(q, k, v)
+    for got in (
+        torch.func.grad(ours, by)(q, k, v),
+        torch.func.jacrev(ours, by)(q, k, v),
+        torch.func.jacfwd(ours, by)(q, k, v),
+    ):
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b)
+    tangents = tuple(torch.randn_like(x) for x in (q, k, v))
+    _, along = torch.func.jvp(ours, (q, k, v), tangents)
+    torch.testing.assert_close(along, sum((g * t).sum() for g, t in zip(expected, tangents)))
+    one = lambda f: lambda q, k, v: f(q[None], k[None], v[None])  # noqa: E731
+    for a, b in zip(torch.func.vmap(torch.func.grad(one(ours), by))(q, k, v), expected):
+        torch.testing.assert_close(a, b)
+    small = [x[:1, :, :, :2] for x in (q, k, v)]
+    torch.testing.assert_close(torch.func.hessian(ours)(*small), torch.func.hessian(lambda *a: ours(*a))(*small))
+    torch.testing.assert_close(torch.func.hessian(ours)(*small), torch.func.jacrev(torch.func.jacrev(ours))(*small))
+
+
+@everywhere
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("asked, says", [
+    ("jvp", "no forward-mode derivative"), ("dual", "no forward-mode derivative"),
+    ("vmap", "cannot be transformed by torch.func"), ("grad", "cannot be transformed by torch.func"),
+])  # fmt: skip
+def test_an_engine_by_name_says_which_transform_it_lacks(device, impl, asked, says):
+    """Never zeros without a word, as torch would give through an operator that has a backward pass alone."""
+    q, k, v = (x.detach() for x in made(5, 7, 16, device=device))
+    f = lambda q: flash_attention(q, k, v, window=3, impl=impl).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' of flash_attention .*{says}.*; use impl='auto'"):
+        if asked == "jvp":
+            torch.func.jvp(f, (q,), (q,))
+        elif asked == "vmap":
+            torch.func.vmap(lambda q: flash_attention(q[None], k, v, impl=impl, window=3))(q)
+        elif asked == "grad":
+            torch.func.grad(f)(q)
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                f(torch.autograd.forward_ad.make_dual(q, q))
+
+
+def test_the_algorithm_itself_refuses_a_transform():
+    q, k, v = (x.detach() for x in made(5, 7, 16))
+    with pytest.raises(RuntimeError, match=r"reference.flash_attention has no forward-mode derivative .*attention"):
+        torch.func.jvp(lambda q: reference.flash_attention(q, k, v)[0], (q,), (q,))
+
+
+# --- torch's own attention, by tiles ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 5, 8])
+def test_tiles_cover_exactly_what_a_mask_shows(tile):
+    """Every length up to 7, every window: the keys and masks of all tiles, put together, are the mask."""
+    for n in range(8):
+        for m in range(8):
+            for window in range(m + 2):
+                seen = torch.zeros(n, m, dtype=torch.bool)
+                mask = by_tiles.tile_mask(m, window, min(n, tile), torch.zeros(()))
+                scores = 0
+                for rows, keys, columns in by_tiles.tiles(n, m, window, tile):
+                    part = mask[: rows.stop - rows.start, columns]
+                    assert part.shape == seen[rows, keys].shape
+                    assert (part == 0).any(-1).all(), "a row without a key"
+                    seen[rows, keys] |= part == 0
+                    scores += part.numel()
+                assert torch.equal(seen, allowed(n, m, "cpu", causal=True, window=window))
+                assert not window or scores <= n * (window + tile - 1)
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 77}, {"window": 300}, {"window": 511}, {"causal": True}])
+@pytest.mark.parametrize("n, m", [(300, 512), (512, 300), (129, 128), (127, 128), (2, 500)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torchs_attention_by_tiles_is_as_exact_as_plain_pytorch(options, n, m, dtype):
+    check(made(n, m, 12, 20, b=2, h=4, g=2, dtype=dtype), options, impl="sdpa")
+
+
+@pytest.mark.parametrize("options, n", [({"window": 64}, 2048), ({"window": 64}, 4096), ({"causal": True}, 512)])
+def test_no_tensor_of_n_by_m_is_made_for_a_window_or_for_fewer_queries_than_keys(options, n, largest):
+    """Looked at inside the operator, forward and backward: the largest tensor is q, or the scores of one tile."""
+    m, d, window = 2048 if "causal" in options else n, 16, options.get("window", 0)
+    q, k, v = (x.detach() for x in made(n, m, d, h=1, g=1))
+    tile = by_tiles.TILE * ((window or m) + by_tiles.TILE)
+    assert largest(lambda: by_tiles.forward(q, k, v, window, 0.25)) <= max(m * d, tile)
+    assert largest(lambda: by_tiles.backward(q, q, k, v, window, 0.25)) <= max(m * d, tile)
+    assert max(m * d, tile) < n * m / 3
+    assert largest(lambda: flash_attention(q[:, :, -1:], k, v, window=64)) <= 64 * d, "one query needs no mask at all"
+
+
+WINDOW = """
+import resource, sys, time, torch
+from nondual.ops.flash_attention import flash_attention
+
+torch.set_num_threads(1)
+def both_ways(n, m, impl="auto", **options):
+    q, k, v = (torch.randn(1, 1, x, 64, requires_grad=True) for x in (n, m, m))
+    start = time.process_time()
+    flash_attention(q, k, v, **options, impl=impl).sum().backward()
+    return time.process_time() - start
+
+both_ways(500, 600, window=64), both_ways(500, 600, causal=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+times = [min(both_ways(n, n, window=128) for _ in range(3)) for n in (10_000, 20_000)]
+both_ways(2_000, 20_000, causal=True)
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(memory, *times, both_ways(20_000, 20_000, "reference", window=128))
+"""
+
+
+def test_a_window_over_20000_positions_takes_little_memory_and_time():
+    """A whole mask took 1.9 GB. Memory beyond the start, in KiB; processor time linear and below the reference's."""
+    env = os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", WINDOW], env=env, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    memory, half, whole, theirs = (float(x) for x in ran.stdout.split())
+    assert memory < 200 * 1024
+    assert whole < 4 * half and whole < 1.5 * theirs
 
 
 # --- engines -------------------------------------------------------------------------------------------------------
@@ -598,7 +929,7 @@ def test_scores_are_counted():
     out, _ = reference.flash_attention(q, k, v, tile=(t, t), count=forward)
     once = forward.multiplications
     assert forward.loaded == q.numel() + (n // t) * 2 * k.numel()  # each tile of queries reads all keys and values
-    assert forward.stored == out.numel() + out.numel() // d
+    assert forward.stored == out.numel() + 2 * (out.numel() // d)  # the log-sum-exp in two parts
     out.sum().backward()
     assert forward.multiplications - once == 3 * n * n * (3 * d + 2 * d)  # five products, one of them a second time
 
@@ -657,6 +988,17 @@ def test_bad_input_is_named(inputs, options, says):
         flash_attention(*inputs, **options)
 
 
+@pytest.mark.parametrize("name, given, says", [
+    ("q", [[1.0]], "got list; use torch.tensor"), ("k", None, "got NoneType"),
+    ("v", "array", "got ndarray; use torch.from_numpy"),
+])  # fmt: skip
+def test_what_is_no_tensor_is_named(name, given, says):
+    inputs = dict(zip("qkv", zeros()))
+    inputs[name] = inputs[name].numpy() if given == "array" else given
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor, {says}"):
+        flash_attention(**inputs)
+
+
 def test_bfloat16_is_refused_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     with pytest.raises(ValueError, match="float16 or float32 in Triton's interpreter"):
@@ -675,7 +1017,8 @@ except ValueError as error:
     print(error)
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(SRC)}
-    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=100)
+    said = ran.stdout
     assert "q must be on a CUDA device for impl='triton', got cpu" in said and "TRITON_INTERPRET=1" in said
 
 

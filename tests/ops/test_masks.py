@@ -1,5 +1,6 @@
 """Masks drawn by hand, and the counts that define them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,3 +58,14 @@ def test_empty_lengths_give_empty_masks(n, m):
 def test_bad_input_is_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
+def test_lengths_of_any_integer_dtype(dtype):
+    assert rows(masks.padding(torch.tensor([2, 0, 3]).to(dtype), 3)[:, 0, 0]) == ["110", "000", "111"]
+
+
+@pytest.mark.parametrize("lengths, says", [([2, 3], "got list; use torch.tensor"), (np.array([2]), "got ndarray")])
+def test_lengths_that_are_no_tensor_are_named(lengths, says):
+    with pytest.raises(TypeError, match=f"lengths must be a Tensor, {says}"):
+        masks.padding(lengths, 3)

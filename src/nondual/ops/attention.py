@@ -93,7 +93,8 @@ def attention(
     row, as in torch, because 0 · NaN is NaN.
 
     Under autocast q, k, v and a floating mask are cast as torch casts them for its own attention, so that their dtypes
-    may differ: to autocast's dtype, all but float64.
+    may differ: to autocast's dtype, all but float64. ("reference" is then in float32 again, forward and backward; but
+    torch.compile casts the products of any backward pass that it traces under autocast.)
 
     Args:
         q: queries (B, H, N, D), any floating dtype.

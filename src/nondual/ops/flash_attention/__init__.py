@@ -37,7 +37,7 @@ from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.flash_attention import reference
 from nondual.ops.flash_attention.tiles import attention_by_tiles
-from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose, has_tangent, refuses_transforms
+from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose, has_tangent, refuses_transforms
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
 
@@ -151,8 +151,9 @@ def flash_attention(
         window = None  # exported, one program serves lengths on either side
     if n == 1 and window is None:  # the last query sees every key
         causal = False
-    by_tiles = window is not None or (causal and n != m)  # by an operator of ours, in _sdpa
-    refused = refuses_transforms(q, k, v) if engine is not _sdpa or by_tiles or has_tangent(q, k, v) else None
+    refused = refuses_transforms(q, k, v)
+    if impl == "sdpa" and window is None and (not causal or n == m) and not has_tangent(q, k, v):
+        refused = None  # torch's own operator, not ours: it has rules for all but forward mode
     if refused and impl != "auto":
         raise RuntimeError(f"impl={impl!r} of flash_attention {refused}; use impl='auto', which forms the weights")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -216,6 +217,6 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None
     try:
         from nondual.ops.flash_attention import triton
     except ImportError as error:
-        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+        raise RuntimeError(f"{NO_TRITON} ({error})") from error
     check_kernels_run("q", q, triton.INTERPRETED)
     return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)

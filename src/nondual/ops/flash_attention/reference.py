@@ -14,13 +14,12 @@ N x M is never held: beyond input and output, memory is one tile of scores and a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nondual.ops.autocast import without_autocast
+from nondual.ops.autocast import autocast_off, without_autocast
 from nondual.ops.impl import refuses_transforms
 
 
@@ -103,7 +102,7 @@ def flash_attention(
         )
     causal = causal or window is not None
     if torch.compiler.is_compiling() and count is None and trace is None:
-        return _forward(q, k, v, causal, window or 0, float(scale), *tile)
+        return _forward(q, k, v, causal, window or 0, float(scale), *tile)[:2]
     visible = Visible(q.shape[2], k.shape[2], causal, window, q.device)
     return _FlashAttention.apply(q, k, v, visible, scale, tile, count, trace)
 
@@ -145,41 +144,87 @@ def tiles(of: range, size: int) -> Iterator[range]:
         yield range(start, min(start + size, of.stop))
 
 
+# --8<-- [start:forward]
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, tile: tuple[int, int],
+    count: Count | None = None, trace: Callable[[Step], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Algorithm 1: for each tile of queries, past all tiles of keys: O, L, and what rounding took from L."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse, rest = (torch.empty(q.shape[:3], dtype=wide, device=q.device) for _ in range(2))
+    for queries in tiles(range(visible.n), tile[0]):  # 3: for each Q_i
+        q_i = _load(q, queries, wide, count)  # 4
+        o = q_i.new_zeros(*q_i.shape[:3], v.shape[-1])  # 5: O_i, l_i and m_i start at 0, 0 and -inf
+        l = q_i.new_zeros(q_i.shape[:3])
+        m = torch.full_like(l, -torch.inf)
+        for keys in tiles(visible.span(queries), tile[1]):  # 6: for each K_j
+            k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
+            s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 8: S = Q_i K_jᵀ
+            m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
+            shift = m_new.masked_fill(m_new == -torch.inf, 0)  # so far nothing seen: exp(-inf - 0) = 0
+            p = torch.exp(s - shift[..., None])
+            forget = torch.exp(m - shift)  # what is held was measured from the old m
+            l = forget * l + p.sum(-1)
+            o = forget[..., None] * o + p @ v_j  # 10
+            m = m_new
+            _note(count, multiplications=s.numel() * v.shape[-1])
+            if trace is not None:
+                trace(Step(queries, keys, s, m, l, o))
+        o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
+        _store(out, queries, o, count)  # 14
+        top = m + torch.log(l)  # 13, 15: L = m + log l, -inf where nothing was seen
+        _store(lse, queries, top, count)
+        rounded = (m - top + torch.log(l)).masked_fill(l == 0, 0)  # for scores of 1e4, a thousandth: it would
+        _store(rest, queries, rounded, count)  # be an error of every weight in the backward pass
+    return out, lse, rest
+
+
+# --8<-- [end:forward]
+
+
+def backward(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor,
+    visible: Visible, scale: float, tile: tuple[int, int], count: Count | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L. Gives dQ, dK, dV."""
+    wide = lse.dtype
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
+    # 4: D = rowsum(dO ∘ O). L has a gradient of its own here: dL/dS = P, which joins dS below with D's sign turned.
+    delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that saw nothing: P = exp(S - inf) = 0
+    _note(count, loaded=out.numel() + d_out.numel(), stored=delta.numel())
+    for keys in tiles(range(visible.m), tile[1]):  # 5: for each K_j
+        k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 6
+        dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)  # 7
+        for queries in tiles(range(visible.n), tile[0]):  # 8: for each Q_i
+            seen = visible.span(queries)
+            if seen.start >= keys.stop or seen.stop <= keys.start:
+                continue
+            q_i, do_i = (_load(x, queries, wide, count) for x in (q, d_out))  # 9
+            l_i, rest_i, d_i = (_load(x, queries, wide, count)[..., None] for x in (lse, rest, delta))
+            s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 10: S = Q_i K_jᵀ, again
+            p = torch.exp(s - l_i - rest_i)  # 11: the softmax itself, no division
+            dv_j += p.mT @ do_i  # 12
+            dp = do_i @ v_j.mT  # 13
+            ds = p * (dp - d_i)  # 14
+            dq[:, :, queries.start : queries.stop] += scale * ds @ k_j  # 15
+            dk_j += scale * ds.mT @ q_i  # 16
+            _note(count, multiplications=s.numel() * 2 * (q.shape[-1] + v.shape[-1]))
+            _note(count, loaded=q_i.numel(), stored=q_i.numel())  # dQ_i is read and written at every visit
+        _store(dk, keys, _gather(dk_j, k), count)  # 18
+        _store(dv, keys, _gather(dv_j, v), count)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
 class _FlashAttention(torch.autograd.Function):
-    # --8<-- [start:forward]
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, visible, scale, tile, count, trace):
-        """Algorithm 1: for each tile of queries, past all tiles of keys, O and L."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
-        for queries in tiles(range(visible.n), tile[0]):  # 3: for each Q_i
-            q_i = _load(q, queries, wide, count)  # 4
-            o = q_i.new_zeros(*q_i.shape[:3], v.shape[-1])  # 5: O_i, l_i and m_i start at 0, 0 and -inf
-            l = q_i.new_zeros(q_i.shape[:3])
-            m = torch.full_like(l, -torch.inf)
-            for keys in tiles(visible.span(queries), tile[1]):  # 6: for each K_j
-                k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
-                s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 8: S = Q_i K_jᵀ
-                m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
-                shift = m_new.masked_fill(m_new == -torch.inf, 0)  # so far nothing seen: exp(-inf - 0) = 0
-                p = torch.exp(s - shift[..., None])
-                forget = torch.exp(m - shift)  # what is held was measured from the old m
-                l = forget * l + p.sum(-1)
-                o = forget[..., None] * o + p @ v_j  # 10
-                m = m_new
-                _note(count, multiplications=s.numel() * v.shape[-1])
-                if trace is not None:
-                    trace(Step(queries, keys, s, m, l, o))
-            o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
-            _store(out, queries, o, count)  # 14
-            _store(lse, queries, m + torch.log(l), count)  # 13, 15: L = m + log l, -inf where nothing was seen
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.run = visible, scale, tile, count
+    def forward(ctx, q, k, v, *run):
+        out, lse, rest = forward(q, k, v, *run)
+        ctx.save_for_backward(q, k, v, out, lse, rest)
+        ctx.run = run[:-1]
         return out, lse
-
-    # --8<-- [end:forward]
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -189,35 +234,8 @@ class _FlashAttention(torch.autograd.Function):
 class _FlashAttentionBackward(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, count):
-        """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L."""
-        wide = lse.dtype
-        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
-        # 4: D = rowsum(dO ∘ O). L has a gradient of its own here: dL/dS = P, which joins dS below with D's sign turned.
-        delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that saw nothing: P = exp(S - inf) = 0
-        _note(count, loaded=out.numel() + d_out.numel(), stored=delta.numel())
-        for keys in tiles(range(visible.m), tile[1]):  # 5: for each K_j
-            k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 6
-            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)  # 7
-            for queries in tiles(range(visible.n), tile[0]):  # 8: for each Q_i
-                seen = visible.span(queries)
-                if seen.start >= keys.stop or seen.stop <= keys.start:
-                    continue
-                q_i, do_i = (_load(x, queries, wide, count) for x in (q, d_out))  # 9
-                l_i, d_i = (_load(x, queries, wide, count)[..., None] for x in (lse, delta))
-                s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 10: S = Q_i K_jᵀ, again
-                p = torch.exp(s - l_i)  # 11: the softmax itself, no division
-                dv_j += p.mT @ do_i  # 12
-                dp = do_i @ v_j.mT  # 13
-                ds = p * (dp - d_i)  # 14
-                dq[:, :, queries.start : queries.stop] += scale * ds @ k_j  # 15
-                dk_j += scale * ds.mT @ q_i  # 16
-                _note(count, multiplications=s.numel() * 2 * (q.shape[-1] + v.shape[-1]))
-                _note(count, loaded=q_i.numel(), stored=q_i.numel())  # dQ_i is read and written at every visit
-            _store(dk, keys, _gather(dk_j, k), count)  # 18
-            _store(dv, keys, _gather(dv_j, v), count)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    def forward(ctx, d_out, *given):
+        return backward(d_out, *given)
 
     @staticmethod
     def backward(ctx, *_):
@@ -233,25 +251,26 @@ class _FlashAttentionBackward(torch.autograd.Function):
 @torch.library.custom_op("nondual::flash_attention_reference", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, tile_q: int, tile_kv: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     visible = Visible(q.shape[2], k.shape[2], causal, window or None, q.device)
-    unsaved = SimpleNamespace(save_for_backward=lambda *_: None)
-    return _FlashAttention.forward(unsaved, q, k, v, visible, scale, (tile_q, tile_kv), None, None)
+    with autocast_off(q.device.type):
+        return forward(q, k, v, visible, scale, (tile_q, tile_kv))
 
 
 @_forward.register_fake
 def _(q, k, v, causal, window, scale, tile_q, tile_kv):
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), *(q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
 
 
 @torch.library.custom_op("nondual::flash_attention_reference_backward", mutates_args=())
 def _backward(
-    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor,
     causal: bool, window: int, scale: float, tile_q: int, tile_kv: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    visible, tile = Visible(q.shape[2], k.shape[2], causal, window or None, q.device), (tile_q, tile_kv)
-    return _FlashAttentionBackward.forward(None, d_out, d_lse, q, k, v, out, lse, visible, scale, tile, None)
+    visible = Visible(q.shape[2], k.shape[2], causal, window or None, q.device)
+    with autocast_off(q.device.type):
+        return backward(d_out, d_lse, q, k, v, out, lse, rest, visible, scale, (tile_q, tile_kv))
 
 
 @_backward.register_fake
@@ -264,7 +283,7 @@ def _save(ctx, inputs, output):
     ctx.options = inputs[3:]
 
 
-def _differentiate(ctx, d_out, d_lse):
+def _differentiate(ctx, d_out, d_lse, _):
     return *_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 

@@ -56,11 +56,7 @@ def tile_mask(m: int, window: int, tile: int, like: Tensor) -> Tensor:
     return like.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
 
 
-# custom_op, so that torch.compile does not unroll the loop and compile anew for every length.
-
-
-@torch.library.custom_op("nondual::attention_by_tiles", mutates_args=())
-def attention_by_tiles(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     """Causal attention, aligned at the end, within a window or not.
 
     Args:
@@ -92,16 +88,10 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
 
 
-@attention_by_tiles.register_fake
-def _(q, k, v, window, scale):
-    return _output(q, v)
-
-
-@torch.library.custom_op("nondual::attention_by_tiles_backward", mutates_args=())
-def _backward(
+def backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, summed in float32 or better."""
+    """dq, dk and dv from d_out (B, H, N, Dv), summed in float32 or better, in the shapes and dtypes of q, k and v."""
     n, m = q.shape[2], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = q.new_zeros(q.shape)
@@ -121,6 +111,18 @@ def _backward(
             dk[:, :, keys] += scale * ds.mT @ q_i
             dq[:, :, rows] = (scale * ds @ k_i).unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# --- as operators of torch -----------------------------------------------------------------------------------------
+# Operators, so that torch.compile does not unroll the loops and compile anew for every length.
+
+attention_by_tiles = torch.library.custom_op("nondual::attention_by_tiles", forward, mutates_args=())
+_backward = torch.library.custom_op("nondual::attention_by_tiles_backward", backward, mutates_args=())
+
+
+@attention_by_tiles.register_fake
+def _(q, k, v, window, scale):
+    return _output(q, v)
 
 
 @_backward.register_fake

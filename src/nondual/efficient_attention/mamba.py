@@ -23,6 +23,7 @@ from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.selective_scan import selective_scan
 
 M = TypeVar("M", bound=nn.Module)
+I = TypeVar("I", bound=str)  # the names of an operation's engines
 
 
 class Mamba(nn.Module):
@@ -255,15 +256,15 @@ def convolve(
     Returns:
         y (B, N, D), and the last K - 1 inputs (B, K-1, D), with zeros for those before the last reset.
     """
-    length, plain = x.shape[1], only_a_weight(conv1d, nn.Conv1d)
-    if plain and not (length == 1 and reset is None):
-        return causal_conv1d(x, conv1d.weight[:, 0], conv1d.bias, history, reset=reset)
+    length, plain = x.shape[1], conv1d if only_a_weight(conv1d, nn.Conv1d) else None
+    if plain is not None and not (length == 1 and reset is None):
+        return causal_conv1d(x, plain.weight[:, 0], plain.bias, history, reset=reset)
     if history is None:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     window = torch.cat([history, x], 1)
-    if plain:  # one position: a sum, since a call of conv1d costs several times as much on a CPU
-        y = (at_least_float32(window) * conv1d.weight[:, 0].T).sum(1, keepdim=True)
-        return (y if conv1d.bias is None else y + conv1d.bias).to(x.dtype), window[:, 1:].clone()
+    if plain is not None:  # one position: a sum, since a call of conv1d costs several times as much on a CPU
+        y = (at_least_float32(window) * plain.weight[:, 0].T).sum(1, keepdim=True)
+        return (y if plain.bias is None else y + plain.bias).to(x.dtype), window[:, 1:].clone()
     if length == 0:
         return x, history
     if reset is None:
@@ -316,7 +317,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def step_engine(impl: str, x: Tensor) -> str:
+def step_engine(impl: I, x: Tensor) -> I | Literal["reference"]:
     """The engine for x (B, N, E): "auto" is "reference" for one position on a CPU, where every other costs more to call
     than it computes."""
     return "reference" if impl == "auto" and x.shape[1] == 1 and x.device.type == "cpu" else impl

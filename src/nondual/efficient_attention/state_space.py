@@ -20,16 +20,19 @@ bilinear rule. So:
 A diagonal A is `nondual.efficient_attention.s4d`; an A that changes with the input is `nondual.ops.selective_scan`.
 """
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RULES = ("zoh", "bilinear", "euler")
+Rule = Literal["zoh", "bilinear", "euler"]
+RULES = get_args(Rule)
 
 
 # --8<-- [start:discretize]
 def discretize(
-    delta: float | Float[Tensor, ""], A: Float[Tensor, "n n"], B: Float[Tensor, "n k"], rule: str = "zoh"
+    delta: float | Float[Tensor, ""], A: Float[Tensor, "n n"], B: Float[Tensor, "n k"], rule: Rule = "zoh"
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n k"]]:
     """Ā and B̄ of one step of length delta, for any square A, a singular one too.
 

@@ -18,18 +18,22 @@ Three engines:
 "reference" for all others: exact zero-order hold, float64 on a GPU, nothing to do.
 """
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_kinds, check_shapes
-from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
+from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose
 from nondual.ops.selective_scan import reference
 from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
+from nondual.ops.selective_scan.reference import Discretization
 
 CPU_DTYPES = (*KERNEL_DTYPES, torch.float64)
-DISCRETIZATIONS = ("zoh-euler", "zoh")
+Engine = Literal["auto", "reference", "cpu", "triton"]
+DISCRETIZATIONS = get_args(Discretization)
 
 
 def selective_scan(
@@ -45,8 +49,8 @@ def selective_scan(
     state: Float[Tensor, "b d n"] | None = None,
     *,
     reset: Bool[Tensor, "b l"] | None = None,
-    discretization: str = "zoh-euler",
-    impl: str = "auto",
+    discretization: Discretization = "zoh-euler",
+    impl: Engine = "auto",
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]]:
     """The outputs of every step and the state after the last, which the next call may go on from.
 
@@ -97,7 +101,7 @@ def selective_scan(
     engine = choose(impl, engines, auto=_auto(u, A, discretization))
     if u.numel() == 0:  # nothing to launch
         engine = reference.selective_scan
-    more = {"discretization": discretization} if engine is reference.selective_scan else {}
+    more: dict[str, Discretization] = {"discretization": discretization} if engine is reference.selective_scan else {}
     return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, **more)
 
 
@@ -113,8 +117,8 @@ def selective_scan_step(
     delta_softplus: bool = False,
     state: Float[Tensor, "b d n"] | None = None,
     *,
-    discretization: str = "zoh-euler",
-    impl: str = "auto",
+    discretization: Discretization = "zoh-euler",
+    impl: Engine = "auto",
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d n"]]:
     """One step of `selective_scan`, for decoding: time and memory do not depend on how many steps came before.
 
@@ -160,7 +164,7 @@ def selective_scan_step(
     return y.squeeze(1), state
 
 
-def _auto(u: Tensor, A: Tensor, discretization: str) -> str:
+def _auto(u: Tensor, A: Tensor, discretization: Discretization) -> str:
     """The engine that "auto" means: the rule at the top of this file."""
     if discretization == "zoh-euler" and u.device.type == "cuda" and u.dtype in KERNEL_DTYPES:
         try:
@@ -197,7 +201,7 @@ def _triton(u: Tensor, *rest):
     try:
         from nondual.ops.selective_scan import triton
     except ImportError as error:
-        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+        raise RuntimeError(f"{NO_TRITON} ({error})") from error
     states = rest[1].shape[1]
     if states > triton.MOST_STATES:
         raise ValueError(

@@ -15,9 +15,13 @@ Where we differ from the paper: x is u here, and D the skip, as in the released 
 too; memory grows with B·L·D·N in the backward.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Discretization = Literal["zoh-euler", "zoh"]
 
 
 def selective_scan(
@@ -32,7 +36,7 @@ def selective_scan(
     delta_softplus: bool = False,
     state: Tensor | None = None,
     reset: Tensor | None = None,
-    discretization: str = "zoh-euler",
+    discretization: Discretization = "zoh-euler",
 ) -> tuple[Tensor, Tensor]:
     """Every output and the last state; the input is taken as `nondual.ops.selective_scan` has checked it.
 
@@ -77,7 +81,9 @@ def selective_scan(
 
 
 # --8<-- [start:discretize]
-def discretize(delta: Tensor, A: Tensor, B: Tensor, rule: str = "zoh-euler") -> tuple[Tensor, Tensor]:
+def discretize(
+    delta: Tensor, A: Tensor, B: Tensor, rule: Discretization | Literal["bilinear"] = "zoh-euler"
+) -> tuple[Tensor, Tensor]:
     """Ā and B̄ of one step of length delta, for a diagonal A, real or complex; the shapes broadcast.
 
     Args:

@@ -18,17 +18,19 @@ Three engines:
 """
 
 from functools import partial
+from typing import Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_kinds, check_shapes
-from nondual.ops.impl import KERNEL_DTYPES, check_kernels_run, choose
+from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose
 from nondual.ops.ssd import chunked, reference
 from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
 
 WIDEST, MOST_STATES = 256, 256  # the widest head and the most states that the kernels take
+Engine = Literal["auto", "reference", "chunked", "triton"]
 KERNEL_CHUNKS = (16, 32, 64, 128, 256)
 
 
@@ -46,7 +48,7 @@ def ssd(
     *,
     reset: Bool[Tensor, "b l"] | None = None,
     chunk: int | None = None,
-    impl: str = "auto",
+    impl: Engine = "auto",
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The outputs of every step and the state after the last, which the next call may go on from.
 
@@ -175,7 +177,7 @@ def _triton(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest, chunk: int | 
     try:
         from nondual.ops.ssd import triton
     except ImportError as error:
-        raise RuntimeError(f"impl='triton' needs triton, which comes with torch on Linux ({error})") from error
+        raise RuntimeError(f"{NO_TRITON} ({error})") from error
     check_kernels_run("x", x, triton.INTERPRETED)
     return triton.ssd(x, delta, A, B, *rest, chunk=chunk)
 

@@ -139,13 +139,15 @@ def textbook(q, k, v):
 
 
 @pytest.fixture(scope="module")
-def qkv():
-    """Queries, keys and values of a trained layer on a real text of 246 tokens, (1, 12, 246, 32)."""
+def layers():
+    """Queries, keys and values of five trained layers on a real text of 246 tokens, each (1, 12, 246, 32)."""
     encoder = minilm()
-    text = " ".join(BANK["river"])
-    x = encoder.layers([text])[0][2]
-    mixer = encoder.model.encoder.layers[2].mixer
-    return [p(x).detach().unflatten(-1, (12, 32)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    states = encoder.layers([" ".join(BANK["river"])])[0]
+    mixers = [layer.mixer for layer in encoder.model.encoder.layers][:5]
+    return [
+        [p(x).detach().unflatten(-1, (12, 32)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        for mixer, x in zip(mixers, states)
+    ]
 
 
 def tiled(q, k, v, **more):
@@ -153,14 +155,20 @@ def tiled(q, k, v, **more):
 
 
 @pytest.mark.claim("A4.2", "holds")
-def test_tiles_give_the_textbooks_result_and_in_half_precision_a_truer_one(qkv):
-    exact = [x.double() for x in qkv]
-    truth = textbook(*exact)
-    assert (tiled(*exact) - truth).abs().max() < 1e-13 * truth.abs().max() * 246
+def test_tiles_give_the_textbooks_result_and_in_half_precision_a_truer_one(layers):
+    """Errors in half precision are pooled over the layers: one layer alone may be lucky."""
+    for qkv in layers:
+        exact = [x.double() for x in qkv]
+        truth = textbook(*exact)
+        assert (tiled(*exact) - truth).abs().max() < 1e-13 * truth.abs().max() * 246
     for dtype in (torch.float16, torch.bfloat16):
-        half = [x.to(dtype) for x in qkv]
-        truth = textbook(*(x.double() for x in half))
-        ours, theirs = ((f(*half) - truth).abs() for f in (tiled, textbook))
+        ours, theirs = [], []
+        for qkv in layers:
+            half = [x.to(dtype) for x in qkv]
+            truth = textbook(*(x.double() for x in half))
+            for f, errors in ((tiled, ours), (textbook, theirs)):
+                errors.append((f(*half) - truth).abs() / truth.abs().max())
+        ours, theirs = torch.cat(ours), torch.cat(theirs)
         assert ours.mean() < 0.7 * theirs.mean() and ours.max() < theirs.max()
 
 

@@ -205,11 +205,15 @@ def convolution(
 
 
 def powers(x: Complex[Tensor, "d m"], n: int) -> Complex[Tensor, "d m n"]:
-    """The Vandermonde matrix 1, x, x², …, x^(n-1), by doubling: the first half times x^(n/2) is the second."""
-    V, squared = torch.ones_like(x)[..., None], x[..., None]
+    """The Vandermonde matrix 1, x, x², …, x^(n-1), by doubling: the first half times x^(n/2) is the second.
+
+    In complex128, since each squaring doubles the relative error; returned in the dtype of x.
+    """
+    wide = x.to(torch.complex128)
+    V, squared = torch.ones_like(wide)[..., None], wide[..., None]
     while V.shape[-1] < n:
         V, squared = torch.cat([V, V * squared], -1), squared * squared
-    return V[..., :n]
+    return V[..., :n].to(x.dtype)
 
 
 # --8<-- [end:convolution]

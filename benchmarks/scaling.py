@@ -1,5 +1,6 @@
-"""How a cost grows with the length: the highest memory that a process has held, and slopes on logarithmic scales."""
+"""How a cost grows with the length: the most memory that a process has held, and rates of growth."""
 
+import itertools
 import math
 import resource
 import sys
@@ -11,6 +12,12 @@ MB = 1024**2 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss in a
 def peak_mib() -> float:
     """The most that this process has held so far, in mebibytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MB
+
+
+def growth(lengths: Sequence[int], costs: Sequence[float]) -> list[float]:
+    """By what factor the cost grows from each length to the next, where that is twice as long."""
+    pairs = list(zip(lengths, costs))
+    return [after / before for (n, before), (twice, after) in itertools.pairwise(pairs) if twice == 2 * n]
 
 
 def slope(lengths: Sequence[int], costs: Sequence[float]) -> float:

@@ -167,7 +167,7 @@ def test_a_number_that_is_not_finite_goes_where_it_goes_in_the_reference(way, sc
 @both
 @pytest.mark.parametrize("case", ["beside long steps", "a dead sensor"])
 def test_a_nan_step_spoils_no_other_channel(way, name, case):
-    """Channels of one vector, A = -1, state 1: some with a step of 90, one whose steps are NaN, or are from step 50 on."""
+    """Channels of one vector, A = -1, state 1: some have a step of 90, one has NaN, always or from step 50."""
     way(name)
     delta = torch.full((1, 64, 16), 0.01)
     if case == "beside long steps":
@@ -564,3 +564,16 @@ def test_a_system_without_huge_pages_is_no_fault(monkeypatch):
         assert cpu._new(torch.empty(1), cpu.LARGE).numel() == cpu.LARGE
     finally:
         cpu._madvise.cache_clear()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("length", [0, 1, 70])
+def test_the_last_state_has_memory_of_its_own(impl, length):
+    """It is no view of anything larger, and writing to it changes neither the first state nor the outputs."""
+    given = {k: x.detach() if torch.is_tensor(x) else x for k, x in made(2, length, 5, 3).items()}
+    first = given["state"].clone()
+    y, last = selective_scan(**given, impl=impl)
+    before = y.clone()
+    assert last.untyped_storage().nbytes() == last.numel() * last.element_size()
+    last.fill_(7)
+    assert torch.equal(given["state"], first) and torch.equal(y, before)

@@ -55,7 +55,7 @@ def selective_scan(
         discretization: "zoh-euler" or "zoh".
 
     Returns:
-        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 or better.
+        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64), in memory of its own.
     """
     dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
     u, delta, A, B, C = (x.to(wide) for x in (u, delta, A, B, C))
@@ -73,6 +73,7 @@ def selective_scan(
         outputs.append((C_t * h).sum(-1))
     # --8<-- [end:scan]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    h = h if outputs else h.clone()  # a caller may write to the last state, and must not so change the first
     if D is not None:
         y = y + D * u
     if z is not None:
@@ -91,7 +92,7 @@ def discretize(
         A: the diagonal.
         B: what the input is multiplied by.
         rule: "zoh" holds the input still for the step and is then exact;
-            "zoh-euler" takes Δ B for the input, its first order;
+            "zoh-euler" takes Δ B for the input, which is exact to first order in Δ;
             "bilinear" is the trapezoidal rule.
     """
     step = delta * A

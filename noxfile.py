@@ -7,6 +7,7 @@ nox -s snippets  every fence alone, as `python file.py`
 nox -s gpu_tests the kernels on a CUDA device (add --no-venv to use the torch you have)
 nox -s bench     timings against peers; nox -s bench -- NAME for one
 nox -s lint      ruff and pyright
+nox -s mutants   plant faults one at a time in a copy, to see that tests catch them; -- FILE or NUMBER for some
 """
 
 import hashlib
@@ -177,3 +178,10 @@ def lint(session: nox.Session) -> None:
     run(session, python, "-m", "ruff", "check", ".", minutes=5)
     run(session, python, "-m", "ruff", "format", "--check", ".", minutes=5)
     run(session, python, "-m", "pyright", "--pythonpath", python, minutes=10)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant faults one at a time in a copy of the tree, and see whether a test catches each; -- FILE or NUMBER."""
+    python = environment(session)
+    run(session, python, "tests/mutants/run.py", *session.posargs, minutes=240)

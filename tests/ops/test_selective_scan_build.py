@@ -181,7 +181,8 @@ def test_a_spoilt_library_in_a_read_only_cache_is_replaced_for_this_process_alon
         patch.setattr(Path, "unlink", unlink)
         assert works()
     assert path.read_bytes() == cut
-    assert not list(Path(tempfile.gettempdir()).iterdir())  # what was compiled there is removed once it is open
+    # What was compiled there is removed once it is open; torch's compiler may have made a folder of its own.
+    assert not list(Path(tempfile.gettempdir()).glob("*nondual*"))
 
 
 # --- the cache folder ------------------------------------------------------------------------------------------------

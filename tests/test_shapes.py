@@ -11,7 +11,8 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("nondual", "beartype.beartype"):
     import torch
-    from nondual import attention_mechanism, positional_encoding, pretrained, self_attention, tasks, transformer
+    from nondual import attention_mechanism, positional_encoding, self_attention, tasks, transformer
+    from nondual.pretrained import load_mamba, minilm as load_minilm  # imported lazily: here, so that they are checked
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.efficient_attention.mamba import Mamba, step_bias
@@ -93,7 +94,7 @@ ssd_matrix(delta, A, B, B)
 tasks.selective_copying(4, 9)
 x = torch.randn(2, 5, 12)
 
-minilm = pretrained.minilm()
+minilm = load_minilm()
 minilm.encode(["two", "sentences here"]), minilm.layers(["one"]), minilm.attention("one")
 
 try:

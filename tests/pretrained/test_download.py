@@ -516,6 +516,19 @@ def test_help_names_and_list(monkeypatch, tmp_path, capsys):
     )
 
 
+def test_the_command_answers_without_torch(cache):
+    code = (
+        "import sys\nfrom nondual.pretrained import __main__ as command\ncommand.main(['--list'])\n"
+        "print(*{'torch', 'numpy', 'jaxtyping', 'unearth', 'transformers'} & sys.modules.keys())\n"
+        "from nondual import pretrained\nassert all(getattr(pretrained, name) for name in pretrained.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 and done.stdout.splitlines()[3] == ""
+    with pytest.raises(AttributeError, match=r"module 'nondual\.pretrained' has no attribute 'bert'"):
+        _ = pretrained.bert
+
+
 def test_names_choose_what_is_fetched(index, monkeypatch, tiny, capsys):
     from nondual.pretrained.__main__ import main
 

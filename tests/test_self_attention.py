@@ -1,5 +1,6 @@
 """Self-attention against torch, and the claims of the chapter that bears its name."""
 
+import copy
 import math
 
 import pytest
@@ -9,10 +10,14 @@ from scipy.optimize import linprog
 from torch import nn
 
 from nondual.data import BANK
+from nondual.efficient_attention.flash_attention import FlashAttention
+from nondual.efficient_attention.mamba import Mamba
 from nondual.ops import masks
+from nondual.ops.attention import attention
 from nondual.pretrained import minilm
 from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
 from nondual.tasks import PAIRS, RING, relation
+from nondual.transformer import FeedForward, TransformerLayer
 
 B, N, M, E, HEADS = 2, 5, 7, 12, 4
 
@@ -176,6 +181,218 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x, causal=True), layer(x, causal=True))
 
 
+# --- a cache, whatever happens -----------------------------------------------------------------------------
+
+
+def refused(layer, x, cache, cause):
+    """Call the layer so that it raises, by this cause."""
+    fail = KeyboardInterrupt if cause == "interrupted" else RuntimeError
+
+    def stop(*_, **__):
+        raise fail("stopped")
+
+    asked = {}
+    if cause == "mask shape":
+        asked["mask"] = torch.ones(7, 7, dtype=torch.bool)
+    elif cause == "mask dtype":
+        asked["mask"] = torch.ones(x.shape[1], 9, dtype=torch.int32)
+    elif cause == "mask is an array":
+        asked["mask"] = torch.ones(x.shape[1], 9).numpy()
+    elif cause in ("op", "interrupted"):
+        layer = copy.deepcopy(layer)
+        layer.op = stop
+    elif cause == "forward hook of out_proj":
+        layer = copy.deepcopy(layer)
+        layer.out_proj.register_forward_hook(stop)
+    elif cause == "dropout is not flash attention's":
+        layer = copy.deepcopy(layer).train()
+        layer.op, layer.dropout = FlashAttention(), 0.5
+    elif cause == "dtype of the cache":
+        x, layer = x.float(), copy.deepcopy(layer).float()
+    elif cause == "beyond the capacity":
+        x = torch.cat([x, x, x, x], 1)
+    elif cause == "recording gradients":
+        with torch.enable_grad():
+            return layer(x, causal=True, cache=cache)
+    return layer(x, causal=True, cache=cache, **asked)
+
+
+CAUSES = [
+    "mask shape", "mask dtype", "mask is an array", "op", "interrupted", "forward hook of out_proj",
+    "dropout is not flash attention's", "dtype of the cache", "beyond the capacity", "recording gradients",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("cause", CAUSES)
+@torch.no_grad()
+def test_a_call_that_raises_leaves_the_cache_as_it_was(cause, before, autocast):
+    layer, x = MultiHeadAttention(E, HEADS).double().eval(), draw(B, N, E)
+    cache = KVCache(B, HEADS, 9, E // HEADS, dtype=torch.float64)
+    if before:
+        layer(x[:, :before], causal=True, cache=cache)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
+            refused(layer, x[:, before : before + 3], cache, cause)
+    assert cache.length == before
+    rest = layer(x[:, before:], causal=True, cache=cache)
+    torch.testing.assert_close(rest, layer(x, causal=True)[:, before:])
+
+
+@pytest.mark.parametrize("kind", ["attention", "mamba"])
+@pytest.mark.parametrize("norm_first", [False, True])
+@torch.no_grad()
+def test_a_layer_whose_feed_forward_raises_leaves_its_mixers_cache_as_it_was(kind, norm_first):
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    mixer = MultiHeadAttention(E, HEADS) if kind == "attention" else Mamba(E)
+    new = lambda: KVCache(B, HEADS, 9, E // HEADS) if kind == "attention" else mixer.new_cache(B)  # noqa: E731
+    options = {"causal": True} if kind == "attention" else {}
+    layer, x = TransformerLayer(mixer, FeedForward(E, 29), E, norm_first=norm_first), torch.randn(B, N, E)
+    cache, fresh = new(), new()
+    layer(x[:, :2], cache=cache, **options)
+    expected = layer(x[:, :2], cache=fresh, **options), layer(x[:, 2:], cache=fresh, **options)
+    hook = layer.feed_forward.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        layer(x[:, 2:], cache=cache, **options)
+    hook.remove()
+    torch.testing.assert_close(layer(x[:, 2:], cache=cache, **options), expected[1])
+
+
+# --- autocast ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [attention, FlashAttention()])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_a_default_cache_serves_under_autocast(op, dtype):
+    layer, x = MultiHeadAttention(E, HEADS, n_kv_heads=2, op=op), torch.randn(B, N, E)
+    cache = KVCache(B, 2, N, E // HEADS, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = layer(x, causal=True)
+        parts = [layer(part, causal=True, cache=cache) for part in x.split(2, 1)]
+    assert cache.keys.dtype == (dtype or torch.float32) and cache.length == N
+    assert whole.dtype == parts[0].dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-2, rtol=2e-2)
+
+
+def test_a_cache_still_refuses_what_autocast_would_not_cast():
+    layer = MultiHeadAttention(E, HEADS).double()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with pytest.raises(ValueError, match=r"k must be torch.float32 on cpu for this cache, got torch.float64"):
+            layer(draw(B, 1, E), cache=KVCache(B, HEADS, 4, E // HEADS))
+
+
+@pytest.mark.parametrize("return_weights", [False, True])
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_float32_mask_and_the_weights_under_autocast(return_weights, mask_dtype):
+    torch.manual_seed(0)
+    layer, x = MultiHeadAttention(E, HEADS), torch.randn(B, N, E)
+    mask = masks.causal(N) if mask_dtype == torch.bool else torch.randn(N, N).to(mask_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, mask=mask, return_weights=return_weights)
+        q, k, v = (p(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if not return_weights:
+        out, _ = out, None
+    else:
+        out, weights = out
+        exact = attention(q.double(), k.double(), v.double(), mask=mask if mask_dtype == torch.bool else mask.double(),
+                          return_weights=True)[1]  # fmt: skip
+        assert (weights - exact).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        out.float(), layer(x, mask=mask.float() if mask.is_floating_point() else mask), atol=3e-2, rtol=3e-2
+    )
+
+
+# --- transforms and compilation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [attention, FlashAttention(), FlashAttention(window=3)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}])
+def test_gradients_for_each_sample_and_forward_mode(op, options):
+    """vmap(grad) over the module gives what a loop over samples gives; jvp is the gradient along the tangent."""
+    layer, x = MultiHeadAttention(E, HEADS, n_kv_heads=2, op=op).double(), draw(3, N, E)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, one):
+        return torch.func.functional_call(layer, parameters, (one[None],), options).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        layer.zero_grad()
+        layer(x[i : i + 1], **options).square().sum().backward()
+        for name, p in layer.named_parameters():
+            torch.testing.assert_close(each[name][i], p.grad)
+    tangent = draw(3, N, E, seed=5)
+    _, along = torch.func.jvp(lambda x: layer(x, **options).square().sum(), (x,), (tangent,))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(leaf, **options).square().sum(), leaf)
+    torch.testing.assert_close(along, (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("op", [attention, FlashAttention(), FlashAttention(window=3)])
+def test_one_program_serves_many_lengths(op):
+    torch._dynamo.reset()
+    layer, programs = MultiHeadAttention(E, HEADS, n_kv_heads=2, op=op), []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for n in (5, 9, 17, 33, 130):
+        x = torch.randn(B, n, E)
+        torch.testing.assert_close(compiled(x, causal=True), layer(x, causal=True))
+    assert len(programs) <= 3
+
+
+@pytest.mark.parametrize("op", [attention, FlashAttention(window=4)])
+@torch.no_grad()
+def test_decoding_with_a_cache_compiles_whole(op):
+    """Prompt, then token by token: one program for all of the steps after the first few."""
+    torch._dynamo.reset()
+    layer, x, programs = MultiHeadAttention(E, HEADS, n_kv_heads=2, op=op), torch.randn(B, 16, E), []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def read(part, cache):
+        return layer(part, causal=True, cache=cache)
+
+    compiled, cache = torch.compile(read, fullgraph=True, backend=backend), KVCache(B, 2, 16, E // HEADS)
+    parts = [compiled(part, cache) for part in x.split([5, *[1] * 11], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x, causal=True))
+    assert cache.length == 16
+    assert len(programs) <= 5
+
+
+def test_what_is_no_tensor_is_named():
+    layer, x = MultiHeadAttention(E, HEADS), torch.randn(B, N, E)
+    for call, name in (
+        (lambda: layer(x.numpy()), "x"),
+        (lambda: layer(x, x.numpy()), "memory"),
+        (lambda: layer(x, mask=x.numpy()), "mask"),
+        (lambda: SelfAttention(E)(x.tolist()), "x"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got (ndarray|list); use torch."):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_parameters_and_cache(dtype):
+    layer, x = MultiHeadAttention(E, HEADS).to(dtype), draw(B, N, E).to(dtype)
+    cache = KVCache(B, HEADS, N, E // HEADS, dtype=dtype)
+    parts = torch.cat([layer(part, causal=True, cache=cache) for part in x.split(2, 1)], 1)
+    exact = copy.deepcopy(layer).double()(x.double(), causal=True)
+    assert parts.dtype == dtype
+    assert (parts - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
+
+
 cache = {"cache": KVCache(B, HEADS, 4, 3)}
 
 
@@ -260,7 +477,9 @@ def test_what_is_found_was_in_the_sequence_but_not_how_to_find_it(encoder):
     for head in range(3):  # 11 values span a hull of 10 dimensions in 32: almost no point lies in it by chance
         corners = v[0, head].detach().double()
         rows = weights[0, head].detach().double()
-        rebuilt = rows / rows.sum(-1, keepdim=True) @ corners  # float32's sum is 1 to 1e-7, and the programme is stricter
+        rebuilt = (
+            rows / rows.sum(-1, keepdim=True) @ corners
+        )  # float32's sum is 1 to 1e-7, and the programme is stricter
         torch.testing.assert_close(rebuilt.float(), out[0, head].detach(), atol=1e-5, rtol=1e-4)
         assert all(in_hull(point, corners) for point in rebuilt)
         assert not any(in_hull(point + 0.01 * torch.randn_like(point), corners) for point in rebuilt)

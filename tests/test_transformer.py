@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.ops import masks
+from nondual.ops.attention import attention
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
 
@@ -110,3 +113,109 @@ def test_zero_length_and_empty_batch():
     encoder = TextEncoder(31, 16, E, HEADS, FF, n_layers=1)
     assert encoder(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, E)
     assert encoder(torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, E)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64])
+def test_ids_of_any_integer_dtype(dtype):
+    encoder = TextEncoder(31, 16, E, HEADS, FF, n_layers=1).eval()
+    ids = torch.randint(31, (2, 5), generator=torch.Generator().manual_seed(0))
+    segments = torch.randint(2, (2, 5), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(encoder(ids.to(dtype)), encoder(ids))
+    assert torch.equal(encoder.embed(ids.to(dtype), segments.to(dtype)), encoder.embed(ids, segments))
+
+
+def test_what_is_no_tensor_and_segments_that_do_not_fit_are_named():
+    encoder = TextEncoder(31, 16, E, HEADS, FF, n_layers=1)
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"ids must be a Tensor, got list; use torch.tensor\(ids\)"):
+        encoder([[1, 2]])
+    with pytest.raises(TypeError, match=r"ids must be a Tensor, got ndarray; use torch.from_numpy\(ids\)"):
+        encoder(ids.numpy())
+    with pytest.raises(ValueError, match="segments must lie in 0 to 1, got 2 to 2"):
+        encoder.embed(ids, ids + 2)
+    with pytest.raises(ValueError, match=r"segments must be of ids' shape \(2, 5\), got \(2, 4\)"):
+        encoder.embed(ids, ids[:, :4])
+    with pytest.raises(ValueError, match=r"segments must be integers \(B, N\)"):
+        encoder.embed(ids, ids.float())
+
+
+# --- where values cannot be looked at ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_text_encoder_compiles_whole_for_many_lengths(dynamic):
+    torch._dynamo.reset()
+    encoder, programs = TextEncoder(31, 300, E, HEADS, FF, n_layers=2).eval(), []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=dynamic, backend=backend)
+    for n in (5, 9, 2, 150):
+        ids = torch.randint(31, (2, n))
+        mask = masks.padding(torch.tensor([n, n - 1]), n)
+        torch.testing.assert_close(compiled(ids, mask=mask), encoder(ids, mask=mask))
+    assert len(programs) <= 2
+
+
+def test_a_text_encoder_on_meta_and_with_fake_tensors():
+    encoder = TextEncoder(31, 16, E, HEADS, FF, n_layers=1)
+    assert encoder.to("meta")(torch.zeros(2, 5, dtype=torch.int32, device="meta")).shape == (2, 5, E)
+    with FakeTensorMode():
+        fake = TextEncoder(31, 16, E, HEADS, FF, n_layers=1)
+        assert fake(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, E)
+
+
+@pytest.mark.parametrize("op", [attention, FlashAttention(), FlashAttention(window=3)])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_gradients_for_each_sample_through_a_stack(op, norm_first):
+    encoder = Encoder(E, HEADS, FF, n_layers=2, norm_first=norm_first).double()
+    for layer in encoder.layers:
+        layer.mixer.op = op
+    x = torch.randn(3, N, E, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in encoder.named_parameters()}
+
+    def loss(parameters, one):
+        return torch.func.functional_call(encoder, parameters, (one[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        encoder.zero_grad()
+        encoder(x[i : i + 1]).square().sum().backward()
+        for name, p in encoder.named_parameters():
+            torch.testing.assert_close(each[name][i], p.grad)
+
+
+def test_gradients_for_each_sentence_of_a_text_encoder():
+    encoder = TextEncoder(31, 16, E, HEADS, FF, n_layers=1).double()
+    ids = torch.randint(31, (3, 5))
+    parameters = {name: p.detach() for name, p in encoder.named_parameters()}
+
+    def loss(parameters, one):
+        return torch.func.functional_call(encoder, parameters, (one[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+    encoder(ids).square().sum().backward()
+    for name, p in encoder.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad)
+
+
+# --- autocast ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("kind", ["none", "padding", "float32 bias"])
+def test_a_stack_under_autocast_takes_what_torchs_takes(norm_first, kind):
+    torch.manual_seed(0)
+    encoder = Encoder(E, HEADS, FF, n_layers=2, norm_first=norm_first)
+    x = torch.randn(B, N, E)
+    mask = {"none": None, "padding": masks.padding(torch.tensor([N, 4]), N), "float32 bias": torch.randn(N, N)}[kind]
+    expected, rows = encoder(x, mask=mask, return_weights=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = encoder(x, mask=mask, return_weights=True)
+        fused = encoder(x, mask=mask)
+    for a, b in ((out, expected), (fused, expected), (weights, rows)):
+        torch.testing.assert_close(a.float(), b, atol=6e-2, rtol=6e-2)
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())

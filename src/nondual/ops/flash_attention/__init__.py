@@ -37,7 +37,15 @@ from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.flash_attention import reference
 from nondual.ops.flash_attention.tiles import attention_by_tiles
-from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose, has_tangent, refuses_transforms
+from nondual.ops.impl import (
+    KERNEL_DTYPES,
+    NO_TRITON,
+    check_kernels_run,
+    choose,
+    has_tangent,
+    kernels_refuse,
+    refuses_transforms,
+)
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
 
@@ -165,9 +173,10 @@ def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
     """The engine that "auto" means: the rule at the top of this file."""
     if q.device.type == "cuda" and _triton_refuses(q, v) is None:
         try:
-            import triton  # noqa: F401
+            from nondual.ops.flash_attention import triton
 
-            return "triton"
+            if kernels_refuse("q", q, triton.INTERPRETED) is None:
+                return "triton"
         except ImportError:
             pass
     return "reference" if return_lse else "sdpa"

@@ -116,7 +116,9 @@ def backward(
 # --- as operators of torch -----------------------------------------------------------------------------------------
 # Operators, so that torch.compile does not unroll the loops and compile anew for every length.
 
-attention_by_tiles = torch.library.custom_op("nondual::attention_by_tiles", forward, mutates_args=())
+attention_by_tiles: torch.library.CustomOpDef = torch.library.custom_op(
+    "nondual::attention_by_tiles", forward, mutates_args=()
+)
 _backward = torch.library.custom_op("nondual::attention_by_tiles_backward", backward, mutates_args=())
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.checks import check_kinds, check_shapes
+from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 
 
 def causal_conv1d(
@@ -36,18 +36,21 @@ def causal_conv1d(
         reset: True at the first step of each of several sequences packed along L: no window looks back across it.
 
     Returns:
-        y (B, L, D), and the last K - 1 inputs (B, K-1, D), with zeros for those before the last reset.
+        y (B, L, D), and the last K - 1 inputs (B, K-1, D), with zeros for those before the last reset, in memory of
+        their own. Both in x's dtype, and differentiable any number of times, in reverse and in forward mode.
 
     Raises:
+        TypeError: what is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    check_tensors({"x": x, "weight": weight}, {"bias": bias, "history": history, "reset": reset})
     x, weight, bias, history = as_autocast_does(x, weight, bias, history)
     _check(x, weight, bias, history, reset)
     length, width = x.shape[1], weight.shape[1]
     if history is None:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     if length == 0:
-        return x, history
+        return x.clone(), history.clone()
     window = torch.cat([history, x], 1)  # (B, K-1+L, D)
     if reset is None:
         y = F.conv1d(window.transpose(1, 2), weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)

@@ -4,6 +4,7 @@ Only "auto" chooses. An engine asked for by name runs or raises, saying why; it 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ NO_TRITON = "impl='triton' needs triton: pip install 'nondual[triton]'"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what Triton's kernels take
 
 
-def choose(impl: str, engines: dict[str, Callable], auto: str) -> Callable:
+def choose(impl: str, engines: dict[str, Callable[..., Any]], auto: str) -> Callable[..., Any]:
     """The engine that `impl` names, or the one named `auto` where `impl` is "auto".
 
     Raises:
@@ -32,15 +33,20 @@ def check_kernels_run(name: str, x: Tensor, interpreted: bool) -> None:
     Raises:
         ValueError: bfloat16 in the interpreter; outside of it, another device than CUDA's.
     """
+    if why := kernels_refuse(name, x, interpreted):
+        raise ValueError(why)
+
+
+def kernels_refuse(name: str, x: Tensor, interpreted: bool) -> str | None:
+    """Why Triton's kernels cannot run on this tensor where it is, or as they are run; None where they can."""
     if interpreted and x.dtype == torch.bfloat16:
-        raise ValueError(
-            f"{name} must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
-        )
+        return f"{name} must be float16 or float32 in Triton's interpreter, whose bfloat16 is wrong, got torch.bfloat16"
     if x.device.type not in ("cuda", "meta") and not interpreted:
-        raise ValueError(
+        return (
             f"{name} must be on a CUDA device for impl='triton', got {x.device}; on a CPU use impl='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in its interpreter"
         )
+    return None
 
 
 def refuses_transforms(*tensors: Tensor | None) -> str | None:

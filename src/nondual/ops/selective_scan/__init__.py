@@ -15,7 +15,9 @@ Three engines:
   Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, "cpu" for CPU tensors, and
-"reference" for all others: exact zero-order hold, float64 on a GPU, nothing to do.
+"reference" for all others: exact zero-order hold, float64 on a GPU, nothing to do. It also takes "reference" for
+forward-mode derivatives and under the transforms of torch.func, which the other two refuse: they are operators of
+torch with a backward pass and nothing else.
 """
 
 from typing import Literal, get_args
@@ -25,8 +27,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.checks import check_kinds, check_shapes
-from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose
+from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, choose, kernels_refuse, refuses_transforms
 from nondual.ops.selective_scan import reference
 from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
 from nondual.ops.selective_scan.reference import Discretization
@@ -80,29 +82,34 @@ def selective_scan(
         impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
-        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64). Both are differentiable
-        with respect to every floating argument.
+        y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64), in memory of its own.
+        Both are differentiable with respect to every floating argument.
 
     Raises:
+        TypeError: what is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
             engine or discretisation.
-        RuntimeError: "triton" or "cpu" asked for where it cannot be had. A second derivative through either.
+        RuntimeError: "triton" or "cpu" asked for where it cannot be had, for a forward-mode derivative, or under a
+            transform of torch.func. A second derivative through either.
     """
+    check_tensors(
+        {"u": u, "delta": delta, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "delta_bias": delta_bias, "state": state, "reset": reset},
+    )
     u, delta, z = as_autocast_does(u, delta, z)
     B, C = (as_autocast_does(x)[0] if x.ndim != 2 else x for x in (B, C))
     _check(u, delta, A, B, C, D, z, delta_bias, state, reset)
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization must be one of {list(DISCRETIZATIONS)}, got {discretization!r}")
-    if discretization != "zoh-euler" and impl not in ("auto", "reference"):
-        raise ValueError(f"discretization must be 'zoh-euler' for impl={impl!r}, got {discretization!r}; "
-                         "impl='reference' has both")  # fmt: skip
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
-    engines = {"reference": reference.selective_scan, "cpu": _cpu, "triton": _triton}
-    engine = choose(impl, engines, auto=_auto(u, A, discretization))
+    given = (u, delta, A, B, C, D, z, delta_bias, state, reset)
+    engines = {"reference": _reference, "cpu": _cpu, "triton": _triton}
+    engine = choose(impl, engines, auto=_auto(u, A, discretization, given))
+    if (refused := REFUSES.get(impl)) and (why := refused(u, A, discretization, given)):
+        raise why
     if u.numel() == 0:  # nothing to launch
-        engine = reference.selective_scan
-    more: dict[str, Discretization] = {"discretization": discretization} if engine is reference.selective_scan else {}
-    return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, **more)
+        engine = _reference
+    return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
 
 
 def selective_scan_step(
@@ -142,6 +149,7 @@ def selective_scan_step(
     Raises:
         ValueError, RuntimeError: as `selective_scan`.
     """
+    check_tensors({"u": u, "delta": delta, "A": A, "B": B, "C": C}, {"z": z})
     if u.ndim != 2 or B.ndim not in (2, 3) or C.ndim not in (2, 3):
         raise ValueError(
             "u must be (B, D), and B and C (B, N) or (B, G, N), for one step, "
@@ -164,56 +172,80 @@ def selective_scan_step(
     return y.squeeze(1), state
 
 
-def _auto(u: Tensor, A: Tensor, discretization: Discretization) -> str:
-    """The engine that "auto" means: the rule at the top of this file."""
-    if discretization == "zoh-euler" and u.device.type == "cuda" and u.dtype in KERNEL_DTYPES:
-        try:
-            from nondual.ops.selective_scan import triton
+# --- engines, and what they refuse -----------------------------------------------------------------------------------
 
-            if A.shape[1] <= triton.MOST_STATES:
-                return "triton"
-        except ImportError:
-            pass
-    if discretization == "zoh-euler" and u.device.type == "cpu" and u.dtype in CPU_DTYPES:
+
+def _auto(u: Tensor, A: Tensor, discretization: Discretization, given: tuple[Tensor | None, ...] = ()) -> str:
+    """The engine that "auto" means: the rule at the top of this file."""
+    if u.device.type == "cuda" and _refuses_triton(u, A, discretization, given) is None:
+        return "triton"
+    if u.device.type == "cpu" and _refuses_cpu(u, A, discretization, given) is None:
         return "cpu"
     return "reference"
 
 
-def _cpu(u: Tensor, *rest):
-    """The compiled loop, where it can run."""
+def _refuses_cpu(u: Tensor, A: Tensor, discretization: str, given: tuple[Tensor | None, ...]) -> Exception | None:
+    """What "cpu" raises for these arguments, or None where it can compute them."""
+    if discretization != "zoh-euler":
+        return ValueError(_NO_ZOH.format("cpu", discretization))
     if u.device.type not in ("cpu", "meta"):
-        raise ValueError(f"u must be on the CPU for impl='cpu', got {u.device}; impl='auto' chooses")
+        return ValueError(f"u must be on the CPU for impl='cpu', got {u.device}; impl='auto' chooses")
     if u.dtype not in CPU_DTYPES:
-        raise ValueError(
+        return ValueError(
             f"u must be float16, bfloat16, float32 or float64 for impl='cpu', got {u.dtype}; impl='reference' takes any"
         )
-    from nondual.ops.selective_scan import cpu
+    if why := refuses_transforms(*given):
+        return RuntimeError(f"selective_scan(impl='cpu') {why}; impl='reference' and impl='auto' can do it")
+    return None
 
-    return cpu.selective_scan(u, *rest)
 
-
-def _triton(u: Tensor, *rest):
-    """Our kernels, where they can run."""
+def _refuses_triton(u: Tensor, A: Tensor, discretization: str, given: tuple[Tensor | None, ...]) -> Exception | None:
+    """What "triton" raises for these arguments, or None where it can compute them."""
+    if discretization != "zoh-euler":
+        return ValueError(_NO_ZOH.format("triton", discretization))
     if u.dtype not in KERNEL_DTYPES:
-        raise ValueError(
+        return ValueError(
             f"u must be float16, bfloat16 or float32 for impl='triton', got {u.dtype}; impl='reference' takes any"
         )
     try:
         from nondual.ops.selective_scan import triton
     except ImportError as error:
-        raise RuntimeError(f"{NO_TRITON} ({error})") from error
-    states = rest[1].shape[1]
-    if states > triton.MOST_STATES:
-        raise ValueError(
-            f"A must have at most {triton.MOST_STATES} states for impl='triton', got N = {states}; "
+        return RuntimeError(f"{NO_TRITON} ({error})")
+    if A.shape[1] > triton.MOST_STATES:
+        return ValueError(
+            f"A must have at most {triton.MOST_STATES} states for impl='triton', got N = {A.shape[1]}; "
             "impl='reference' takes any"
         )
-    check_kernels_run("u", u, triton.INTERPRETED)
-    return triton.selective_scan(u, *rest)
+    if why := kernels_refuse("u", u, triton.INTERPRETED):
+        return ValueError(why)
+    if why := refuses_transforms(*given):
+        return RuntimeError(f"selective_scan(impl='triton') {why}; impl='reference' and impl='auto' can do it")
+    return None
+
+
+_NO_ZOH = "discretization must be 'zoh-euler' for impl='{}', got '{}'; impl='reference' has both"
+REFUSES = {"cpu": _refuses_cpu, "triton": _refuses_triton}
+
+
+def _reference(*arguments):
+    y, state = reference.selective_scan(*arguments)
+    return y, state if y.shape[1] else state.clone()  # without a step it would be the caller's own
+
+
+def _cpu(*arguments):
+    from nondual.ops.selective_scan import cpu
+
+    return cpu.selective_scan(*arguments[:-1])
+
+
+def _triton(*arguments):
+    from nondual.ops.selective_scan import triton
+
+    return triton.selective_scan(*arguments[:-1])
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
-    """Refuse what does not fit together, once: what was expected, what was got."""
+    """Refuse what does not fit together: what was expected, what was got."""
     if u.ndim != 3:
         raise ValueError(f"u must be 3-dimensional (B, L, D), got {tuple(u.shape)}")
     batch, length, channels = u.shape

@@ -461,7 +461,7 @@ def backward_steps(
             tl.store(p_dz + t * D + k * D + o_d, b_dz.to(p_dz.dtype.element_ty), mask=m_t)
             b_g = b_g * b_zs[k] * b_sigmoid
         b_gs = spread(b_g, D_LO, D_HI)
-        if S_B > 0:  # once more: the registers to hold it are dearer
+        if S_B > 0:  # loaded again: keeping it from above costs registers
             b_B = load_steps(p_B, t + k, S_B, o_n, 1, last, EDGE)[0][None, :, None, :]
         if S_C > 0:
             b_C = load_steps(p_C, t + k, S_C, o_n, 1, last, EDGE)[0][None, :, None, :]
@@ -531,8 +531,8 @@ def backward_kernel(
     o_forward = tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1])
     if N_LO == 4:
         # The compiler gives threads neighbours along the axis with most of them, and orders the others by theirs: these
-        # hints leave it one layout for all three, that of the tile. Only the 4 is taken for a fact about memory; it is
-        # one, but for o_forward, of which no two are read at once since nothing is promised about their alignment.
+        # hints leave it one layout for all three, that of the tile. They only steer the layout: the 4 is true of o_h
+        # and o_own; it is not of o_forward, which has no hint about alignment and so is never loaded as a vector.
         o_h = tl.max_contiguous(o_h, [1, 2, 2, 4])
         o_own = tl.max_contiguous(o_own, [1, 2, 2, 4])
         o_forward = tl.max_contiguous(o_forward, [1, 2, 2, 4])
@@ -668,7 +668,7 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
     return config | {"num_stages": 1}
 
 
-CHUNK = 8 if INTERPRETED else 64  # steps from one state that the forward leaves to the next: N/16 numbers for each of u
+CHUNK = 8 if INTERPRETED else 64  # steps from one saved state to the next: N/64 float32 numbers for each number of u
 FULL = 64  # channels for each multiprocessor, above which one level fills the chip
 
 
@@ -895,7 +895,7 @@ def _save(ctx, inputs, output):
     *tensors, softplus, state, reset, _ = inputs
     ctx.save_for_backward(*tensors, state, reset, *output[2:])
     ctx.softplus = softplus
-    ctx.set_materialize_grads(False)  # of what is kept for the backward there is none, and it is large
+    ctx.set_materialize_grads(False)  # the saved states and outputs get no gradient: do not make zeros of their size
 
 
 def _differentiate(ctx, dy, d_last, *_):

@@ -8,13 +8,14 @@ head, N states, G groups of heads that share B and C.
 
 Three engines:
 
-- "reference": step by step in plain torch. Any floating dtype, differentiable twice.
+- "reference": step by step in plain torch. Any floating dtype, differentiable any number of times and in forward mode.
 - "chunked": by blocks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
-  L. Any floating dtype, differentiable twice.
+  L. Any floating dtype, differentiable any number of times and in forward mode.
 - "triton": our kernels, in float16, bfloat16 and float32, for P and N up to 256. On CUDA tensors; on CPU
   tensors only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
-"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "chunked" for all others.
+"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "chunked" for all others, and
+for forward-mode derivatives and under the transforms of torch.func, which "triton" refuses.
 """
 
 from functools import partial
@@ -24,8 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.checks import check_kinds, check_shapes
-from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, check_kernels_run, choose
+from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, choose, kernels_refuse, refuses_transforms
 from nondual.ops.ssd import chunked, reference
 from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
 
@@ -71,34 +72,44 @@ def ssd(
         delta_softplus: take the softplus of delta (+ delta_bias).
         state: the state before the first step (B, H, P, N); zero where left out.
         reset: True at the first step of each of several sequences packed along L: there all that came before is
-            forgotten, a NaN included, and an initial state as well. But for "chunked" and "triton" a NaN or inf in x
-            meets the zeros of a mask within its own chunk, and can reach any output there; and gradients where there
-            is NaN or inf are not promised.
+            forgotten, a NaN included, and an initial state as well. In the gradients of "chunked" a NaN in z or in the
+            incoming gradient can still reach any step of its own chunk. For "triton" a NaN or inf in x can reach any
+            output of its channel within its chunk, and its gradients promise nothing where there is NaN or inf.
         chunk: steps of a chunk for "chunked", 1 or more, and "triton", one of 16, 32, 64, 128 and 256; the engine's own
             where left out. The result does not depend on it but for rounding.
         impl: "auto", "reference", "chunked" or "triton".
 
     Returns:
-        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 (float64 for float64). Both are
-        differentiable with respect to every floating argument.
+        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 (float64 for float64), in memory of its
+        own. Both are differentiable with respect to every floating argument.
 
     Raises:
+        TypeError: what is not a tensor.
         ValueError: shapes, dtypes or devices that do not fit, or that the engine asked for does not hold; an unknown
             engine; a chunk below 1.
-        RuntimeError: "triton" asked for where triton is missing. A second derivative through it.
+        RuntimeError: "triton" asked for where triton is missing, for a forward-mode derivative, or under a transform of
+            torch.func. A second derivative through it.
     """
+    check_tensors(
+        {"x": x, "delta": delta, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "delta_bias": delta_bias, "state": state, "reset": reset},
+    )
     x, delta, B, C, z = as_autocast_does(x, delta, B, C, z)
     _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk)
     B, C = (v.unsqueeze(2) if v.ndim == 3 else v for v in (B, C))  # (B, L, G, N) from here on
+    given = (x, delta, A, B, C, D, z, delta_bias, state, reset)
     engines = {
         "reference": reference.ssd,
         "chunked": partial(chunked.ssd, chunk=chunk or chunked.CHUNK),
         "triton": partial(_triton, chunk=chunk),
     }
-    engine = choose(impl, engines, auto=_auto(x, B, chunk))
+    engine = choose(impl, engines, auto=_auto(x, B, chunk, given))
+    if impl == "triton" and (why := _refuses_triton(x, B, chunk, given)):
+        raise why
     if x.numel() == 0:  # nothing to launch
         engine = reference.ssd
-    return engine(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset)
+    y, last = engine(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset)
+    return y, last if x.shape[1] else last.clone()  # without a step it would be the caller's own
 
 
 def ssd_step(
@@ -135,6 +146,7 @@ def ssd_step(
     Raises:
         ValueError: as `ssd`.
     """
+    check_tensors({"x": x, "delta": delta, "A": A, "B": B, "C": C}, {"z": z})
     if x.ndim != 3 or delta.ndim != 2 or B.ndim not in (2, 3) or C.ndim not in (2, 3):
         raise ValueError(
             "x must be (B, H, P), delta (B, H), and B and C (B, N) or (B, G, N), for one step, got "
@@ -146,44 +158,45 @@ def ssd_step(
     return y.squeeze(1), state
 
 
-def _auto(x: Tensor, B: Tensor, chunk: int | None) -> str:
+def _auto(x: Tensor, B: Tensor, chunk: int | None, given: tuple[Tensor | None, ...] = ()) -> str:
     """The engine that "auto" means: the rule at the top of this file."""
-    holds = x.dtype in KERNEL_DTYPES and x.shape[3] <= WIDEST and B.shape[3] <= MOST_STATES
-    if x.device.type == "cuda" and holds and chunk in (None, *KERNEL_CHUNKS):
-        try:
-            import triton  # noqa: F401
-
-            return "triton"
-        except ImportError:
-            pass
-    return "chunked"
+    return "triton" if x.device.type == "cuda" and _refuses_triton(x, B, chunk, given) is None else "chunked"
 
 
-def _triton(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest, chunk: int | None):
-    """Our kernels, where they can run."""
+def _refuses_triton(x: Tensor, B: Tensor, chunk: int | None, given: tuple[Tensor | None, ...]) -> Exception | None:
+    """What "triton" raises for these arguments, or None where it can compute them."""
     if x.dtype not in KERNEL_DTYPES:
-        raise ValueError(
+        return ValueError(
             f"x must be float16, bfloat16 or float32 for impl='triton', got {x.dtype}; impl='chunked' takes any"
         )
     if x.shape[3] > WIDEST or B.shape[3] > MOST_STATES:
-        raise ValueError(
+        return ValueError(
             f"P must be at most {WIDEST} and N at most {MOST_STATES} for impl='triton', got {x.shape[3]} and "
             f"{B.shape[3]}; impl='chunked' takes any"
         )
     if chunk not in (None, *KERNEL_CHUNKS):
-        raise ValueError(
+        return ValueError(
             f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {chunk}; impl='chunked' takes any"
         )
     try:
         from nondual.ops.ssd import triton
     except ImportError as error:
-        raise RuntimeError(f"{NO_TRITON} ({error})") from error
-    check_kernels_run("x", x, triton.INTERPRETED)
-    return triton.ssd(x, delta, A, B, *rest, chunk=chunk)
+        return RuntimeError(f"{NO_TRITON} ({error})")
+    if why := kernels_refuse("x", x, triton.INTERPRETED):
+        return ValueError(why)
+    if why := refuses_transforms(*given):
+        return RuntimeError(f"ssd(impl='triton') {why}; impl='chunked' and impl='auto' can do it")
+    return None
+
+
+def _triton(*arguments, chunk: int | None):
+    from nondual.ops.ssd import triton
+
+    return triton.ssd(*arguments, chunk=chunk)
 
 
 def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
-    """Refuse what does not fit together, once: what was expected, what was got."""
+    """Refuse what does not fit together: what was expected, what was got."""
     if x.ndim != 4:
         raise ValueError(f"x must be 4-dimensional (B, L, H, P), got {tuple(x.shape)}")
     batch, length, heads, width = x.shape

@@ -7,20 +7,32 @@ step.
 The matrix of `ssd_matrix` is cut into T x T blocks. Those on its diagonal are multiplied out (T² for each chunk, so
 that time and memory are linear in L); those below have rank N, and pass through the state:
 
-1. within a chunk     y = (C Bᵀ ∘ fade) Δx
-2. a chunk's state    S = Σ_s exp(what is left of the chunk after s) Δ_s x_s B_sᵀ
-3. from chunk to chunk  h ← exp(the whole chunk) h + S
-4. what was before    y += exp(the chunk up to t) h C_t
+1. within a chunk       y = (C Bᵀ ∘ decay) Δx
+2. a chunk's state      S = Σ_s (decay from s to the chunk's end) Δ_s x_s B_sᵀ
+3. from chunk to chunk  h ← (decay of the whole chunk) h + S
+4. what was before      y += (decay of the chunk up to t) h C_t
 
-Nothing is divided by an exponential. A fade is the exponential of a difference of two sums, masked before it is taken,
-so that nothing overflows; the sums are kept in float64, so that the difference is exact to float32 where strong and
-weak steps meet in one chunk.
-Differentiable by autograd, twice too.
+Nothing is divided by an exponential. A decay is the exponential of a difference of two sums, masked before it is taken;
+the sums are kept in float64, so that the difference is exact to float32 where strong and weak steps meet in one chunk.
+Where A > 0 the decays grow, beyond what float32 holds too: `apart` keeps a factor of up to e^60 out of the products, so
+that infinity times an input of 0 does not become NaN.
+
+NaN and inf go where they go in the recurrence, and no further: in x to the later outputs of that channel, in Δ, B and
+C to later outputs of that head or group, and never past a reset. The same holds for the gradients, but a NaN in z or in
+the incoming gradient can reach any step of its own chunk. That is why each product is masked on both sides: 0 times NaN
+is NaN.
+
+Step 3 is one operator to torch, so that a program compiled for one length serves all. Differentiable by autograd, twice
+too, in forward mode, and under the transforms of torch.func.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from nondual.ops.impl import refuses_transforms
+from nondual.ops.linear_recurrence import doubling
 from nondual.ops.selective_scan.reference import step_length
 from nondual.ops.ssd.reference import skip_and_gate, wide
 
@@ -70,89 +82,235 @@ def _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chun
     dtype, (x, delta, A, B, C, D, z, delta_bias, state) = x.dtype, wide(x, delta, A, B, C, D, z, delta_bias, state)
     delta = step_length(delta, delta_bias, delta_softplus)
     (batch, length, heads, width), (groups, states) = x.shape, B.shape[2:]
-    chunk = min(chunk, length)
-    h = x.new_zeros(batch, heads, width, states) if state is None else state
-    sight = Sight(reset, length, chunk) if reset is not None else None
+    if not any_length(length):
+        chunk = min(chunk, length)
+    first = x.new_zeros(batch, heads, width, states) if state is None else state
+    masks = Masks(reset, chunk, x.device)
 
-    # twice (B, K, G, R, T), then (B, K, G, R, T, P), and twice (B, K, G, T, N)
-    rates, step = (cut(v, chunk).movedim(2, -1).unflatten(2, (groups, -1)) for v in (log_fade(delta, A), delta))
-    v = cut(x, chunk).movedim(2, -2).unflatten(2, (groups, -1))
-    B, C = (cut(w, chunk).movedim(2, -2) for w in (B, C))
+    # (B, K, G, R, T), then (B, K, G, R, T, P), and twice (B, K, G, 1, T, N)
+    rates = cut(log_decay(delta, A), chunk).movedim(2, -1).unflatten(2, (groups, -1))  # (B, K, G, R, T)
+    v = cut(delta[..., None] * x, chunk).unflatten(3, (groups, -1))  # (B, K, T, G, R, P)
+    B, C = cut(B, chunk), cut(C, chunk)  # (B, K, T, G, N)
 
     # --8<-- [start:blocks]
-    passed = fade_since_start(rates, sight)  # (B, K, G, R, T)
-    scores = (C @ B.mT)[:, :, :, None]  # (B, K, G, 1, T, T): one for all heads of a group
-    y = weights(scores, passed, step, sight) @ v  # 1. within a chunk
-    rest = (passed[..., -1:] - passed).exp().to(x.dtype) * step
-    S = kept(rest[..., None] * v, sight).mT @ kept(B, sight)[:, :, :, None]  # 2. a chunk's state (B, K, G, R, P, N)
-    whole = passed[..., -1].exp().to(x.dtype).flatten(2)[..., None, None]  # (B, K, H, 1, 1)
-    before = []
-    for k, (whole_k, S_k) in enumerate(zip(whole.unbind(1), S.flatten(2, 3).unbind(1))):  # 3. from chunk to chunk
-        before.append(h)
-        h = S_k + whole_k * h if sight is None else S_k + (whole_k * h).masked_fill(~sight.crosses[:, k], 0)
-    before = torch.stack(before, 1).unflatten(2, (groups, -1))  # (B, K, G, R, P, N)
-    inter = passed.exp().to(x.dtype)[..., None] * (C[:, :, :, None] @ before.mT)  # 4. what was before
-    y = y + (inter if sight is None else inter.masked_fill(~sight.reached, 0))
+    passed = since_start(rates, masks)  # (B, K, G, R, T): the log of the decay from the chunk's start to each step
+    held = apart(passed, masks)  # the part of it that is multiplied in at the very end: 0 unless the state grows
+    rows = passed - held
+    y = weights(B, C, rows, passed, masks) @ finite(v).movedim(2, -2)  # 1. within a chunk (B, K, G, R, T, P)
+    y = y.movedim(-2, 2) + not_finite(v, masks)
+    rest = decay(rows[..., -1:] - passed, masks.lost, v)  # (B, K, T, G, R, 1)
+    S = torch.einsum("bktgrp,bktgn->bkgrpn", unless(rest * v, masks.lost), unless(B, masks.lost))  # 2. a chunk's state
+    near, far = decay(rows[..., -1:], masks.ends, v), decay(held[..., -1:], None, v)
+    h = pass_on(near.flatten(2), far.flatten(2), S.flatten(2, 3), first, masks.ends)  # 3. from chunk to chunk
+    before = h[:, :-1].unflatten(2, (groups, -1))  # (B, K, G, R, P, N)
+    inter = torch.einsum("bktgn,bkgrpn->bktgrp", unless(C, masks.unreached), before)  # 4. what was before
+    y = torch.addcmul(y, decay(rows, masks.unreached, v), unless(inter, masks.unreached))  # (B, K, T, G, R, P)
+    y = (y * decay(held, None, v)).flatten(3, 4).flatten(1, 2)  # and so (B, K T, H, P)
     # --8<-- [end:blocks]
 
-    y = y.flatten(2, 3).movedim(2, -2).flatten(1, 2)[:, :length]
-    return skip_and_gate(y, x, D, z).to(dtype), h
+    y = y.index_select(1, torch.arange(length, device=y.device)) if any_length(length) else y[:, :length]
+    return skip_and_gate(y, x, D, z).to(dtype), h[:, -1].clone()  # a copy: a view would keep all the states in memory
 
 
 def cut(v: Tensor, chunk: int) -> Tensor:
     """(B, L, …) as (B, K, T, …), with zeros after the end: steps of no length, in which nothing happens."""
-    missing = -v.shape[1] % chunk
-    if missing:
+    length = v.shape[1]
+    if any_length(length):  # in two chunks or more, the last one of zeros: torch compiles a size of 1 for itself
+        step = torch.arange((length + 2 * chunk - 1) // chunk, device=v.device)[:, None] * chunk
+        step = step + torch.arange(chunk, device=v.device)  # (K, T)
+        after = (step >= length).view(*step.shape, *[1] * (v.ndim - 2))
+        return v[:, step.clamp(max=length - 1)].masked_fill(after, 0)
+    if missing := -length % chunk:
         v = torch.cat([v, v.new_zeros(v.shape[0], missing, *v.shape[2:])], 1)
     return v.unflatten(1, (-1, chunk))
+
+
+def any_length(length: int) -> bool:
+    """Whether the program that torch now compiles or exports is to serve every length."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # here: it takes half a second to import
+
+    return not has_static_value(length)
 
 
 FORGETS_ALL = -1000.0
 
 
-def log_fade(delta: Tensor, A: Tensor) -> Tensor:
+def log_decay(delta: Tensor, A: Tensor) -> Tensor:
     """Δ A in float64 (B, L, H). Below -1000 its exponential is 0 in every dtype, and a smaller number would only cost
     the sums their last places."""
     return (delta.double() * A.double()).clamp(min=FORGETS_ALL)
 
 
-class Sight:
-    """What a reset leaves in sight: `start` is the step where the sequence of each step begins, counted from the start
-    of its chunk, below 0 where that lies in an earlier one."""
+class Masks:
+    """What a reset hides. Without one `seen` is the causal mask, and the others are None.
 
-    def __init__(self, reset: Tensor, length: int, chunk: int):
-        at = torch.arange(length, device=reset.device)
-        start = torch.where(reset, at, -1).cummax(1).values
-        within = torch.arange(chunk, device=reset.device)
-        start = torch.cat([start, start[:, -1:].expand(-1, -length % chunk)], 1).unflatten(1, (-1, chunk))
-        start = start - torch.arange(start.shape[1], device=reset.device)[:, None] * chunk  # (B, K, T)
-        self.seen = (within >= start[..., None]) & (within <= within[:, None])  # (B, K, t, s)
-        self.seen = self.seen[:, :, None, None]
-        self.kept = (within >= start[..., -1:])[:, :, None, :, None]  # (B, K, 1, T, 1): reaches the chunk's end
-        self.reached = (start < 0)[:, :, None, None, :, None]  # by the state before the chunk
-        self.crosses = (start[..., -1] < 0)[:, :, None, None, None]  # (B, K, 1, 1, 1): the state, the whole chunk
-
-
-def fade_since_start(rates: Tensor, sight: Sight | None) -> Tensor:
-    """The log of the fade from the start of the chunk, or of the sequence if that is later, to each step (…, T)."""
-    if sight is None:
-        return rates.cumsum(-1)
-    return rates[..., None, :].masked_fill(~sight.seen, 0).sum(-1)  # a cumsum would carry a NaN across a reset
-
-
-def weights(scores: Tensor, passed: Tensor, step: Tensor, sight: Sight | None) -> Tensor:
-    """What of input step s is in output step t (…, t, s): 0 where s is later than t, or of another sequence.
-
-    Masked before the exponential, which then does not overflow, and again at the end, for a NaN times 0.
+    seen: (B, K, 1, 1, T, T), True where output step t sees input step s.
+    lost: (B, K, T), True at the steps that the end of their chunk has forgotten.
+    unreached: (B, K, T), True at the steps that have forgotten what was before the chunk.
+    ends: (B, K, 1), True where the state before the chunk does not outlast it.
+    sequence: (B, K, T), how many sequences have begun in the chunk so far.
     """
-    chunk = passed.shape[-1]
-    seen = torch.ones(chunk, chunk, dtype=torch.bool, device=passed.device).tril() if sight is None else sight.seen
-    between = (passed[..., :, None] - passed[..., None, :]).to(scores.dtype).masked_fill(~seen, -torch.inf)
-    return (scores * between.exp() * step[..., None, :]).masked_fill(~seen, 0)
+
+    seen: Tensor
+    lost: Tensor | None = None
+    unreached: Tensor | None = None
+    ends: Tensor | None = None
+    sequence: Tensor | None = None
+
+    def __init__(self, reset: Tensor | None, chunk: int, device: torch.device):
+        self.seen = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
+        if reset is not None:
+            self.sequence = cut(reset, chunk).cumsum(-1)
+            same = self.sequence[..., :, None] == self.sequence[..., None, :]
+            self.seen = (self.seen & same)[:, :, None, None]
+            self.lost = self.sequence != self.sequence[..., -1:]
+            self.unreached = self.sequence > 0
+            self.ends = self.unreached[..., -1:]
 
 
-def kept(v: Tensor, sight: Sight | None) -> Tensor:
-    """v (B, K, G, …, T, ·) with zeros, not NaN times 0, at the steps that the end of their chunk has forgotten."""
-    if sight is None:
-        return v
-    return v.masked_fill(~(sight.kept if v.ndim == 5 else sight.kept[:, :, :, None]), 0)
+def unless(v: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """v (B, K, T, …) with this value where the mask (B, K, T) is True."""
+    return v if mask is None else v.masked_fill(mask.view(*mask.shape, *[1] * (v.ndim - 3)), value)
+
+
+def since_start(rates: Tensor, masks: Masks) -> Tensor:
+    """The log of the decay from the start of the chunk, or of the sequence if that is later, to each step (…, T)."""
+    if masks.sequence is None:
+        return rates.cumsum(-1)
+    return rates[..., None, :].masked_fill(~masks.seen, 0).sum(-1)  # a cumsum would carry a NaN across a reset
+
+
+HELD = 60.0  # e^60 is 1e26: products that are smaller by it do not underflow, and float32 ends at e^88
+
+
+def apart(passed: Tensor, masks: Masks) -> Tensor:
+    """The log of a factor of each output row (…, T) without which none of its decays overflows: 0 where no decay is
+    above e^60, which is everywhere for A < 0, and 60 at most. A constant for the gradient, since it is divided out."""
+    passed = passed.detach().nan_to_num(0.0, 0.0, 0.0)
+    if torch.onnx.is_in_onnx_export():  # which has no running minimum
+        return torch.zeros_like(passed)
+    if masks.sequence is not None:  # each sequence far below the one before it: a minimum of its own
+        below = masks.sequence[:, :, None, None] * 1e9
+        low = (passed - below).cummin(-1).values + below
+    else:
+        low = passed.cummin(-1).values
+    return (passed - low.clamp(max=0) - HELD).clamp(0, HELD)
+
+
+def decay(log: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+    """The exponential of a log (B, K, G, R, T) as a factor (B, K, T, G, R, 1) in the dtype of `like`, and 0 where the
+    mask (B, K, T) is True.
+
+    It is never inf, since inf times 0 is NaN; what has grown so far is inf after the product, unless it is 0.
+    """
+    log = unless(log.movedim(-1, 2), mask, -torch.inf)
+    return log.clamp(max=highest(like)).exp().to(like.dtype)[..., None]
+
+
+def highest(like: Tensor) -> float:
+    """The log that a decay is cut off at: e^20 below the largest number of this dtype, so that it can be multiplied by
+    something above 1. With `apart` that is a growth of e^128 in float32, after which any input above 1e-17 is inf."""
+    return math.log(torch.finfo(like.dtype).max) - 20
+
+
+def weights(B: Tensor, C: Tensor, rows: Tensor, passed: Tensor, masks: Masks) -> Tensor:
+    """What of input step s is in output step t (B, K, G, R, t, s): 0 where s is later than t, or of another sequence.
+    Both factors are masked, the decay before its exponential, which then does not overflow."""
+    B, C = B.transpose(2, 3), C.transpose(2, 3)[:, :, :, None]  # (B, K, G, T, N), (B, K, G, 1, T, N)
+    scores = (finite(C) @ finite(B).mT[:, :, :, None]).masked_fill(~masks.seen, 0)  # one for all heads of a group
+    in_B, in_C = (~w.detach().isfinite().all(-1) for w in (B[:, :, :, None], C))
+    spoilt = (in_B[..., None, :] & masks.seen).any(-1) | in_C  # (B, K, G, 1, T): steps that their NaN reaches
+    rows = rows.masked_fill(spoilt, torch.nan)
+    between = (rows[..., :, None] - passed[..., None, :]).to(B.dtype).masked_fill(~masks.seen, -torch.inf)
+    return scores * between.clamp(max=highest(B)).exp()
+
+
+def finite(v: Tensor) -> Tensor:
+    """v with 0 for NaN and inf: a product with a mask's zeros would make NaN of them."""
+    return v.masked_fill((v.detach() * 0).isnan(), 0)
+
+
+def not_finite(v: Tensor, masks: Masks) -> Tensor:
+    """NaN at the steps that a NaN or inf in v (B, K, T, …) reaches within its chunk, by channel, and 0 elsewhere."""
+    zero = v.detach() * 0  # or NaN
+    if masks.sequence is None:
+        return zero.cumsum(2)
+    bad = zero.isnan().to(v.dtype).flatten(3)  # (B, K, T, H P)
+    reached = (masks.seen[:, :, 0, 0].to(v.dtype) @ bad).view(v.shape)
+    return reached.masked_fill(reached > 0, torch.nan)
+
+
+# --- from chunk to chunk, as an operator of torch ---------------------------------------------------------------------
+
+
+def pass_on(near: Tensor, far: Tensor, own: Tensor, first: Tensor, ends: Tensor | None) -> Tensor:
+    """The state before every chunk and after the last (B, K+1, H, P, N): h ← far (near h + own).
+
+    Args:
+        near: (B, K, H), how much of a state is left after its chunk, but for a factor; a constant for the gradient is
+        far: (B, K, H), that factor, which is 1 unless the state grows.
+        own: what a chunk adds, but for that factor (B, K, H, P, N).
+        first: the state before the first chunk (B, H, P, N).
+        ends: (B, K, 1), True where nothing is left of it, not even a NaN.
+    """
+    ends = None if ends is None else ends.squeeze(-1)
+    if torch.onnx.is_in_onnx_export():
+        a, b = (near * far)[..., None, None], far[..., None, None] * own
+        return torch.cat([first[:, None], doubling(a, b, first)], 1)
+    if not refuses_transforms(near, far, own, first, ends):
+        return _pass_on(near, far, own, first, ends, False)
+    h, states = first, [first]
+    for k, (near_k, far_k) in enumerate(zip(*(v[..., None, None].unbind(1) for v in (near, far)))):
+        h = far_k * (near_k * (h if ends is None else h.masked_fill(ends[:, k, None, None, None], 0)) + own[:, k])
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+@torch.library.custom_op("nondual::ssd_pass_on", mutates_args=())
+def _pass_on(near: Tensor, far: Tensor, own: Tensor, first: Tensor, ends: Tensor | None, reverse: bool) -> Tensor:
+    """From the first chunk to the last, or in reverse: then `first` comes after the last chunk."""
+    chunks = own.shape[1]
+    h = own.new_empty(own.shape[0], chunks + 1, *own.shape[2:])
+    grows = far.device.type != "cpu" or bool((far != 1).any())  # a GPU would wait for the answer
+    h[:, chunks if reverse else 0] = first
+    for k in reversed(range(chunks)) if reverse else range(chunks):
+        before, after = (h[:, k + 1], h[:, k]) if reverse else (h[:, k], h[:, k + 1])
+        if ends is not None:
+            before = before.masked_fill(ends[:, k, None, None, None], 0)
+        torch.addcmul(own[:, k], near[:, k, :, None, None], before, out=after)
+        if grows:
+            after *= far[:, k, :, None, None]
+    return h
+
+
+@_pass_on.register_fake
+def _(near, far, own, first, ends, reverse):
+    return own.new_empty(own.shape[0], own.shape[1] + 1, *own.shape[2:])
+
+
+def _save(ctx, inputs, output):
+    near, far, _, _, ends, ctx.reverse = inputs
+    ctx.save_for_backward(near, far, ends, output)
+
+
+def _differentiate(ctx, d_h):
+    """The gradient of own, e_k = far_k (∂h_{k+1} + near_{k+1} e_{k+1}), is the same recurrence from the other end."""
+    near, far, ends, h = ctx.saved_tensors
+    one = torch.ones_like(far[:, :1])
+    if ctx.reverse:
+        shifted, own, first = torch.cat([far[:, 1:], one], 1), d_h[:, 1:], d_h[:, 0] * far[:, 0, :, None, None]
+    else:
+        shifted, own, first = torch.cat([one, far[:, :-1]], 1), d_h[:, :-1], d_h[:, -1] * far[:, -1, :, None, None]
+    e = _pass_on(near, shifted, own, first, ends, not ctx.reverse)
+    e, d_first = (e[:, :-1], e[:, -1]) if ctx.reverse else (e[:, 1:], e[:, 0])
+    d_near = None
+    if ctx.needs_input_grad[0]:
+        h = h[:, 1:] if ctx.reverse else h[:, :-1]
+        h = h if ends is None else h.masked_fill(ends[..., None, None, None], 0)
+        d_near = torch.einsum("bkhpn,bkhpn->bkh", h, e)
+    return d_near, None, e, d_first, None, None
+
+
+_pass_on.register_autograd(_differentiate, setup_context=_save)

@@ -21,7 +21,7 @@ from benchmarks.record import ratio, write
 from benchmarks.scaling import growth, peak_mib, slope
 
 B, D, N = 2, 512, 16
-SECONDS = 4  # for the runs of a case of a curve
+SECONDS = 1.5  # for the runs of a case of a curve
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 LONGEST = {  # by engine, forward and with the backward
     "ours": (16384, 16384),

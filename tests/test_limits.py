@@ -41,9 +41,7 @@ def pytest_says(tmp_path, in_a_process_of_its_own):
             f"[pytest]\ntimeout = {timeout}\nfaulthandler_timeout = {last}\nfaulthandler_exit_on_timeout = true\n"
             "addopts = --strict-markers\nmarkers =\n    gpu\n    claim(id, verdict)\n"
         )
-        began = time.monotonic()
-        ran = in_a_process_of_its_own(RUN, *arguments, cwd=tmp_path, timeout=90, check=False, env=env)
-        assert time.monotonic() - began < 90
+        ran = in_a_process_of_its_own(RUN, *arguments, cwd=tmp_path, timeout=170, check=False, env=env)
         return ran.stdout + ran.stderr
 
     return run

@@ -122,7 +122,7 @@ TWO_RANKS = """
 
 def test_distributed_data_parallel_averages_the_gradients_of_two_ranks(tmp_path, in_a_process_of_its_own):
     """Each rank sees one of two sequences, and every parameter gets the gradient of the whole batch, halved."""
-    ran = in_a_process_of_its_own(TWO_RANKS, tmp_path / "store", *IMPLS, timeout=100)
+    ran = in_a_process_of_its_own(TWO_RANKS, tmp_path / "store", *IMPLS, timeout=180)
     assert sorted(ran.stdout.splitlines()) == sorted(f"rank {rank}, {impl}: right" for rank in (0, 1) for impl in IMPLS)
 
 

@@ -87,3 +87,24 @@ def test_a_softmax_over_many_equal_and_over_far_scores(dtype):
     assert weights.tolist() == [[0.5, 0.0, 0.5, 0.0]]
     (gradient,) = torch.autograd.grad(weights[0, 0], far)
     assert gradient.tolist() == [[0.25, 0.0, -0.25, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_a_sum_over_channels_is_infinite_and_not_nan(name):
+    """B or C infinite at one step, everything else positive: the C loop works on more channels at a time than there
+    are, and 0 times infinity of those that are not there may not join the sums of dB and dC."""
+
+    def kinds(impl):
+        torch.manual_seed(0)
+        given = {key: torch.rand(1, 9, 3) + 0.1 for key in ("u", "delta")} | {"A": -torch.rand(3, 16) - 0.1}
+        given |= {key: torch.rand(1, 9, 16) + 0.1 for key in "BC"}
+        given[name][0, 4, 2] = torch.inf
+        given = {key: x.requires_grad_() for key, x in given.items()}
+        y, last = selective_scan(**given, impl=impl)
+        gradients = torch.autograd.grad((y, last), list(given.values()), [torch.ones_like(y), torch.ones_like(last)])
+        named = zip(("y", "last", *given), (y, last, *gradients))
+        return {key: (x == torch.inf) * 1 + (x == -torch.inf) * 2 + x.isnan() * 3 for key, x in named}
+
+    found = kinds("cpu")
+    for key, expected in kinds("reference").items():
+        assert torch.equal(found[key], expected), key

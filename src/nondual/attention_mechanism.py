@@ -122,6 +122,10 @@ class AdditiveAttention(nn.Module):
         d_attention: width A of the comparison.
     """
 
+    w_s: nn.Linear
+    w_h: nn.Linear
+    v: nn.Parameter
+
     def __init__(self, d_state: int, d_memory: int, d_attention: int):
         super().__init__()
         self.w_s = nn.Linear(d_state, d_attention, bias=False)
@@ -199,6 +203,9 @@ class AttentionDecoder(nn.Module):
 
     Source: 1409.0473, sections 3.1 and A.1.2, with torch's GRU cell.
     """
+
+    attention: AdditiveAttention
+    cell: nn.GRUCell
 
     def __init__(self, d_input: int, d_state: int, d_memory: int, d_attention: int):
         super().__init__()

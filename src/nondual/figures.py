@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def style() -> None:
 
 def attention(
     ax: Axes,
-    weights: Tensor | NDArray,
+    weights: Tensor | NDArray[Any],
     queries: Sequence[str],
     keys: Sequence[str] | None = None,
     *,

@@ -18,6 +18,8 @@ class LearnedPositions(nn.Module):
         d_model: width E.
     """
 
+    table: nn.Embedding
+
     def __init__(self, max_len: int, d_model: int):
         super().__init__()
         self.table = nn.Embedding(max_len, d_model)

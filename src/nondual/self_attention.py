@@ -5,7 +5,7 @@ Source: Vaswani et al. 2017 (1706.03762), sections 3.2.1 and 3.2.2; grouped key/
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -27,6 +27,10 @@ class SelfAttention(nn.Module):
         d_v: width of values, and of the output; d_k where left out.
         bias: whether the projections have one.
     """
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
     def __init__(self, d_model: int, d_k: int | None = None, d_v: int | None = None, *, bias: bool = False):
         super().__init__()
@@ -102,6 +106,16 @@ class MultiHeadAttention(nn.Module):
     Raises:
         ValueError: head counts that do not divide, or a dropout outside [0, 1).
     """
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    dropout: float
+    op: Callable[..., Any]
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
 
     def __init__(
         self,
@@ -244,6 +258,10 @@ class KVCache:
         length: how many positions are held; what lies beyond is not read.
     """
 
+    keys: Tensor
+    values: Tensor
+    length: int
+
     def __init__(
         self,
         batch: int,
@@ -313,7 +331,7 @@ class _AsBeforeIfRaised:
             vars(self.cache).update(self.before)
 
 
-def as_before_if_raised(cache: object | None):
+def as_before_if_raised(cache: object | None) -> AbstractContextManager[Any]:
     """A context: where an exception leaves it, the cache is as it was when it was entered.
 
     Args:

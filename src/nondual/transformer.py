@@ -29,6 +29,11 @@ class FeedForward(nn.Module):
         dropout: probability of dropping a hidden unit while training.
     """
 
+    linear1: nn.Linear
+    linear2: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    dropout: nn.Dropout
+
     def __init__(
         self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, dropout: float = 0.0
     ):
@@ -60,6 +65,13 @@ class TransformerLayer(nn.Module):
         eps: added to the variance in the norms.
         dropout: probability of dropping a unit of either branch while training.
     """
+
+    mixer: nn.Module
+    feed_forward: nn.Module
+    norm_first: bool
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    dropout: nn.Dropout
 
     def __init__(
         self,
@@ -129,6 +141,9 @@ class Encoder(nn.Module):
         eps: added to the variance in the norms.
         dropout: of the weights and of both branches.
     """
+
+    layers: nn.ModuleList
+    norm: nn.LayerNorm | nn.Identity
 
     def __init__(
         self,
@@ -208,6 +223,12 @@ class TextEncoder(nn.Module):
         n_segments: how many segment ids there are.
         eps: added to the variance in the norms.
     """
+
+    token: nn.Embedding
+    position: LearnedPositions
+    segment: nn.Embedding
+    norm: nn.LayerNorm
+    encoder: Encoder
 
     def __init__(
         self,

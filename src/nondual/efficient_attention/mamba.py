@@ -58,6 +58,20 @@ class Mamba(nn.Module):
         ValueError: a size below 1, or step lengths out of order.
     """
 
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    dt_rank: int
+    impl: Literal["auto", "reference", "cpu", "triton"]
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: nn.Parameter
+    D: nn.Parameter
+    out_proj: nn.Linear
+
     def __init__(
         self,
         d_model: int,

@@ -24,8 +24,8 @@ from nondual.efficient_attention.mamba import (
     convolve,
     empty_cache,
     one_step,
-    step_engine,
     step_bias,
+    step_engine,
 )
 from nondual.ops.ssd import ssd
 
@@ -41,6 +41,10 @@ class GroupRMSNorm(nn.Module):
         n_groups: how many groups they are in.
         eps: added to the mean square.
     """
+
+    n_groups: int
+    eps: float
+    weight: nn.Parameter
 
     def __init__(self, channels: int, n_groups: int = 1, *, eps: float = 1e-5):
         super().__init__()
@@ -84,6 +88,25 @@ class Mamba2(nn.Module):
     Raises:
         ValueError: a size below 1, widths or groups that do not divide, step lengths or their limits out of order.
     """
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    d_conv: int
+    n_heads: int
+    d_head: int
+    n_groups: int
+    dt_limit: tuple[float, ...]
+    chunk: int | None
+    impl: Literal["auto", "reference", "chunked", "triton"]
+    d_mixed: int
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    dt_bias: nn.Parameter
+    A_log: nn.Parameter
+    D: nn.Parameter
+    norm: GroupRMSNorm
+    out_proj: nn.Linear
 
     def __init__(
         self,

@@ -262,6 +262,12 @@ class S4D(nn.Module):
         ValueError: no channels, an odd N, an unknown rule, an A that does not decay, or not 0 < dt_min <= dt_max.
     """
 
+    rule: Literal["zoh", "bilinear"]
+    op: Callable[..., tuple[Tensor, Tensor]]
+    log_dt: nn.Parameter
+    log_A_real: nn.Parameter
+    A_imag: nn.Parameter
+
     def __init__(
         self,
         d_model: int,

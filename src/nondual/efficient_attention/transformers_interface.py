@@ -98,7 +98,7 @@ class CausalRule(torch.Tensor):
             return masks.causal(n, m, device=self.device).expand(self.shape)
         return masks.sliding_window(n, m, window=self.window, device=self.device).expand(self.shape)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] as torch says
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] as torch says
 
     @classmethod
     def __torch_dispatch__(

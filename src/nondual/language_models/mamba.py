@@ -6,7 +6,7 @@ Source: Gu and Dao 2023 (2312.00752), section 3.4 and figure 3; root-mean-square
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,14 @@ class MambaBlock(nn.Module):
         eps: added to the mean square in the norm.
     """
 
+    norm: nn.RMSNorm
+    mixer: nn.Module
+
     def __init__(self, mixer: nn.Module, d_model: int, *, eps: float = 1e-5):
         super().__init__()
         self.norm, self.mixer = nn.RMSNorm(d_model, eps=eps), mixer
 
-    def forward(self, x: Float[Tensor, "b n e"], **mixing) -> Float[Tensor, "b n e"]:
+    def forward(self, x: Float[Tensor, "b n e"], **mixing: Any) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E); what is given besides x goes to the mixer. x may be wider than the weights are."""
         return x + self.mixer(normed(self.norm, x), **mixing)
 
@@ -56,6 +59,13 @@ class MambaLM(nn.Module):
         eps: added to the mean square in the norms.
         residual_in_fp32: keep what the blocks add up in float32 where the weights are narrower.
     """
+
+    vocabulary: int
+    residual_in_fp32: bool
+    embeddings: nn.Embedding
+    layers: nn.ModuleList
+    norm_f: nn.RMSNorm
+    lm_head: nn.Linear | None
 
     def __init__(
         self,

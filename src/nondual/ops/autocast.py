@@ -6,7 +6,7 @@ Source: torch's own rule for scaled_dot_product_attention, https://docs.pytorch.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TypeGuard, TypeVarTuple, cast
+from typing import Any, TypeGuard, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _is_cast(x: Tensor | None) -> TypeGuard[Tensor]:
     return x is not None and x.is_floating_point() and x.dtype != torch.float64
 
 
-def autocast_off(device_type: str) -> contextlib.AbstractContextManager:
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which autocast casts nothing; where it is off already, one that does nothing (and is not traced)."""
     return torch.autocast(device_type, enabled=False) if is_autocasting(device_type) else contextlib.nullcontext()
 

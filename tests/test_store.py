@@ -59,3 +59,42 @@ def test_a_folder_that_others_may_write_to_is_refused(homeless, tmp_path):
     cache_folder().chmod(0o777)
     with pytest.raises(PermissionError, match="set NONDUAL_CACHE"):
         cache_folder()
+
+
+def test_a_tilde_is_the_home_folder(bare, tmp_path):
+    bare.setenv("HOME", str(tmp_path))
+    bare.setenv("NONDUAL_CACHE", "~/own folder")
+    assert cache_folder() == tmp_path / "own folder"
+
+
+@pytest.mark.parametrize("what", ["a link", "a link to nothing", "a file"])
+def test_what_stands_where_the_private_folder_would_and_is_none_is_refused(homeless, tmp_path, what):
+    """Another user could have put it there, and code is loaded from it."""
+    place = tmp_path / f"nondual-{os.getuid()}"
+    if what == "a file":
+        place.touch()
+    else:
+        if what == "a link":
+            (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="set NONDUAL_CACHE"):
+        cache_folder()
+
+
+def test_a_user_without_an_account(in_a_process_of_its_own, tmp_path):
+    """As in a container that is run with a number for a user: no HOME, and no name to look one up by."""
+    code = """
+        import os, pwd
+        from pathlib import Path
+
+        def unknown(uid):
+            raise KeyError(uid)
+
+        pwd.getpwuid = unknown
+        from nondual.store import cache_folder
+
+        assert cache_folder() == Path(os.environ["TMPDIR"]) / f"nondual-{os.getuid()}"
+        assert cache_folder().is_dir()
+    """
+    env = {"HOME": None, "NONDUAL_CACHE": None, "XDG_CACHE_HOME": None, "TMPDIR": str(tmp_path)}
+    in_a_process_of_its_own(code, env=env, timeout=60)

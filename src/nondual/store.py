@@ -4,7 +4,9 @@ It is NONDUAL_CACHE; where that is not set, `nondual` under XDG_CACHE_HOME; wher
 under ~/.cache. A user without a home folder gets a private folder among the temporary files.
 """
 
+import contextlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ def cache_folder() -> Path:
 
     Raises:
         PermissionError: this user has no home folder, and the folder for temporary files that would stand in for it
-            belongs to another user or can be written to by others.
+            is a file or a link, belongs to another user, or can be written to by others.
     """
     given = os.environ.get("NONDUAL_CACHE")
     if given:
@@ -31,8 +33,9 @@ def cache_folder() -> Path:
 def _temporary() -> Path:
     """A folder among the temporary files that only this user can write to: code is loaded from it."""
     folder = Path(tempfile.gettempdir()) / f"nondual-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022 or folder.is_symlink():
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()  # not stat: a link could be turned elsewhere later
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(f"{folder} must belong to you and to you alone: set NONDUAL_CACHE to another folder")
     return folder

@@ -359,6 +359,7 @@ def test_the_source_travels_with_the_package_and_its_struct_is_ours():
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(220)
 def test_processes_that_compile_at_once_do_not_collide(in_a_process_of_its_own, tmp_path):
     """From an empty cache, which is left with one library that works, and nothing half made."""
     code = """
@@ -401,6 +402,7 @@ WHILE_ANOTHER_THREAD = """
 """
 
 
+@pytest.mark.timeout(220)
 def test_a_fork_while_another_thread_compiles(in_a_process_of_its_own, tmp_path):
     """The thread and its lock are not there in the child, which compiles for itself."""
     began = tmp_path / "began"
@@ -410,6 +412,7 @@ def test_a_fork_while_another_thread_compiles(in_a_process_of_its_own, tmp_path)
     assert len(libraries(tmp_path / "new")) == 1
 
 
+@pytest.mark.timeout(220)
 def test_a_fork_while_another_thread_opens_the_library_waits_for_it(in_a_process_of_its_own, tmp_path):
     """The lock that the system takes to open a library would stay held in the child for ever."""
     before = """
@@ -430,6 +433,7 @@ def test_a_fork_while_another_thread_opens_the_library_waits_for_it(in_a_process
     in_a_process_of_its_own(code, str(tmp_path / "began"), env=env, timeout=100)
 
 
+@pytest.mark.timeout(220)
 def test_a_forked_child_and_a_loader_s_worker(in_a_process_of_its_own):
     """Work for two threads before the fork and after it, and nothing of torch's: its threads do not outlive a fork."""
     code = """

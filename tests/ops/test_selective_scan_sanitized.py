@@ -33,6 +33,7 @@ def run(
     return subprocess.run([program], capture_output=True, text=True, env=env, timeout=300)
 
 
+@pytest.mark.timeout(650)  # seconds of a compiler, minutes of one on a busy machine
 @pytest.mark.parametrize("dtype, native", [(torch.float32, True), (torch.float64, True), (torch.float32, False)])
 def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, dtype, native):
     """Both passes; 1, 7, 17, 33 and 67 channels, 1 to 17 states, rows apart, one thread and three."""
@@ -41,6 +42,7 @@ def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, 
     assert ran.stdout == "1021 cases\n"
 
 
+@pytest.mark.timeout(650)
 @pytest.mark.parametrize("was, planted, says", [
     ("return lanes == LANES ? (vec)*(const loose *)from", "return 1 ? (vec)*(const loose *)from", "AddressSanitizer"),
     ("if (lanes == LANES) *(loose *)to = x;", "if (1) *(loose *)to = x;", "AddressSanitizer"),

@@ -18,8 +18,8 @@ from benchmarks.record import alternate, ratio, write
 from nondual.language_models.mamba import MambaLM
 from nondual.pretrained.mamba import from_mamba
 
-SIZES = (dict(d_model=128, n_layers=4), dict(d_model=768, n_layers=24))
-VOCABULARY, PROMPT, NEW, ROUNDS = 2048, 8, 32, 11
+SIZES = (dict(d_model=128, n_layers=4), dict(d_model=512, n_layers=8))
+VOCABULARY, PROMPT, NEW, ROUNDS = 2048, 8, 32, 9
 PEERS = {"transformers": "transformers", "mambapy": "mambapy"}
 
 

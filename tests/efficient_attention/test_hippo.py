@@ -245,6 +245,46 @@ def test_a_step_of_the_logarithmic_clock_is_as_exact_at_64_states():
     torch.testing.assert_close(A_bar.diagonal(), 0.5 ** torch.arange(1.0, 65).double(), atol=1e-12, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e8])
+def test_the_last_sample_moves_no_earlier_state(value):
+    """Not by a bit, in float32; and a NaN stays in its own signal."""
+    u = draw(3, 90).float()
+    spoiled = u.clone()
+    spoiled[1, -1] = value
+    for states in (lambda u: legt_states(u, 6, 20.0), lambda u: legs_states(u, 6)):
+        found, right = states(spoiled), states(u)
+        assert torch.equal(found[1, :-1], right[1, :-1])
+        torch.testing.assert_close(found[[0, 2]], right[[0, 2]], atol=0, rtol=1e-6)
+        assert not torch.equal(found[1, -1], right[1, -1])
+
+
+def test_autocast_changes_nothing():
+    u, points = draw(2, 40).float(), torch.linspace(0, 1, 9)
+    for states in (lambda u: legt_states(u, 6, 20.0), lambda u: legs_states(u, 6), lambda u: project(u, 6)):
+        right = states(u), reconstruct(states(u), points)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = states(u)
+            torch.testing.assert_close((found, reconstruct(found, points)), right)
+
+
+def test_transforms_of_torch_func():
+    u, v = draw(3, 12), draw(3, 12, seed=1)
+    for states in (lambda u: legt_states(u, 4, 5.0), lambda u: legs_states(u, 4), lambda u: project(u, 4)):
+        torch.testing.assert_close(torch.func.vmap(states)(u), states(u))
+        torch.testing.assert_close(torch.func.jvp(states, (u,), (v,))[1], states(v))  # it is linear
+        torch.testing.assert_close(
+            torch.func.vjp(states, u)[1](states(v))[0], torch.autograd.functional.vjp(states, u, states(v))[1]
+        )
+
+
+def test_what_is_no_tensor_is_named():
+    for call in (lambda u: legt_states(u, 3, 2.0), lambda u: legs_states(u, 3), lambda u: project(u, 3)):
+        with pytest.raises(TypeError, match="u must be a Tensor, got list"):
+            call([1.0, 2.0])
+    with pytest.raises(TypeError, match="points must be a Tensor, got list"):
+        reconstruct(torch.ones(3), [0.0, 1.0])
+
+
 # --- the door ------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from scipy import linalg, signal
 
 from nondual.efficient_attention.hippo import legs
@@ -124,6 +125,106 @@ def test_the_convolution_does_not_come_round():
     u = torch.zeros_like(u)
     u[:, -1] = 1
     assert convolution(u, *rest[:3])[0][:, :-1].abs().max() < 1e-14
+
+
+# --- causal, whatever comes last ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e8, -1e30])
+@pytest.mark.parametrize("length", [2, 64, 65, 200])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_last_input_moves_nothing_before_it(way, length, value):
+    """Not by a bit; by FFT, a large number only within the bound that the docstring gives."""
+    u, A_bar, B_bar, C, state = arguments(length, torch.float32)
+    spoiled = u.clone()
+    spoiled[0, -1, 1] = value
+    y, last = way(spoiled, A_bar, B_bar, C, state)
+    right, right_last = way(u, A_bar, B_bar, C, state)
+    off = (y - right).abs()
+    assert off[1].max() == 0 or way is convolution, "the other row of the batch"
+    assert off[0, :, [0, 2]].max() == 0 or way is convolution, "the other channels"
+    if way is convolution and math.isfinite(value):
+        K = recurrence(torch.eye(1, length)[..., None].expand(1, length, D), A_bar, B_bar, C)[0][0]  # (L, D)
+        bound = 2**-24 * math.log2(2 * length) * K[:, 1].norm() * abs(value)
+        assert off[0, :-1, 1].max() <= bound + 1e-4
+    else:
+        assert off[0, :-1, 1].max() <= (1e-4 if way is convolution else 0)
+    assert off[1].max() <= 1e-4 and off[0, :, [0, 2]].max() <= 1e-4
+    if not math.isfinite(value):
+        assert not y[0, -1, 1].isfinite() and not last[0, 1].isfinite().any()
+    torch.testing.assert_close(last[1], right_last[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_finite_spoils_all_that_follows(way, value):
+    """As in the recurrence: from its step on, in its channel, up to the last state, and the gradients with it."""
+    u, A_bar, B_bar, C, state = arguments(130)
+    u[0, 70, 1] = value
+    C.requires_grad_()
+    y, last = way(u, A_bar, B_bar, C, state)
+    assert y[0, :70].isfinite().all() and y[1].isfinite().all() and y[0, :, [0, 2]].isfinite().all()
+    assert not y[0, 70:, 1].isfinite().any() and not last[0, 1].isfinite().any()
+    y.sum().backward()
+    assert C.grad[1].isnan().all() and not C.grad[[0, 2]].isnan().any()
+
+
+def test_the_layer_is_causal_as_it_comes():
+    torch.manual_seed(0)
+    layer, u = S4D(D, N), draw(B, 300, D).float()
+    for value in (math.nan, math.inf, 1e8):
+        spoiled = u.clone()
+        spoiled[:, -1] = value
+        assert torch.equal(layer(spoiled)[:, :-1], layer(u)[:, :-1])
+
+
+# --- compilation, export and transforms ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way, most", [(chunked, 2), (scan, 2), (convolution, 5)])
+def test_how_often_it_compiles(way, most):
+    """Twice for all lengths: one taken for a constant, then any. The FFT: once more for each doubling of the length."""
+    torch._dynamo.reset()
+    module = layer(op=way).float()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for length in (5, 7, 9, 13, 64, 65, 100):
+        u = draw(B, length, D).float()
+        y, state = compiled(u, return_state=True)
+        right, right_state = module(u, return_state=True)
+        torch.testing.assert_close(y, right, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state, right_state, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count <= most
+
+
+@pytest.mark.parametrize("way", [chunked, scan])
+def test_one_exported_program_serves_every_batch_and_length(way):
+    module = layer(op=way)
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
+    program = torch.export.export(module, (draw(B, 6, D),), dynamic_shapes=(sizes,)).module()
+    for batch, length in ((2, 6), (2, 2), (3, 64), (5, 130)):
+        u = draw(batch, length, D)
+        torch.testing.assert_close(program(u), module(u))
+
+
+@pytest.mark.parametrize("op", WAYS)
+def test_transforms_of_torch_func(op):
+    """Gradients of each sample, and forward mode against reverse mode for every parameter."""
+    module, u = layer(op=op), draw(3, 9, D)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters, u):
+        return torch.func.functional_call(module, parameters, (u[None],)).square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, u)
+    for i in range(3):
+        torch.testing.assert_close({name: g[i] for name, g in each.items()}, torch.func.grad(loss)(parameters, u[i]))
+    for number, (name, p) in enumerate(parameters.items()):
+        along = draw(*p.shape, seed=number)
+        zeros = {n: torch.zeros_like(q) for n, q in parameters.items()}
+        _, forward = torch.func.jvp(lambda q: loss(q, u[0]), (parameters,), (zeros | {name: along},))
+        torch.testing.assert_close(forward, (each[name][0] * along).sum())
+    torch.testing.assert_close(torch.func.vmap(module)(u[:, None]), module(u)[:, None])
 
 
 # --- scipy ---------------------------------------------------------------------------------------------------------
@@ -337,7 +438,9 @@ def test_autocast_changes_nothing_in_float32(op):
     module, u = S4D(D, N, op=op), draw(B, 40, D).float()
     with torch.autocast("cpu", torch.bfloat16):
         inside = module(u)
-    torch.testing.assert_close(inside, module(u))
+        direct = op(u, *module.discretized(torch.float32))[0]
+    torch.testing.assert_close(inside, module(u), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(direct + module.D * u, inside, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("op", WAYS)
@@ -350,10 +453,21 @@ def test_nothing_to_do(op):
     assert module(draw(0, 5, D)).shape == (0, 5, D)
 
 
-def test_on_the_meta_device_it_knows_its_shapes():
+@pytest.mark.parametrize("op", WAYS)
+def test_on_the_meta_device_it_knows_its_shapes(op):
     with torch.device("meta"):
-        module = S4D(D, N)
-        assert module(torch.empty(B, 7, D)).shape == (B, 7, D)
+        module = S4D(D, N, op=op)
+        y, state = module(torch.empty(B, 7, D), return_state=True)
+    assert y.is_meta and y.shape == (B, 7, D) and state.shape == (B, D, N // 2)
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="u must be a Tensor, got list"):
+        layer()([[[1.0, 2.0, 3.0]]])
+    with pytest.raises(TypeError, match="u must be a Tensor, got ndarray"):
+        layer().step(np.ones((2, 3)))
+    with pytest.raises(TypeError, match="state must be a Tensor, got ndarray"):
+        layer()(draw(2, 5, 3), np.ones((2, 3, 5)))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,34 @@ def test_gradients_through_time():
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e8])
+def test_the_last_input_moves_no_earlier_state(value):
+    A_bar, B_bar = (x.float() for x in discretize(0.2, *system()[:2]))
+    u = draw(3, 70, 3).float()
+    spoiled = u.clone()
+    spoiled[1, -1] = value
+    found, right = run(spoiled, A_bar, B_bar)[0], run(u, A_bar, B_bar)[0]
+    assert torch.equal(found[1, :-1], right[1, :-1])
+    torch.testing.assert_close(found[[0, 2]], right[[0, 2]], atol=0, rtol=1e-6)
+
+
+def test_autocast_changes_nothing():
+    A, B, *_ = (x.float() for x in system())
+    u = draw(2, 20, 3).float()
+    for rule in RULES:
+        right = run(u, *discretize(0.2, A, B, rule))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(run(u, *discretize(0.2, A, B, rule)), right)
+
+
+def test_transforms_of_torch_func():
+    A_bar, B_bar = discretize(0.2, *system()[:2])
+    u, v = draw(4, 2, 9, 3), draw(2, 9, 3, seed=1)
+    torch.testing.assert_close(torch.func.vmap(lambda u: run(u, A_bar, B_bar))(u)[0][1], run(u[1], A_bar, B_bar)[0])
+    _, forward = torch.func.jvp(lambda u: run(u, A_bar, B_bar), (u[0],), (v,))
+    torch.testing.assert_close(forward, run(v, A_bar, B_bar))  # it is linear
+
+
 # --- convergence ---------------------------------------------------------------------------------------------------
 
 CENTRE, WIDTH, END = 1.0, 0.2, 3.0
@@ -245,6 +273,13 @@ def test_euler_grows_where_the_others_fade():
 def test_a_system_that_does_not_fit_is_named(A, B, rule, says):
     with pytest.raises(ValueError, match=says):
         discretize(0.1, A, B, rule)
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="A must be a Tensor, got list"):
+        discretize(0.1, [[1.0]], torch.ones(1, 1))
+    with pytest.raises(TypeError, match="u must be a Tensor, got list"):
+        run([[[1.0]]], torch.eye(1), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,61 @@ def test_no_tokens_and_integers_of_any_width(model):
     assert model.loss(tokens().int()) == model.loss(tokens())
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_ids_of_any_integer_dtype(model, dtype):
+    ids = tokens().to(dtype)
+    assert torch.equal(model(ids), model(tokens()))
+    assert model.loss(ids) == model.loss(tokens())
+    found = model.generate(ids, 3)
+    assert found.dtype == dtype and torch.equal(found.long(), model.generate(tokens(), 3))
+    wrong = torch.full((B, N), 13).to(dtype)
+    with pytest.raises(ValueError, match="ids must lie in 0 to 12, got 13 to 13"):
+        model(wrong)
+
+
+def test_generated_tokens_that_the_dtype_of_the_prompt_does_not_hold():
+    """A vocabulary of 300 does not fit in a byte: the answer comes in int64, with the same tokens."""
+    torch.manual_seed(0)
+    model, ids = MambaLM(300, E, 1), tokens()
+    with torch.no_grad():
+        model.embeddings.weight[:256] *= 0.1  # so that tokens above 255 are chosen
+    right = model.generate(ids, 5)
+    assert right[:, N:].max() > 255
+    for dtype, expected in ((torch.uint8, torch.long), (torch.int8, torch.long), (torch.int16, torch.int16)):
+        found = model.generate(ids.to(dtype), 5)
+        assert found.dtype == expected and torch.equal(found.long(), right)
+
+
+# --- a loss of nothing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch, everywhere", [(B, True), (0, False)])
+def test_where_nothing_is_left_to_predict_the_loss_is_0_and_so_are_its_gradients(model, batch, everywhere):
+    ids = tokens(batch=batch)
+    loss = model.loss(ids, reset=torch.ones_like(ids, dtype=torch.bool) if everywhere else None)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+    few = torch.ones_like(tokens(), dtype=torch.bool)
+    few[1, 4] = False  # one target is left
+    expected = -model(tokens(), reset=few)[1, 3].log_softmax(-1)[tokens()[1, 4]]
+    torch.testing.assert_close(model.loss(tokens(), reset=few), expected)
+
+
+def test_the_loss_of_a_narrow_model_does_not_overflow():
+    """20,000 tokens of some 10 nats each are more than float16 holds; their mean is not."""
+    torch.manual_seed(0)
+    model = MambaLM(V, E, 0, tied=False)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    ids = tokens(10_001)
+    right, found = model.double().loss(ids), model.half().loss(ids)
+    assert found.dtype == torch.float32 and right * 20_000 > 2**16
+    torch.testing.assert_close(found.double(), right, atol=0, rtol=5e-3)
+
+
 # --- generation ----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +344,20 @@ def test_ids_that_are_none(model, ids, says):
 def test_generation_that_cannot_be(model, more, says):
     with pytest.raises(ValueError, match=says):
         model.generate(**(dict(ids=tokens(), n_new=3) | more))
+
+
+@pytest.mark.parametrize("ids", [tokens().tolist(), tokens().numpy(), "text", None], ids=lambda x: type(x).__name__)
+def test_ids_that_are_no_tensor(model, ids):
+    for call in (model, model.loss, lambda ids: model.generate(ids, 1)):
+        with pytest.raises(TypeError, match=f"ids must be a Tensor, got {type(ids).__name__}"):
+            call(ids)
+
+
+@pytest.mark.parametrize("reset", [torch.zeros(B, N), torch.zeros(B, N + 1, dtype=torch.bool), [[True] * N] * B])
+def test_resets_that_do_not_fit(model, reset):
+    for call in (model, model.loss, lambda ids, reset: model.generate(ids, 1, reset=reset)):
+        with pytest.raises((ValueError, TypeError), match="reset must be"):
+            call(tokens(), reset=reset)
 
 
 def test_caches_and_lengths_that_do_not_fit(model):

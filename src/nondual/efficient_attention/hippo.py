@@ -1,4 +1,4 @@
-"""HiPPO: a state that is told one sample at a time, and from which the past can be drawn again.
+"""HiPPO: a state that gets one sample at a time, and from which the past can be reconstructed.
 
 Source: Gu, Dao, Ermon, Rudra and Ré 2020 (2008.07669), sections 2.2 to 2.4, appendices D.1 and D.3. LegT with another
 scale for each state is the Legendre memory unit of Voelker, Kajić and Eliasmith 2019. Symbols: N states, L samples.
@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.efficient_attention.state_space import discretize, run
+from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_tensors
 
 
 # --8<-- [start:matrices]
@@ -81,7 +83,7 @@ def _roots(n_states: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def legt_states(u: Float[Tensor, "*b l"], n_states: int, window: float) -> Float[Tensor, "*b l n"]:
-    """The LegT state after every sample, from a silent past, with each sample held for its step.
+    """The LegT state after every sample, from a state of zero, with each sample held for its step.
 
     Args:
         u: samples (…, L), one every unit of time.
@@ -93,9 +95,11 @@ def legt_states(u: Float[Tensor, "*b l"], n_states: int, window: float) -> Float
 
     Raises:
         ValueError: as `legt`; or u is not floating point.
+        TypeError: u is not a Tensor.
     """
+    samples = _signals(u)
     A_bar, B_bar = (x.to(u) for x in discretize(1.0, *legt(n_states, window)))
-    states, _ = run(_signals(u)[..., None], A_bar, B_bar)
+    states, _ = run(samples[..., None], A_bar, B_bar)
     return states.view(*u.shape, n_states)
 
 
@@ -114,6 +118,7 @@ def legs_states(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b l 
 
     Raises:
         ValueError: as `legs`; or u is not floating point.
+        TypeError: u is not a Tensor.
     """
     A, B = legs(n_states)
     samples = _signals(u)
@@ -123,13 +128,15 @@ def legs_states(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b l 
             c = torch.cat([u_t[:, None], c[:, 1:]], 1)
         else:
             A_bar, B_bar = (x.to(u) for x in discretize(math.log1p(1 / t), A, B))
-            c = c @ A_bar.T + u_t[:, None] * B_bar.T
+            with autocast_off(u.device.type):
+                c = c @ A_bar.T + u_t[:, None] * B_bar.T
         states.append(c)
     return (torch.stack(states, 1) if states else samples.new_zeros(0)).view(*u.shape, n_states)
 
 
 def _signals(u: Tensor) -> Tensor:
     """One signal a row (B, L), whatever the shape of the batch: () too."""
+    check_tensors({"u": u})
     if u.ndim < 1 or not u.is_floating_point():
         raise ValueError(f"u must be floating point (…, L), got {u.dtype} {tuple(u.shape)}")
     return u.reshape(math.prod(u.shape[:-1]), u.shape[-1])
@@ -137,16 +144,21 @@ def _signals(u: Tensor) -> Tensor:
 
 # --8<-- [start:reconstruct]
 def reconstruct(state: Float[Tensor, "*b n"], points: Float[Tensor, " p"]) -> Float[Tensor, "*b p"]:
-    """The past as the state tells it: Σ_n c_n g_n.
+    """The past that the state stands for: Σ_n c_n g_n.
 
     Args:
         state: coefficients (…, N), of LegT or LegS.
         points: where to look (P,): 0 is the oldest that is remembered, 1 is now.
 
     Returns:
-        The signal there (…, P), in the state's dtype; differentiable.
+        The signal there (…, P), in the state's dtype, under autocast too; differentiable.
+
+    Raises:
+        TypeError: state or points that is not a Tensor.
     """
-    return state @ legendre(points.to(state), state.shape[-1]).T
+    check_tensors({"state": state, "points": points})
+    with autocast_off(state.device.type):
+        return state @ legendre(points.to(state), state.shape[-1]).T
 
 
 def legendre(points: Float[Tensor, " p"], n: int) -> Float[Tensor, "p n"]:
@@ -183,6 +195,7 @@ def project(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b n"]:
 
     Raises:
         ValueError: N below 1, no samples, or u is not floating point.
+        TypeError: u is not a Tensor.
     """
     root, *_ = _roots(n_states)
     if _signals(u).shape[-1] == 0:
@@ -191,4 +204,5 @@ def project(u: Float[Tensor, "*b l"], n_states: int) -> Float[Tensor, "*b n"]:
     P = legendre(edges, n_states + 1) / _roots(n_states + 1)[0][:, 0].to(u.device)
     below = torch.cat([torch.ones_like(P[:, :1]), P[:, :-2]], 1)  # P_{n-1}; what stands for P_{-1} falls out below
     steps = ((P[:, 1:] - below) / (2 * root[:, 0].to(u.device))).diff(dim=0)  # (L, N)
-    return u @ steps.to(u)
+    with autocast_off(u.device.type):
+        return u @ steps.to(u)

@@ -26,6 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_tensors
+
 Rule = Literal["zoh", "bilinear", "euler"]
 RULES = get_args(Rule)
 
@@ -43,10 +46,11 @@ def discretize(
         rule: "zoh", "bilinear" or "euler", in the table above.
 
     Returns:
-        Ā (N, N) and B̄ (N, K), in A's dtype; differentiable.
+        Ā (N, N) and B̄ (N, K), in A's dtype, under autocast too; differentiable.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown rule.
+        TypeError: A or B that is not a Tensor.
     """
     n, k = _check(A, B, rule)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
@@ -58,7 +62,8 @@ def discretize(
     held = torch.cat([A, B], 1)  # u is a state that does not move: (h, u)' = [[A, B], [0, 0]] (h, u)
     held = delta * torch.cat([held, held.new_zeros(k, n + k)])
     # Two of it: for a single matrix whose norm is small torch takes a polynomial that is wrong from its tenth digit on.
-    whole = torch.linalg.matrix_exp(held.expand(2, -1, -1))[0]
+    with autocast_off(A.device.type):
+        whole = torch.linalg.matrix_exp(held.expand(2, -1, -1))[0]
     return whole[:n, :n], whole[:n, n:]
 
 
@@ -80,10 +85,12 @@ def run(
         state: the state before the first step (B, N); zero where left out.
 
     Returns:
-        h (B, L, N) and the last state (B, N); differentiable.
+        h (B, L, N) and the last state (B, N), in u's dtype, under autocast too; differentiable. No state depends on a
+        later input, and what is not finite stays in its row of the batch.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
+        TypeError: what is not a Tensor.
     """
     n, k = _check(A_bar, B_bar, u=u, state=state)
     if u.ndim != 3 or u.shape[2] != k:
@@ -92,14 +99,16 @@ def run(
         raise ValueError(f"state must be (B, N) = {(u.shape[0], n)}, got {tuple(state.shape)}")
     h = u.new_zeros(u.shape[0], n) if state is None else state
     states = []
-    for entering in (u @ B_bar.T).unbind(1):  # (B, N)
-        h = h @ A_bar.T + entering
-        states.append(h)
+    with autocast_off(u.device.type):
+        for entering in (u @ B_bar.T).unbind(1):  # (B, N)
+            h = h @ A_bar.T + entering
+            states.append(h)
     return torch.stack(states, 1) if states else u.new_zeros(u.shape[0], 0, n), h
 
 
 def _check(A: Tensor, B: Tensor, rule: str = "zoh", **others: Tensor | None) -> tuple[int, int]:
     """N and K of a system whose matrices fit each other; the others have its dtype and its device."""
+    check_tensors({"A": A, "B": B} | {name: x for name, x in others.items() if name == "u"}, others)
     if A.ndim != 2 or A.shape[0] != A.shape[1] or not A.is_floating_point():
         raise ValueError(f"A must be floating point and square (N, N), got {A.dtype} {tuple(A.shape)}")
     if B.ndim != 2 or B.shape[0] != A.shape[0]:

@@ -107,7 +107,7 @@ def tested(tree: Path, tests: tuple[str, ...]) -> str:
         said, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)
         return f"the time limit of {LIMIT} s"
     if process.returncode == 0:
         return ""

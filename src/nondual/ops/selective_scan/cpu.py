@@ -65,7 +65,7 @@ class Scan(ctypes.Structure):
 
 _loops: dict[torch.dtype, ctypes.CDLL | None] = {}  # what `library` has found; None where there is no loop
 _compiling = threading.Lock()  # held while a loop is looked for or compiled: seconds
-_opening = threading.Lock()  # held while the system opens a library: an instant
+_opening = threading.RLock()  # held while the system opens a library: an instant
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
@@ -86,7 +86,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 def _renew_locks() -> None:
     """In a forked child: the thread that held a lock is not there to release it."""
     global _compiling, _opening
-    _compiling, _opening = threading.Lock(), threading.Lock()
+    _compiling, _opening = threading.Lock(), threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -138,7 +138,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         return _open(_compile(compiler, dtype, folder, start))
     try:
-        private = tempfile.TemporaryDirectory(prefix="nondual-")
+        private = tempfile.TemporaryDirectory(prefix="nondual-", ignore_cleanup_errors=True)
     except OSError as error:
         raise OSError(f"no folder to write to: neither the cache nor {tempfile.tempdir}; set NONDUAL_CACHE") from error
     with private as folder:  # an open library stays in memory when its file is gone
@@ -226,7 +226,9 @@ def _run(command: list[str], seconds: float) -> str:
             out, said = process.communicate(timeout=seconds)
         except BaseException:  # an interrupt too
             with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=said.strip())

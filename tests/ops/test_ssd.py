@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from nondual.ops import ssd as door
 from nondual.ops.selective_scan import selective_scan
@@ -743,6 +745,253 @@ def test_a_second_derivative_is_refused(device):
         grad.sum().backward()
 
 
+# --- memory of its own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 70])
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked", *(["triton"] if kernels.INTERPRETED else [])])
+def test_the_last_state_shares_memory_with_nothing(impl, length):
+    given = {name: v.detach() for name, v in made(length, h=1).items()}
+    y, last = ssd(**given, impl=impl)
+    assert last.untyped_storage().nbytes() == last.nbytes
+    others = {v.untyped_storage().data_ptr() for v in (y, *given.values()) if v.numel()}
+    assert last.untyped_storage().data_ptr() not in others
+    before = given["state"].clone()
+    last.zero_()
+    assert torch.equal(given["state"], before)
+
+
+def test_the_new_state_of_a_step_shares_memory_with_nothing():
+    given = {name: v.detach() for name, v in made(1).items()}
+    before = given["state"].clone()
+    _, state = ssd_step(**{name: v[:, 0] if name in TIMED else v for name, v in given.items()})
+    assert state.untyped_storage().nbytes() == state.nbytes
+    state.zero_()
+    assert torch.equal(given["state"], before)
+
+
+# --- derivatives of every kind ---------------------------------------------------------------------------------------
+
+
+def small(length=7, **more):
+    return tuple(v.detach() for v in made(length, b=2, h=2, p=3, n=2, dtype=torch.float64, **more).values())
+
+
+def plainly_called(impl, reset=None, chunk=3):
+    return lambda *v: ssd(**dict(zip(NAMES, v)), delta_softplus=True, reset=reset, chunk=chunk, impl=impl)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
+def test_forward_mode(impl, reset):
+    run, given, tangents = plainly_called(impl, resets(7, 2) if reset else None), small(), small(seed=1)
+    _, found = torch.func.jvp(run, given, tangents)
+    ahead, behind = (run(*(v + step * t for v, t in zip(given, tangents))) for step in (1e-6, -1e-6))
+    torch.testing.assert_close(list(found), [(a - b) / 2e-6 for a, b in zip(ahead, behind)], atol=1e-6, rtol=1e-6)
+    with forward_ad.dual_level():
+        outs = run(*(forward_ad.make_dual(v, t) for v, t in zip(given, tangents)))
+        torch.testing.assert_close([forward_ad.unpack_dual(v).tangent for v in outs], list(found))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
+def test_transforms_of_torch_func(impl, reset):
+    given, marks = small(), resets(7, 2) if reset else None
+
+    def loss(*values, reset=marks):
+        y, last = plainly_called(impl, reset)(*values)
+        return y.sin().sum() + last.square().sum()
+
+    leaves = [v.clone().requires_grad_() for v in given]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=tuple(range(9)))(*given), expected)
+    outputs = lambda A: plainly_called(impl, marks)(*given[:2], A, *given[3:])[0]  # noqa: E731
+    torch.testing.assert_close(torch.func.jacfwd(outputs)(given[2]), torch.func.jacrev(outputs)(given[2]))
+    torch.testing.assert_close(
+        torch.func.hessian(loss, argnums=2)(*given),
+        torch.autograd.functional.hessian(lambda A: loss(*given[:2], A, *given[3:]), given[2]),
+    )
+    axes = tuple(None if name in ("A", "D", "delta_bias") else 0 for name in NAMES)
+
+    def one(mark, *values):
+        values = [v if axis is None else v[None] for v, axis in zip(values, axes)]
+        return loss(*values, reset=None if mark is None else mark[None])
+
+    each = torch.func.vmap(torch.func.grad(one, argnums=(3, 6)), (0 if reset else None, *axes))(marks, *given)
+    torch.testing.assert_close([v.sum(0) for v in each], [expected[2], expected[5]])  # of A and of D
+
+
+@pytest.mark.parametrize("given, says", [
+    ("tangent", r"ssd\(impl='triton'\) has no forward-mode derivative .*; impl='chunked' and impl='auto' can do it"),
+    ("transform", r"ssd\(impl='triton'\) cannot be transformed by torch.func .*; impl='chunked' and impl='auto' can"),
+])  # fmt: skip
+def test_the_kernels_say_what_they_cannot_do(given, says):
+    values = tuple(v.float() for v in small())
+    run = plainly_called("triton", chunk=16)
+    with pytest.raises(RuntimeError, match=says):
+        if given == "tangent":
+            torch.func.jvp(run, values, values)
+        else:
+            torch.func.vmap(lambda A: run(*values[:2], A, *values[3:])[0])(torch.stack([values[2]] * 2))
+
+
+def test_transforms_of_the_matrix():
+    _, delta, A, B, C, D, _, bias, _ = small(4)
+    marks = resets(4, 2)
+    run = lambda *v: ssd_matrix(*v, True, reset=marks)  # noqa: E731
+    values = (delta, A, B, C, D, bias)
+    assert torch.autograd.gradcheck(run, [v.clone().requires_grad_() for v in values], check_forward_ad=True)
+    torch.testing.assert_close(torch.func.jacfwd(run, argnums=1)(*values), torch.func.jacrev(run, argnums=1)(*values))
+    both = torch.func.vmap(run, (None, 0, None, None, None, None))(delta, torch.stack([A, 2 * A]), *values[2:])
+    torch.testing.assert_close(both, torch.stack([run(delta, A, *values[2:]), run(delta, 2 * A, *values[2:])]))
+
+
+# --- compiled and exported for every length --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("impl", ["auto", *(["triton"] if kernels.INTERPRETED else [])])
+def test_compiled_once_for_every_length(impl, reset):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    run = lambda given, marks: ssd(**given, delta_softplus=True, reset=marks, impl=impl)  # noqa: E731
+    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=False)
+    for length in (7, 17, 40) if impl == "triton" else (7, 64, 65, 128, 300):
+        given = made(length, b=2, h=1)
+        marks = resets(length, 2) if reset else None
+        for v in [given[name] for name in TIMED] + ([marks] if reset else []):
+            torch._dynamo.mark_dynamic(v, 1)
+        found = []
+        for f in (compiled, run):
+            y, last = f(given, marks)
+            found.append([y, last, *torch.autograd.grad(y.sin().sum() + last.sum(), list(given.values()))])
+        torch.testing.assert_close(*found, atol=2e-4, rtol=2e-4)
+    assert counter.frame_count == 1
+
+
+class Layer(torch.nn.Module):
+    def forward(self, given, marks=None):
+        return ssd(**given, delta_softplus=True, reset=marks)
+
+
+LENGTH = torch.export.Dim("length", min=2, max=2**16)
+SHAPES = {name: {1: LENGTH} if name in TIMED else None for name in NAMES}
+
+
+def detached(length):
+    return {name: v.detach() for name, v in made(length, b=2).items()}
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_exported_for_every_length(reset):
+    marks = lambda length: (resets(length, 2),) if reset else ()  # noqa: E731
+    shapes = (SHAPES, {1: LENGTH}) if reset else (SHAPES,)
+    exported = torch.export.export(Layer(), (detached(9), *marks(9)), dynamic_shapes=shapes).module()
+    for length in (2, 64, 130):
+        given = detached(length), *marks(length)
+        torch.testing.assert_close(exported(*given), Layer()(*given), atol=1e-5, rtol=1e-5)
+
+
+def test_onnx_for_every_length(tmp_path):
+    import onnxruntime  # here: a GPU machine that runs the rest of this file does not have it
+
+    program = torch.onnx.export(Layer().eval(), (detached(9), None), dynamo=True, dynamic_shapes=(SHAPES, None))
+    program.save(tmp_path / "ssd.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "ssd.onnx")
+    names = [v.name for v in session.get_inputs()]
+    for length in (2, 77, 200):
+        given = detached(length)
+        found = session.run(None, {name: v.numpy() for name, v in zip(names, given.values())})
+        torch.testing.assert_close([torch.from_numpy(v) for v in found], list(Layer()(given)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_opcheck_of_the_pass_from_chunk_to_chunk(reverse, ends):
+    draw = torch.Generator().manual_seed(0)
+    near, far = (torch.rand(2, 3, 2, generator=draw, dtype=torch.float64) for _ in range(2))
+    own, first = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((2, 3, 2, 5, 4), (2, 2, 5, 4)))
+    own, first = (v.mT.contiguous().mT.requires_grad_() for v in (own, first))
+    marks = torch.tensor([[False, True, False], [True, False, False]]) if ends else None
+    given = (near.requires_grad_(), far, own, first, marks, reverse)
+    torch.library.opcheck(torch.ops.nondual.ssd_pass_on.default, given)
+    run = lambda near, own, first: torch.ops.nondual.ssd_pass_on(near, far, own, first, marks, reverse)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (near, own, first)) and torch.autograd.gradgradcheck(run, (near, own, first))
+
+
+# --- dtypes and extremes ---------------------------------------------------------------------------------------------
+
+PLAIN = ["reference", "chunked", *(["triton"] if kernels.INTERPRETED else [])]
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("wide", TIMED)
+def test_autocast_takes_mixed_dtypes(impl, wide):
+    """One argument is still in float32, as a layer outside of autocast would give it; the others are in half."""
+    given = {name: v.detach() for name, v in made(9, h=1).items()}
+    half = {name: v.half() if name in TIMED else v for name, v in given.items()}
+    with torch.autocast("cpu", torch.float16):
+        y, last = by(impl)(half | {wide: given[wide]})
+    assert y.dtype == torch.float16 and last.dtype == torch.float32
+    torch.testing.assert_close((y, last), by(impl)(half))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("name", ["A", "D", "delta_bias", "state"])
+def test_a_parameter_in_half_precision_is_its_own_number(impl, name, dtype):
+    """Rounded once, then used in float32, as if the rounded numbers had come so. Its gradient is of its dtype."""
+    given = {k: v.detach() for k, v in made(9, h=1).items()}
+    rounded = given[name].to(dtype)
+    found = []
+    for v in (rounded, rounded.float()):
+        leaves = {k: w.clone().requires_grad_() for k, w in (given | {name: v}).items()}
+        result = both_ways(by(impl), leaves)
+        assert all(result[f"d{k}"].dtype == w.dtype for k, w in leaves.items())
+        found.append(result | {f"d{name}": result[f"d{name}"].to(dtype)})
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("impl", PLAIN)
+def test_a_gate_of_200_and_its_gradient(impl, dtype):
+    """silu(-200) is 0 and silu(200) is 200; their slopes 0 and 1; nothing overflows on the way."""
+    inputs = made(9, h=1, dtype=dtype)
+    with torch.no_grad():
+        inputs["z"].copy_(torch.where(inputs["z"] > 0, 200.0, -200.0))
+        inputs["x"] *= 0.1
+    d_y = incoming(inputs["x"]) * 0.1
+    ours, exact = both_ways(by(impl), inputs, d_y=d_y), both_ways(by("reference"), exactly(inputs), d_y=d_y)
+    for name, truth in exact.items():
+        assert ours[name].isfinite().all(), name
+        assert (ours[name] - truth).abs().max() <= 16 * torch.finfo(dtype).eps * (1 + truth.abs().max()), name
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_extreme_steps(impl, extreme):
+    """A step of 1e4 forgets all, one of softplus(-1e4) = 0 nothing; no NaN in either pass."""
+    inputs = made(37, h=1)
+    with torch.no_grad():
+        inputs["delta"][:, 16:18] = extreme
+    ours, exact = both_ways(by(impl), inputs), both_ways(by("reference"), exactly(inputs))
+    for name, truth in exact.items():
+        assert ours[name].isfinite().all(), name
+        assert (ours[name] - truth).abs().max() <= 2e-5 * (1 + truth.abs().max()), name
+
+
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("at", [15, 16, 31, 32])
+def test_a_reset_on_a_chunks_first_or_last_step_with_weak_decay(impl, at):
+    """Almost nothing is forgotten but by the reset: a step off by one would let a whole state through."""
+    inputs = made(40, h=1, rate=1e-3, lag=-3.0)
+    marks = torch.arange(40).eq(at)[None]
+    ours = both_ways(by(impl, reset=marks, chunk=16), inputs)
+    exact = both_ways(by("reference", reset=marks), exactly(inputs))
+    for name, truth in exact.items():
+        assert (ours[name] - truth).abs().max() <= 2e-5 * (1 + truth.abs().max()), name
+
+
 # --- engines -------------------------------------------------------------------------------------------------------
 
 
@@ -814,6 +1063,19 @@ def zeros(dtype=torch.float32, **other):
 def test_bad_input_is_named(inputs, says):
     with pytest.raises(ValueError, match=says):
         ssd(**inputs)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "reset"])
+def test_what_is_not_a_tensor_is_named(name):
+    given = {k: v.detach() for k, v in made(5).items()} | {"reset": resets(5)}
+    with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got ndarray; use torch.from_numpy"):
+        ssd(**given | {name: given[name].numpy()})
+    with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got list"):
+        ssd(**given | {name: given[name].tolist()})
+    if name in ("x", "delta", "A", "B", "C", "z"):
+        now = {k: v[:, 0] if k in TIMED else v for k, v in given.items() if k != "reset"}
+        with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got ndarray"):
+            ssd_step(**now | {name: now[name].numpy()})
 
 
 def test_a_step_of_a_sequence_is_refused():

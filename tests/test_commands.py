@@ -2,6 +2,7 @@
 
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import fences
@@ -43,3 +44,9 @@ def test_the_readme_lists_every_session():
 
 def test_the_workflow_runs_the_same_script():
     assert "run: .ci/run" in (ROOT / ".github/workflows/site.yml").read_text()
+
+
+def test_lint_runs_pyright_on_the_library():
+    noxfile = (ROOT / "noxfile.py").read_text()
+    assert '"-m", "pyright"' in noxfile[noxfile.index("def lint(") :]
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["include"] == ["src/nondual"]

@@ -9,7 +9,7 @@ Parameters are named and laid out as in the released code, in Hugging Face's and
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeGuard, TypeVar, cast
+from typing import Any, Literal, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.selective_scan import selective_scan
 
 M = TypeVar("M", bound=nn.Module)
-I = TypeVar("I", bound=str)  # the names of an operation's engines
 
 
 class Mamba(nn.Module):
@@ -331,7 +330,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def step_engine(impl: I, x: Tensor) -> I | Literal["reference"]:
+def step_engine(impl: str, x: Tensor) -> Any:
     """The engine for x (B, N, E): "auto" is "reference" for one position on a CPU, where every other costs more to call
     than it computes."""
     return "reference" if impl == "auto" and x.shape[1] == 1 and x.device.type == "cpu" else impl

@@ -1,10 +1,12 @@
 """What the scans and the convolution before them refuse alike: a shape, a dtype or a device that does not fit."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 
-def check_tensors(required: dict[str, object], optional: dict[str, object] | None = None) -> None:
+def check_tensors(required: Mapping[str, object], optional: Mapping[str, object] | None = None) -> None:
     """Refuse what is not a tensor, such as a numpy array, a list or a number.
 
     Args:
@@ -15,7 +17,7 @@ def check_tensors(required: dict[str, object], optional: dict[str, object] | Non
         TypeError: the first that is not.
     """
     given = {name: x for name, x in (optional or {}).items() if x is not None}
-    for name, x in (required | given).items():
+    for name, x in {**required, **given}.items():
         if not isinstance(x, Tensor):
             kind = type(x).__name__
             remedy = "from_numpy" if kind == "ndarray" else "tensor"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from nondual.ops.autocast import autocast_off
 
@@ -116,9 +117,7 @@ def backward(
 # --- as operators of torch -----------------------------------------------------------------------------------------
 # Operators, so that torch.compile does not unroll the loops and compile anew for every length.
 
-attention_by_tiles: torch.library.CustomOpDef = torch.library.custom_op(
-    "nondual::attention_by_tiles", forward, mutates_args=()
-)
+attention_by_tiles: CustomOpDef = torch.library.custom_op("nondual::attention_by_tiles", forward, mutates_args=())
 _backward = torch.library.custom_op("nondual::attention_by_tiles_backward", backward, mutates_args=())
 
 

@@ -1,0 +1,103 @@
+"""What type checkers say: nothing about users' scripts, something about each mistake, and that every name is typed.
+
+`nox -s lint` runs pyright on the library itself.
+The scripts of tests/typing are checked strictly, in a folder of their own, as a user's project that has nondual
+installed. They are not run.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "tests/typing").glob("*_user.py"))
+MISTAKES = ROOT / "tests/typing/mistakes.py"
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("typing")]  # a checker reads all of torch: 20 to 40 s
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A user's project: the scripts, and settings that are as strict as they can be."""
+    folder = tmp_path_factory.mktemp("project")
+    for script in [*SCRIPTS, MISTAKES]:
+        shutil.copy(script, folder)
+    (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict", "include": ["."]}))
+    (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n")
+    return folder
+
+
+def pyright(*arguments: str, folder: Path = ROOT, site: Path | None = None) -> dict:
+    """pyright's report. It runs by the node that is installed beside it (the extra nodejs); nothing is downloaded.
+
+    Args:
+        arguments: what to check; by default all that the settings in the folder say.
+        folder: where pyright runs.
+        site: a folder with packages that are found before the installed ones.
+    """
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if site is not None:
+        environment["PYTHONPATH"] = str(site)
+    interpreter = () if "--verifytypes" in arguments else ("--pythonpath", sys.executable)  # it takes none with that
+    command = [sys.executable, "-m", "pyright", "--outputjson", *interpreter, *arguments]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
+    assert ran.stdout.startswith("{"), f"pyright ended with {ran.returncode}\n{ran.stdout}\n{ran.stderr}"
+    return json.loads(ran.stdout)
+
+
+@pytest.fixture(scope="module")
+def by_pyright(project) -> dict[str, dict[int, str]]:
+    """What pyright says about the user's project: for each file the lines, and what is wrong there."""
+    said: dict[str, dict[int, str]] = {}
+    for each in pyright(folder=project)["generalDiagnostics"]:
+        said.setdefault(Path(each["file"]).name, {})[each["range"]["start"]["line"] + 1] = each["message"]
+    return said
+
+
+@pytest.fixture(scope="module")
+def by_mypy(project, pytestconfig) -> dict[str, dict[int, str]]:
+    """The same by mypy."""
+    cache = pytestconfig.cache.mkdir("mypy") if getattr(pytestconfig, "cache", None) else project / "cache"
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(cache), "."]
+    ran = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=800)
+    assert re.search(r"^(Found \d+ errors? in|Success)", ran.stdout, re.M), f"{ran.stdout}\n{ran.stderr}"
+    said: dict[str, dict[int, str]] = {}
+    for file, line, message in re.findall(r"^(\S+?):(\d+): error: (.*)$", ran.stdout, re.M):
+        said.setdefault(file, {})[int(line)] = message
+    return said
+
+
+def refused() -> set[int]:
+    lines = enumerate(MISTAKES.read_text(encoding="utf-8").splitlines(), 1)
+    return {number for number, line in lines if line.endswith("# refused")}
+
+
+@pytest.mark.parametrize("checker", ["by_pyright", "by_mypy"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_user_s_script_is_right(checker, script, request):
+    assert request.getfixturevalue(checker).get(script.name, {}) == {}
+
+
+@pytest.mark.parametrize("checker", ["by_pyright", "by_mypy"])
+def test_each_mistake_is_reported(checker, request):
+    assert set(request.getfixturevalue(checker)["mistakes.py"]) == refused()
+
+
+def test_every_public_name_is_typed(tmp_path):
+    """pyright's own measure of a typed library, on the built wheel: only the Triton kernels' modules are left out."""
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True,
+                   capture_output=True, timeout=100)  # fmt: skip
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+    found = pyright("--verifytypes", "nondual", "--ignoreexternal", folder=tmp_path, site=tmp_path / "site")
+    symbols = [each for each in found["typeCompleteness"]["symbols"] if each["isExported"]]
+    ours = [each for each in symbols if ".triton." not in each["name"]]
+    assert len(ours) > 400
+    assert [each["name"] for each in ours if each["isTypeAmbiguous"] or not each["isTypeKnown"]] == []

@@ -1,4 +1,4 @@
-"""Small real data: sentences written for this project (CC BY 4.0), set with one question in mind, and an old text."""
+"""Small real texts: sentences with one word in two senses, written for this project (CC BY 4.0), and an old story."""
 
 BANK: dict[str, tuple[str, ...]] = {
     "river": (

@@ -50,3 +50,10 @@ def test_lint_runs_pyright_on_the_library():
     noxfile = (ROOT / "noxfile.py").read_text()
     assert '"-m", "pyright"' in noxfile[noxfile.index("def lint(") :]
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]["include"] == ["src/nondual"]
+
+
+def test_every_file_that_a_page_for_contributors_names_exists():
+    for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        named = re.findall(r"\b(?:src|tests|docs|hooks|benchmarks)/[\w/-]+\.(?:py|md|yml)\b", (ROOT / page).read_text())
+        missing = [path for path in named if not (ROOT / path).exists()]
+        assert not missing, f"{page} names {missing}"

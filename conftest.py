@@ -6,7 +6,7 @@
 4. A test marked `gpu` is skipped where torch sees no CUDA device.
 5. Without such a device Triton's kernels run in its interpreter, on the CPU.
 6. Nothing hangs: every test has a time limit, and a test that reaches it shows the stacks of all threads.
-7. The workers of `pytest -n` share the machine's cores.
+7. The workers of `pytest -n` share the machine's cores, and waiting threads leave them to others.
 
 Nothing here imports a plugin: `nox -s gpu_tests --no-venv` needs torch and pytest alone.
 """
@@ -23,8 +23,10 @@ import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# 7. Each of n workers computes with 1/n of the threads, and so does every process that its tests start. Read when torch
-#    is imported.
+# 7. Each of n workers computes with 1/n of the threads, and so does every process that its tests start. A thread that
+#    waits for the others of its loop sleeps: by default it spins, which took twenty times as long on a busy machine. Both
+#    are read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 

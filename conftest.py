@@ -24,8 +24,8 @@ import pytest
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # 7. Each of n workers computes with 1/n of the threads, and so does every process that its tests start. A thread that
-#    waits for the others of its loop sleeps: by default it spins, which took twenty times as long on a busy machine. Both
-#    are read when torch is imported.
+#    waits for the others of its loop sleeps: by default it spins, which took twenty times as long on a busy machine.
+#    Both are read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))

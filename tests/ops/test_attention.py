@@ -426,6 +426,9 @@ def test_each_tensor_in_a_layout_of_its_own(impl, which, layout):
 # --- transforms ----------------------------------------------------------------------------------------------------
 
 
+# Values as wide as queries: else torch takes its unfused attention, which has every derivative.
+
+
 def squares(q, k, v, **options):
     return attention(q, k, v, **options).square().sum()
 
@@ -435,7 +438,7 @@ def squares(q, k, v, **options):
 ])  # fmt: skip
 def test_forward_mode_is_the_directional_derivative(options):
     """Against the reverse mode's gradient, for q, k and v at once, by torch.func.jvp and by forward_ad."""
-    inputs = qkv(g=G)
+    inputs = qkv(g=G, dv=D)
     tangents = [torch.randn_like(x) for x in inputs]
     expected = sum((g * t).sum() for g, t in zip(torch.autograd.grad(squares(*inputs, **options), inputs), tangents))
     plain = tuple(x.detach() for x in inputs)
@@ -452,7 +455,7 @@ def test_forward_mode_is_the_directional_derivative(options):
 
 
 def test_every_transform_of_torch_func_works_through_auto():
-    q, k, v = (x.detach() for x in qkv(g=G))
+    q, k, v = (x.detach() for x in qkv(g=G, dv=D))
     f = lambda q: squares(q, k, v, causal=True)  # noqa: E731
     leaf = q.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f(leaf), leaf)
@@ -477,13 +480,13 @@ def test_every_transform_of_torch_func_works_through_auto():
 
 
 def test_forward_mode_through_a_compiled_program():
-    q, k, v = (x.detach() for x in qkv())
+    q, k, v = (x.detach() for x in qkv(dv=D))
     run = lambda q: torch.func.jvp(lambda q: attention(q, k, v, causal=True), (q,), (q,))[1]  # noqa: E731
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
 
 
 def test_sdpa_by_name_says_that_it_has_no_forward_mode():
-    q, k, v = (x.detach() for x in qkv())
+    q, k, v = (x.detach() for x in qkv(dv=D))
     f = lambda q: squares(q, k, v, impl="sdpa")  # noqa: E731
     for asked in (lambda: torch.func.jvp(f, (q,), (q,)), lambda: torch.func.hessian(f)(q)):
         with pytest.raises(
@@ -514,7 +517,7 @@ def test_compiles_whole_for_many_lengths(dynamic, lengths, form):
     backend = lambda graph, inputs: programs.append(graph) or torch._dynamo.lookup_backend("aot_eager")(graph, inputs)  # noqa: E731
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=backend)
     for n, m in lengths:
-        inputs = qkv(n, m, g=G)
+        inputs = qkv(n, m, g=G, dv=D)
         ours, plain = (f(*inputs) for f in (compiled, run))
         torch.testing.assert_close(ours, plain)
         ours, plain = (x[0] if form == "weights" else x for x in (ours, plain))

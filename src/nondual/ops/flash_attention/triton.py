@@ -548,11 +548,13 @@ def _made_like(x: Tensor, *shape: int) -> Tensor:
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Room for out, top and total."""
-    out = _made_like(q, *q.shape[:3], v.shape[-1])
-    return out, *(torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    return _made_like(q, *q.shape[:3], v.shape[-1]), top, total
 
 
-def launch_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float) -> tuple[Tensor, ...]:
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, top and total; one program for each tile of queries and head."""
     (b, h, n, _), m, outputs = q.shape, k.shape[2], _outputs(q, v)
     if outputs[1].numel():
@@ -590,7 +592,7 @@ def splits_of(q: Tensor, k: Tensor, window: int) -> int:
 
 def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, splits: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """out, top and total for few queries and many keys: a program for each key head and part of its keys, then one
     for each row."""
     (b, h, n, _), (_, g, m, _), outputs = q.shape, k.shape, _outputs(q, v)

@@ -108,3 +108,19 @@ def test_a_sum_over_channels_is_infinite_and_not_nan(name):
     found = kinds("cpu")
     for key, expected in kinds("reference").items():
         assert torch.equal(found[key], expected), key
+
+
+@pytest.mark.parametrize("name, impl", [(name, impl) for name, (_, engines) in SCANS.items() for impl in engines])
+def test_a_state_decays_by_what_it_should_however_fast(name, impl):
+    """Without input, a state of 1 is exp(ΔA) after a step: to the last places of float32 down to exp(-80)."""
+    logs = torch.tensor([-0.1, -9.0, -11.0, -16.0, -30.0, -80.0])  # one step each, of its own channel or head
+    delta, zero = -logs.expand(1, 1, 6), torch.zeros(1, 1, 6)
+    if name == "ssd":
+        one, rest = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        state = torch.ones(1, 6, 1, 1)
+        y, last = ssd(zero[..., None], delta, -torch.ones(6), rest, one, state=state, impl=impl)
+    else:
+        one, rest = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+        y, last = selective_scan(zero, delta, -torch.ones(6, 1), rest, one, state=torch.ones(1, 6, 1), impl=impl)
+    for found in (y, last):
+        torch.testing.assert_close(found.flatten().double(), logs.double().exp(), rtol=1e-4, atol=0)

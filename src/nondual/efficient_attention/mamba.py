@@ -9,7 +9,7 @@ Parameters are named and laid out as in the released code, in Hugging Face's and
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,10 @@ class Mamba(nn.Module):
         if cache is not None:  # last of all: nothing that raises has changed it
             cache.conv, cache.state = history, state
         return out
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, x: Tensor, *, cache: "MambaCache" | None = None, reset: Tensor | None = None) -> Tensor: ...
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:

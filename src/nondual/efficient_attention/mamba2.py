@@ -8,7 +8,7 @@ Where we differ from the paper: its T is our N, its N our S. Parameters are name
 and in Hugging Face's: their state_dicts load.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,10 @@ class Mamba2(nn.Module):
         if cache is not None:  # last of all: nothing that raises has changed it
             cache.conv, cache.state = history, state
         return out
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, x: Tensor, *, cache: MambaCache | None = None, reset: Tensor | None = None) -> Tensor: ...
 
     def step(self, x: Float[Tensor, "b e"], cache: MambaCache) -> Float[Tensor, "b e"]:
         """One position: x (B, E) -> (B, E), in time and memory that do not depend on how many came before.

@@ -334,8 +334,23 @@ class S4D(nn.Module):
         y = (y + self.D.to(wide) * u).to(u.dtype)
         return (y, state) if return_state else y
 
-    if TYPE_CHECKING:
-        __call__ = forward
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[False] = False
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[True]
+        ) -> tuple[Tensor, Tensor]: ...
+        @overload
+        def __call__(
+            self, u: Tensor, state: Tensor | None = None, *, return_state: bool
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+        def __call__(
+            self, u: Tensor, state: Tensor | None = None, *, return_state: bool = False
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def step(
         self, u: Float[Tensor, "b d"], state: Complex[Tensor, "b d m"] | None = None

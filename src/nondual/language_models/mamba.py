@@ -6,7 +6,7 @@ Source: Gu and Dao 2023 (2312.00752), section 3.4 and figure 3; root-mean-square
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +119,12 @@ class MambaLM(nn.Module):
         """
         ids = self._checked(ids)
         return self._next(ids, cache, reset)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(
+            self, ids: Tensor, *, cache: list[MambaCache] | None = None, reset: Tensor | None = None
+        ) -> Tensor: ...
 
     def loss(self, ids: Int[Tensor, "b n"], *, reset: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
         """The mean cross-entropy, in nats, of each token given those before it; of a packed sequence's first, none.

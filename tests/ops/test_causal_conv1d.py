@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from nondual.ops.causal_conv1d import causal_conv1d
 
@@ -98,6 +99,98 @@ def test_autocast_and_gradcheck():
         assert y.dtype == history.dtype == torch.bfloat16
     reset[:, 5] = True
     assert torch.autograd.gradcheck(lambda *given: causal_conv1d(*given, reset=reset), inputs())
+
+
+# --- memory of its own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("length", [0, 1, 2, L])
+@pytest.mark.parametrize("width", [1, K])
+def test_the_history_shares_memory_with_nothing(length, width, reset):
+    x, weight, _ = (v.detach() for v in inputs(length, width))
+    before = torch.randn(B, width - 1, D, dtype=torch.float64)
+    marks = torch.zeros(B, length, dtype=torch.bool) if reset else None
+    y, history = causal_conv1d(x, weight, None, before, reset=marks)
+    assert history.untyped_storage().nbytes() == history.nbytes
+    others = {v.untyped_storage().data_ptr() for v in (x, y, weight, before) if v.numel()}
+    assert history.untyped_storage().data_ptr() not in others
+    kept = before.clone()
+    history.zero_()
+    assert torch.equal(before, kept)
+
+
+# --- derivatives of every kind, compiled and exported ----------------------------------------------------------------
+
+
+def marked(length=L):
+    return torch.arange(length).eq(length // 2).expand(B, -1)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_forward_mode_and_the_transforms_of_torch_func(reset):
+    marks = marked() if reset else None
+    x, weight, bias = given = [v.detach() for v in inputs()]
+    history = torch.randn(B, K - 1, D, dtype=torch.float64)
+    run = lambda *v: causal_conv1d(*v, reset=marks)  # noqa: E731
+    leaves = [v.clone().requires_grad_() for v in (*given, history)]
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, leaves)
+    outputs = lambda weight: run(x, weight, bias, history)[0]  # noqa: E731
+    torch.testing.assert_close(torch.func.jacfwd(outputs)(weight), torch.func.jacrev(outputs)(weight))
+
+    def loss(x, weight, history, marks):
+        y, after = causal_conv1d(x, weight, bias, history, reset=marks)
+        return y.sin().sum() + after.square().sum()
+
+    one = lambda x, weight, history, marks: loss(  # noqa: E731
+        x[None], weight, history[None], None if marks is None else marks[None]
+    )
+    axes = (0, None, 0, 0 if reset else None)
+    each = torch.func.vmap(torch.func.grad(one, argnums=1), axes)(x, weight, history, marks)
+    torch.testing.assert_close(each.sum(0), torch.func.grad(loss, argnums=1)(x, weight, history, marks))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_compiled_and_exported_once_for_every_length(reset):
+    def arguments(length):
+        x, weight, bias = (v.detach() for v in inputs(length, dtype=torch.float32))
+        return x, weight, bias, torch.ones(B, K - 1, D), marked(length) if reset else None
+
+    class Layer(nn.Module):
+        def forward(self, x, weight, bias, history, marks):
+            return causal_conv1d(x, weight, bias, history, reset=marks)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(Layer(), backend=counter, fullgraph=True, dynamic=False)
+    long = torch.export.Dim("long", min=2, max=2**16)
+    shapes = ({1: long}, None, None, None, {1: long} if reset else None)
+    exported = torch.export.export(Layer(), arguments(9), dynamic_shapes=shapes).module()
+    for length in (2, 3, 7, 64):
+        given = arguments(length)
+        torch._dynamo.mark_dynamic(given[0], 1)
+        if reset:
+            torch._dynamo.mark_dynamic(given[4], 1)
+        for found in (compiled(*given), exported(*given)):
+            torch.testing.assert_close(found, Layer()(*given))
+    assert counter.frame_count == 1
+
+
+def test_meta_tensors():
+    x, weight, bias = (v.detach().to("meta") for v in inputs())
+    y, history = causal_conv1d(x, weight, bias, reset=torch.zeros(B, L, dtype=torch.bool, device="meta"))
+    assert y.shape == x.shape and history.shape == (B, K - 1, D) and y.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "history", "reset"])
+def test_what_is_not_a_tensor_is_named(name):
+    given = dict(x=torch.zeros(B, L, D), weight=torch.zeros(D, K), bias=torch.zeros(D))
+    given |= dict(history=torch.zeros(B, K - 1, D), reset=torch.zeros(B, L, dtype=torch.bool))
+    with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got ndarray; use torch.from_numpy"):
+        causal_conv1d(**given | {name: given[name].numpy()})
+    with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got list"):
+        causal_conv1d(**given | {name: given[name].tolist()})
 
 
 @pytest.mark.parametrize(

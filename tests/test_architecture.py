@@ -185,6 +185,8 @@ def test_what_is_public_says_what_it_is(name):
     if tree.body:
         assert ast.get_docstring(tree), f"{name} does not say what it is"
     for node in tree.body:
+        if any(isinstance(x, ast.Name) and x.id == "overload" for x in getattr(node, "decorator_list", [])):
+            continue  # a signature alone: the function after it has the docstring
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), (
                 f"{MODULES[name].relative_to(ROOT)}:{node.lineno}: {node.name} has no docstring"

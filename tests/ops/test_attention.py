@@ -526,6 +526,7 @@ def test_compiles_whole_for_many_lengths(dynamic, lengths, form):
     assert len(programs) <= 3
 
 
+@pytest.mark.timeout(400)  # inductor calls a C++ compiler
 def test_compiles_whole_by_inductor_for_two_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: attention(*a, causal=True), fullgraph=True, dynamic=True)

@@ -162,12 +162,11 @@ class Masks:
     def __init__(self, reset: Tensor | None, chunk: int, device: torch.device):
         self.seen = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
         if reset is not None:
-            self.sequence = cut(reset, chunk).cumsum(-1)
-            same = self.sequence[..., :, None] == self.sequence[..., None, :]
-            self.seen = (self.seen & same)[:, :, None, None]
-            self.lost = self.sequence != self.sequence[..., -1:]
-            self.unreached = self.sequence > 0
-            self.ends = self.unreached[..., -1:]
+            self.sequence = sequence = cut(reset, chunk).cumsum(-1)
+            self.seen = (self.seen & (sequence[..., :, None] == sequence[..., None, :]))[:, :, None, None]
+            self.lost = sequence != sequence[..., -1:]
+            self.unreached = sequence > 0
+            self.ends = sequence[..., -1:] > 0
 
 
 def unless(v: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:

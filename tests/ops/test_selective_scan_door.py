@@ -255,3 +255,22 @@ def test_extreme_steps(impl):
         for name, ours, truth in zip(("y", "last", *NAMES), *found):
             assert ours.isfinite().all(), name
             assert (ours - truth).abs().max() <= 1e-5 * (1 + truth.abs().max()), (name, extreme)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("at", [7, 8, 11])
+def test_gradients_before_a_reset_do_not_see_a_nan_after_it(impl, name, at):
+    """The kernels' chunks have 8 steps: the reset is on a last step, on a first, and within one; the NaN follows it."""
+    reset = torch.arange(17).eq(at).expand(2, -1)
+    found = []
+    for spoilt in (False, True):
+        given = made(17, dtype=torch.float32)
+        if spoilt:
+            given[name][:, at + 2] = torch.nan
+        leaves = {k: x.requires_grad_() for k, x in given.items()}
+        y, _ = selective_scan(**leaves, delta_softplus=True, reset=reset, impl=impl)
+        grads = torch.autograd.grad(y[:, :at].sin().sum(), [leaves[k] for k in (*TIMED, "state")])
+        found.append([g if k == "state" else g[:, :at] for k, g in zip((*TIMED, "state"), grads)])
+    for k, clean, other in zip((*TIMED, "state"), *found):
+        assert torch.equal(clean, other), k

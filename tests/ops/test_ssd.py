@@ -563,6 +563,27 @@ def test_nan_in_delta_b_or_c_does_not_reach_back(device, impl):
         assert torch.equal(spoilt[:, :9], y[:, :9]) and spoilt[:, 9].isnan().all()
 
 
+@everywhere
+@pytest.mark.parametrize("name", ["x", "delta", "B", "C", "z"])
+@pytest.mark.parametrize("at", [31, 32, 35])
+def test_gradients_of_the_kernels_before_a_resets_chunk_do_not_see_a_nan_after_it(device, name, at):
+    """Chunks of 16 steps: the reset is on a last step, on a first, and within one; the NaN comes two steps later."""
+    marks = torch.arange(48, device=device).eq(at)[None]
+    clear = at // 16 * 16
+    read = clear if name == "x" else at  # a NaN in x reaches every output of its chunk
+    found = []
+    for spoilt in (False, True):
+        inputs = {k: v.detach() for k, v in made(48, h=1, device=device).items()}
+        if spoilt:
+            inputs[name][:, at + 2] = torch.nan
+        leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+        y, _ = by("triton", reset=marks, chunk=16)(leaves)
+        grads = torch.autograd.grad(y[:, :read].sin().sum(), [leaves[k] for k in (*TIMED, "state")])
+        found.append([g if k == "state" else g[:, :clear] for k, g in zip((*TIMED, "state"), grads)])
+    for k, clean, other in zip((*TIMED, "state"), *found):
+        assert torch.equal(clean, other), k
+
+
 # --- any layout ----------------------------------------------------------------------------------------------------
 
 

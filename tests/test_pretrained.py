@@ -105,7 +105,7 @@ def test_whatever_yields_strings_is_taken(encoder, some):
         (bytearray(b"bytes"), "sentences must be a list of strings, got bytearray"),
         (7, "sentences must be a list of strings, got int"),
         ({"a": 1}, "sentences must be a list of strings, got dict"),
-        ({"a", "b"}, "sentences must be a list of strings, got set"),
+        ({"a"}, "sentences must be a list of strings, got set"),
         (["fine", None], "sentence 1 must be a str, got NoneType"),
         (["fine", b"bytes"], "sentence 1 must be a str, got bytes"),
         ([["nested"]], "sentence 0 must be a str, got list"),

@@ -93,7 +93,7 @@ class Index(BaseHTTPRequestHandler):
         elif kind == "slow":
             for at in range(0, len(data), 10_000):
                 self.wfile.write(data[at : at + 10_000])
-                time.sleep(0.1)
+                time.sleep(0.25)
         elif kind == "endless":
             for _ in range(1000):
                 self.wfile.write(data[:PIECE])

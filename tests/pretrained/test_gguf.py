@@ -245,7 +245,7 @@ print(cut, refused, slowest < 20)
 def test_cut_at_every_byte_and_changed_at_random_it_is_read_or_refused(file, tmp_path):
     (tmp_path / "small.gguf").write_bytes(file)
     command = [sys.executable, "-c", FUZZ, str(tmp_path / "small.gguf")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     cut, refused, prompt = done.stdout.split()
     assert int(cut) >= len(file) - 32 and int(refused) > 1000 and prompt == "True"

@@ -511,7 +511,7 @@ for name in ("config.json", "model-00001-of-00003.safetensors", "model.safetenso
         cut = load()
         assert cut or whole[end:].isspace(), (name, end)
         count += cut
-    for _ in range(400):
+    for _ in range(200):
         data = bytearray(whole)
         for _ in range(draw.randint(1, 3)):
             likely = draw.choice(b'0123456789{}[]",:-eE.') if draw.random() < 0.7 else draw.randrange(256)
@@ -528,6 +528,6 @@ print(*refused)
 def test_cut_at_every_byte_and_changed_at_random_a_checkpoint_is_read_or_refused(tmp_path):
     theirs(num_hidden_layers=1).save_pretrained(tmp_path, max_shard_size="4KB")
     assert (tmp_path / "model-00001-of-00003.safetensors").exists()
-    done = subprocess.run([sys.executable, "-c", FUZZ, str(tmp_path)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", FUZZ, str(tmp_path)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(int(count) > 400 for count in done.stdout.split())

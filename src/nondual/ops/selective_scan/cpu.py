@@ -374,27 +374,30 @@ def _backward_compiled(run, dy, dlast, kept, u, delta, A, B, C, D, z, bias, stat
 # --- the same in torch -----------------------------------------------------------------------------------------------
 # Time first within a chunk of T steps, so that a step's numbers lie together: x (T, B, D), states (T, B, D, N), and B
 # or C (T, B, G, N), or (D, N). The gradients of each of the next three functions are made of the other two. Results are
-# dense, whatever the layout of the inputs, as they are from the compiled loop.
+# dense, whatever the layout of the inputs, as they are from the compiled loop. Tensors (T, B, D, N) are made once for a
+# call and written to again in each chunk (`out`, `room`): memory taken anew would cost page faults each time.
 
 
-def _spread(x: Tensor, B: Tensor) -> Tensor:
+def _spread(x: Tensor, B: Tensor, out: Tensor) -> Tensor:
     """B x: from channels to their states."""
     if B.ndim == 2:
-        return x[..., None] * B
-    return (x.unflatten(2, (B.shape[2], -1))[..., None] * B[..., None, :]).flatten(2, 3)
+        return torch.mul(x[..., None], B, out=out)
+    groups = (B.shape[2], -1)
+    torch.mul(x.unflatten(2, groups)[..., None], B[..., None, :], out=out.unflatten(2, groups))
+    return out
 
 
-def _gather(h: Tensor, C: Tensor) -> Tensor:
+def _gather(h: Tensor, C: Tensor, room: Tensor) -> Tensor:
     """Σ_n C h: from the states to their channel."""
     if C.ndim == 2:
-        return (h * C).sum(-1)
+        return torch.mul(h, C, out=room).sum(-1)
     return (h.unflatten(2, (C.shape[2], -1)) @ C[..., None]).flatten(2)
 
 
-def _meet(h: Tensor, x: Tensor, like: Tensor) -> Tensor:
+def _meet(h: Tensor, x: Tensor, like: Tensor, room: Tensor) -> Tensor:
     """Σ h x over the channels that share a row of B or C, or over time."""
     if like.ndim == 2:
-        return (h * x[..., None]).sum((0, 1))
+        return torch.mul(h, x[..., None], out=room).sum((0, 1))
     groups = (like.shape[2], -1)
     return (x.unflatten(2, groups)[..., None, :] @ h.unflatten(2, groups)).squeeze(-2)
 
@@ -406,14 +409,20 @@ def _chunk(start: int, *tensors: *Given) -> tuple[*Given]:
     return cast("tuple[*Given]", tuple(parts))
 
 
-def _states(h, delta, x, A, B, resets) -> tuple[Tensor, Tensor]:
-    """a and the states of a chunk, from the state before it."""
-    a, hs = torch.exp(delta[..., None] * A), _spread(x, B)
+def _states(h, delta, x, A, B, resets, a, hs) -> tuple[Tensor, Tensor]:
+    """a and the states of a chunk, from the state before it, into the last two arguments."""
+    a, hs = torch.mul(delta[..., None], A, out=a).exp_(), _spread(x, B, hs)
     for t, (a_t, h_t) in enumerate(zip(a, hs)):
         if t in resets:
             h = h.masked_fill(resets[t], 0)
         h = torch.addcmul(h_t, a_t, h, out=h_t)
     return a, hs
+
+
+def _rooms(count: int, u: Tensor, A: Tensor) -> list[Tensor]:
+    """Room for the states of a chunk (T, B, D, N), so many times."""
+    (batch, length, channels), states = u.shape, A.shape[1]
+    return [_new(u, min(length, CHUNK), batch, channels, states) for _ in range(count)]
 
 
 def _resets(start: int, reset: Tensor | None) -> dict[int, Tensor]:
@@ -425,15 +434,17 @@ def _resets(start: int, reset: Tensor | None) -> dict[int, Tensor]:
 def _forward_plain(u, delta, A, B, C, D, z, bias, state, reset, softplus):
     y, last, kept = _outputs(u, A)
     saved = _between(kept, u, A)
+    rooms = _rooms(3, u, A)
     h = torch.zeros_like(last) if state is None else state
     for start in range(0, u.shape[1], CHUNK):
         if start:
             saved[:, start // CHUNK - 1] = h
         u_, delta_, B_, C_, z_ = _chunk(start, u, delta, B, C, z)
         delta_ = step_length(delta_, bias, softplus)
-        _, hs = _states(h, delta_, delta_ * u_, A, B_, _resets(start, reset))
-        h = hs[-1]
-        y_ = _gather(hs, C_)
+        a, hs, room = (x[: len(u_)] for x in rooms)
+        _states(h, delta_, delta_ * u_, A, B_, _resets(start, reset), a, hs)
+        h = hs[-1].clone()
+        y_ = _gather(hs, C_, room)
         if D is not None:
             y_ += D * u_
         if z_ is not None:
@@ -448,6 +459,7 @@ def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, res
     dA, dB, dC = (x.new_zeros(x.shape) for x in (A, B, C))
     dD, dbias = (None if x is None else x.new_zeros(x.shape) for x in (D, bias))
     saved = _between(kept, u, A)
+    rooms = _rooms(4, u, A)
     g = A.new_zeros(u.shape[0], *A.shape) if dlast is None else dlast
     for start in reversed(range(0, u.shape[1], CHUNK)):
         here, resets = slice(start, start + CHUNK), _resets(start, reset)
@@ -456,37 +468,37 @@ def _backward_plain(dout, dlast, kept, u, delta, A, B, C, D, z, bias, state, res
         delta_ = F.softplus(raw) if softplus else raw
         dy = dout_ if z_ is None else dout_ * F.silu(z_)
         h = saved[:, start // CHUNK - 1] if start else torch.zeros_like(g) if state is None else state
-        a, hs = _states(h, delta_, delta_ * u_, A, B_, resets)
-        gs = _spread(dy, C_)
+        a, hs, gs, room = (x[: len(u_)] for x in rooms)
+        _states(h, delta_, delta_ * u_, A, B_, resets, a, hs)
+        _spread(dy, C_, gs)
         for t in reversed(range(len(gs))):
             g = torch.add(gs[t], g, out=gs[t]) * a[t]
             if t in resets:
                 g = g.masked_fill(resets[t], 0)
-        for d, like, sums in ((dB, B_, _meet(gs, delta_ * u_, B_)), (dC, C_, _meet(hs, dy, C_))):
+        for d, like, sums in ((dB, B_, _meet(gs, delta_ * u_, B_, room)), (dC, C_, _meet(hs, dy, C_, room))):
             if like.ndim == 2:
                 d += sums
             else:
                 d[:, here] = sums.transpose(0, 1)
         if dz is not None and z_ is not None:
-            y = _gather(hs, C_)
+            y = _gather(hs, C_, room)
             if D is not None:
                 y += D * u_
             gate = torch.sigmoid(z_)
             dz[:, here] = (dout_ * y * gate * (1 + z_ * (1 - gate))).transpose(0, 1)
-        dx = _gather(gs, B_)
+        dx = _gather(gs, B_, room)
         du_ = delta_ * dx
         if D is not None:
             du_ += D * dy
             dD += (dy * u_).sum((0, 1))
         du[:, here] = du_.transpose(0, 1)
-        before = torch.cat([h[None], hs[:-1]])
-        for t, at in resets.items():
-            before[t].masked_fill_(at, 0)
-        dstep = gs.mul_(a).mul_(before)  # of Δ A
+        dstep = gs.mul_(a)  # of Δ A: g a times the state before
+        dstep[0].mul_(h)
+        dstep[1:].mul_(hs[:-1])
         for t, at in resets.items():
             dstep[t].masked_fill_(at, 0)
-        dA += _meet(dstep, delta_, A)
-        ddelta_ = _gather(dstep, A) + u_ * dx
+        dA += _meet(dstep, delta_, A, room)
+        ddelta_ = _gather(dstep, A, room) + u_ * dx
         if softplus:
             ddelta_ *= torch.sigmoid(raw).masked_fill_(raw > 20, 1)  # torch's softplus is the identity above 20
         if bias is not None:

@@ -124,3 +124,15 @@ def test_a_state_decays_by_what_it_should_however_fast(name, impl):
         y, last = selective_scan(zero, delta, -torch.ones(6, 1), rest, one, state=torch.ones(1, 6, 1), impl=impl)
     for found in (y, last):
         torch.testing.assert_close(found.flatten().double(), logs.double().exp(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+def test_a_nan_with_digits_of_its_own_is_still_a_nan(softplus):
+    """The C loop adds an exponent to a number's bits, which can make a number of a NaN that has others than torch.nan:
+    its chunk must take the way that looks."""
+    torch.manual_seed(0)
+    u, delta, B = torch.randn(1, 9, 3), torch.rand(1, 9, 3), torch.randn(1, 9, 16)
+    delta[0, 4, 1] = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    y, last = selective_scan(u, delta, -torch.rand(3, 16), B, B, delta_softplus=softplus, impl="cpu")
+    assert y[0, 4:, 1].isnan().all() and last[0, 1].isnan().all()
+    assert y[..., [0, 2]].isfinite().all() and y[0, :4].isfinite().all() and last[:, [0, 2]].isfinite().all()

@@ -154,7 +154,7 @@ class Mamba(nn.Module):
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
-        def __call__(self, x: Tensor, *, cache: "MambaCache" | None = None, reset: Tensor | None = None) -> Tensor: ...
+        def __call__(self, x: Tensor, *, cache: "MambaCache | None" = None, reset: Tensor | None = None) -> Tensor: ...
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:

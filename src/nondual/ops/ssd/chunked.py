@@ -115,8 +115,9 @@ def _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chun
 def cut(v: Tensor, chunk: int) -> Tensor:
     """(B, L, …) as (B, K, T, …), with zeros after the end: steps of no length, in which nothing happens."""
     length = v.shape[1]
-    if any_length(length):  # in two chunks or more, the last one of zeros: torch compiles a size of 1 for itself
-        step = torch.arange((length + 2 * chunk - 1) // chunk, device=v.device)[:, None] * chunk
+    # In three chunks or more, the last ones of zeros: torch compiles a size of 1 for itself, and K - 1 is a size too.
+    if any_length(length):
+        step = torch.arange((length + 3 * chunk - 1) // chunk, device=v.device)[:, None] * chunk
         step = step + torch.arange(chunk, device=v.device)  # (K, T)
         after = (step >= length).view(*step.shape, *[1] * (v.ndim - 2))
         return v[:, step.clamp(max=length - 1)].masked_fill(after, 0)

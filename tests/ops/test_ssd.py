@@ -499,6 +499,20 @@ def test_float16_does_not_overflow_where_the_result_does_not(device):
 
 
 @everywhere
+def test_a_state_beyond_float16_is_read_by_a_small_c(device):
+    """States are float32 and reach 1e6 here; C is about .001, so that what they give fits float16."""
+    inputs = made(37, h=1, n=64, dtype=torch.float16, device=device)
+    with torch.no_grad():
+        inputs["state"].mul_(1e6)
+        inputs["C"].mul_(1e-3)
+    exact, ours = (both_ways(by(impl), v) for impl, v in (("chunked", exactly(inputs)), ("triton", inputs)))
+    for name in ("y", "last state"):  # dC is of the size of the state
+        assert ours[name].isfinite().all(), name
+        worst = (ours[name] - exact[name]).abs().max() / exact[name].abs().max()
+        assert worst < 4 * torch.finfo(torch.float16).eps, f"{name}: {worst:.1e}"
+
+
+@everywhere
 @pytest.mark.parametrize("left", ["D", "z", "delta_bias", "state"])
 def test_what_is_left_out(device, left):
     inputs = {name: v for name, v in made(37, h=1, device=device).items() if name != left}
@@ -718,8 +732,9 @@ def test_blocks_take_memory_linear_in_the_length(reset, largest):
 
 
 @everywhere
-def test_opcheck(device):
-    inputs = made(5, h=1, device=device, skip="hp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(device, dtype):
+    inputs = made(5, h=1, device=device, skip="hp", dtype=dtype)
     ordered = [inputs[name] for name in NAMES]
     marks = resets(5, device=device)
     torch.library.opcheck(torch.ops.nondual.ssd.default, (*ordered, marks, True, 16))

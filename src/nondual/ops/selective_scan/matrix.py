@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nondual.ops.checks import check_tensors
 from nondual.ops.selective_scan.reference import step_length
 
 
@@ -43,7 +44,11 @@ def selective_scan_matrix(
 
     Returns:
         M (B, D, L, L), in float32 or better: rows are outputs t, columns inputs s.
+
+    Raises:
+        TypeError: what is not a tensor.
     """
+    check_tensors({"delta": delta, "A": A, "B": B, "C": C}, {"D": D, "delta_bias": delta_bias, "reset": reset})
     wide = torch.promote_types(delta.dtype, torch.float32)
     A, B, C = (x.to(wide) for x in (A, B, C))
     delta = step_length(delta.to(wide), delta_bias, delta_softplus)

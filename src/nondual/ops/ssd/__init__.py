@@ -63,6 +63,8 @@ def ssd(
         x: input (B, L, H, P), any floating dtype that the engine knows, in any layout; L may be 0.
         delta: step lengths (B, L, H), of x's dtype; bias and softplus are applied to it if given.
         A: one rate for each head (H,), real, of any floating dtype; negative where the state is to decay.
+            Above 0 the state grows. "reference" and "chunked" are right as long as the result is finite; "triton" gives
+            NaN where the growth within one chunk, exp(A Σ Δ), exceeds float32, whatever the inputs there are.
         B: how the input enters: (B, L, N), shared by all heads, or (B, L, G, N), shared by H/G neighbours; in
             x's dtype.
         C: how the state is read, in the same shape as B.

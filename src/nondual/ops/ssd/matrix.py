@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nondual.ops.checks import check_tensors
 from nondual.ops.selective_scan.reference import step_length
 
 
@@ -42,7 +43,11 @@ def ssd_matrix(
 
     Returns:
         M (B, H, L, L), in float32 or better: rows are outputs t, columns inputs s.
+
+    Raises:
+        TypeError: what is not a tensor.
     """
+    check_tensors({"delta": delta, "A": A, "B": B, "C": C}, {"D": D, "delta_bias": delta_bias, "reset": reset})
     wide = torch.promote_types(delta.dtype, torch.float32)
     heads, length = delta.shape[2], delta.shape[1]
     B, C = (v.to(wide) if v.ndim == 4 else v.to(wide).unsqueeze(2) for v in (B, C))

@@ -17,7 +17,7 @@ All three take memory linear in N and M. (In a program exported by torch.export 
 mask (N, M) instead, since a loop over tiles would fix the length.)
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "sdpa" for all others; with
-return_lse=True it takes "reference" where it would take "sdpa", which keeps that number to itself. For forward-mode
+return_lse=True it takes "reference" where it would take "sdpa", which does not return that number. For forward-mode
 derivatives and under the transforms of torch.func (grad, vjp, jacrev, vmap, and so gradients for each sample), which
 these engines refuse, it forms the weights in plain torch, and then memory grows with N · M.
 """
@@ -125,7 +125,7 @@ def flash_attention(
         causal: each query sees its own position and those before, aligned at the end where N != M (torch's is_causal
             aligns at the start).
         window: each query sees the last `window` keys, its own included: the mask `masks.sliding_window`. It looks back
-            only, so it implies causal, said or not.
+            only: with a window, attention is causal whether `causal` is True or not.
         scale: factor on q · k; 1/√D where left out.
         return_lse: also return the log-sum-exp of each row, which joins two results over different keys into one. It
             is differentiable too.
@@ -183,7 +183,7 @@ def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
-    """torch's fused kernels, which keep the log-sum-exp to themselves."""
+    """torch's fused kernels, which do not return the log-sum-exp."""
     n, m = q.shape[2], k.shape[2]
     if window is None and (not causal or n == m):
         return attention(q, k, v, causal=causal, scale=scale, impl="sdpa"), None

@@ -7,10 +7,10 @@ offsets, m_ masks, p_ pointers, s_ strides and b_ blocks on the chip.
 
 Scores are held times log2(e), so that the exponential is the chip's own exp2: a score's factor and the subtraction of
 the row's maximum are then one fused operation. The log-sum-exp is kept in two parts, a row's highest score ("top") and
-the logarithm of its sum of exponentials ("total"): their sum, rounded to float32, would know a score of 1e4 only to a
-thousandth, and the backward's exp(S - L) with it. Rows are addressed in 64 bits. Sums run in float32 and in one order:
-no atomics, so the same input gives the same bits. Every tile is one of three sorts: out of sight, and not visited; in
-plain sight, and not masked; or at an edge, and masked.
+the logarithm of its sum of exponentials ("total"): for a score of 1e4 their sum in float32 is off by up to a
+thousandth, and exp(S - L) in the backward pass would be too. Rows are addressed in 64 bits. Sums run in float32 and in
+one order: no atomics, so the same input gives the same bits. A tile in which no query may attend to any key is not
+visited; one in which every query may attend to every key is not masked; only the others are masked.
 """
 
 import math
@@ -53,7 +53,7 @@ def store_tile(p, o_row, s_row, rows, b_tile, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def load_top(p, o_q, n):
-    """The highest score of rows o_q; +inf where a row saw nothing or is none, so that P = exp2(S - inf) = 0."""
+    """The highest score of rows o_q; +inf for a row without a visible key or past the end: P = exp2(S - inf) = 0."""
     b_top = tl.load(p + o_q, mask=o_q < n, other=float("inf"))
     return tl.where(b_top == float("-inf"), float("inf"), b_top)
 
@@ -71,7 +71,8 @@ def visible(o_q, o_kv, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.cons
 
 @triton.jit
 def key_bounds(first, last, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """Keys for the queries first..last: masked tiles from lo, whole ones from whole to part, masked ones to hi."""
+    """Where the keys of queries first..last lie: masked tiles lo..whole, tiles without a mask whole..part, masked tiles
+    part..hi."""
     lo = 0
     hi = m
     whole = 0
@@ -89,7 +90,8 @@ def key_bounds(first, last, m, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl
 
 @triton.jit
 def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Queries that see the keys first..last: masked tiles from lo, whole ones from whole to part, masked ones to hi."""
+    """Where the queries that see keys first..last lie: masked tiles lo..whole, tiles without a mask whole..part, masked
+    tiles part..hi."""
     lo = 0
     hi = n
     whole = 0
@@ -108,13 +110,13 @@ def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: 
 # --8<-- [start:online_softmax_update]
 @triton.jit
 def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
-    """A tile of raw scores b_s joins what is known of its rows: b_m the highest, b_l the sum; both to the base 2.
+    """Take a tile of raw scores b_s into each row's running maximum b_m and sum of exponentials b_l, to the base 2.
 
-    Returns the tile's weights (not yet divided by b_l), the factor by which what was held shrinks, the new b_l and b_m.
+    Returns the tile's weights (not yet divided by b_l), the factor that rescales earlier sums, the new b_l and b_m.
     """
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_shift = b_m_new
-    if MASKED:  # a row that has seen nothing yet: exp2(-inf - 0) = 0, where exp2(-inf + inf) would be NaN
+    if MASKED:  # a row without a visible key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) is NaN
         b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
     b_forget = tl.exp2(b_m - b_shift)
@@ -134,7 +136,7 @@ def attend(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_KV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The queries b_q pass the keys lo..hi, tile by tile."""
+    """Attention of the queries b_q over the keys lo..hi, tile by tile."""
     for start in tl.range(lo, hi, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
@@ -158,7 +160,7 @@ def attend_all(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """From nothing seen past every tile: masked from lo, in plain sight from whole to part, masked again to hi."""
+    """Attention over all keys lo..hi, from empty sums: with a mask to whole, without one to part, with one to hi."""
     b_acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
     b_l = tl.zeros((BLOCK_Q,), tl.float32)
     b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
@@ -189,7 +191,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: a tile of queries of one head."""
     tiles = tl.cdiv(n, BLOCK_Q)
-    i_q = tiles - 1 - tl.program_id(0) % tiles  # the last tile sees most under causality: longest first
+    i_q = tiles - 1 - tl.program_id(0) % tiles  # under causality the last tile has the most keys: longest first
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     p_q += i_b * s_qb + i_h * s_qh
@@ -206,7 +208,7 @@ def forward_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, CAUSAL, WINDOWED,
     )  # fmt: skip
 
-    b_l = tl.where(b_l == 0, 1.0, b_l)  # nothing seen: 0 / 1, and lse = -inf + log 1
+    b_l = tl.where(b_l == 0, 1.0, b_l)  # no visible key: 0 / 1, and lse = -inf + log 1
     store_tile(p_out + i_b * s_ob + i_h * s_oh, o_q, s_on, n, b_acc / b_l[:, None], DV, BLOCK_DV)
     tl.store(p_top + i_bh * n + o_q, b_m, mask=o_q < n)
     tl.store(p_total + i_bh * n + o_q, tl.log2(b_l), mask=o_q < n)
@@ -252,7 +254,7 @@ def decode_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, CAUSAL, WINDOWED,
     )  # fmt: skip
 
-    i_row = (i_bg * splits + i_split) * SHARE * n  # parts lie as (B, G, splits, SHARE · N, DV), not yet divided by l
+    i_row = (i_bg * splits + i_split) * SHARE * n  # parts (B, G, splits, SHARE · N, DV) are not yet divided by l
     store_tile(p_part + i_row * DV, o_row, DV, SHARE * n, b_acc, DV, BLOCK_DV)
     tl.store(p_part_m + i_row + o_row, b_m, mask=m_rows)
     tl.store(p_part_l + i_row + o_row, b_l, mask=m_rows)
@@ -263,7 +265,7 @@ def combine_kernel(
     p_part, p_part_m, p_part_l, p_out, p_top, p_total, s_ob, s_oh, s_on, n, heads, splits,
     SHARE: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query of one head, its parts brought to one maximum and joined."""
+    """One program: one query of one head; its parts are rescaled to their common maximum and added."""
     i_row = tl.program_id(0).to(tl.int64)  # of B · H · N
     i_bh, i_q = i_row // n, i_row % n
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -295,7 +297,7 @@ def delta_kernel(
     p_out, p_do, p_dtotal, p_delta, s_ob, s_oh, s_on, s_gb, s_gh, s_gn, n, heads,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO ∘ O) - dlse: what is taken from every dP of the row. dlse comes to the base 2."""
+    """delta = rowsum(dO ∘ O) - dlse, which is subtracted from every dP of the row. dlse is given to the base 2."""
     tiles = tl.cdiv(n, BLOCK_Q)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -314,7 +316,7 @@ def gather_dkdv(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The keys b_k pass the queries lo..hi. Scores stand transposed, keys down, so that P and dS need no turning."""
+    """dk and dv of the keys b_k from the queries lo..hi. Scores are (keys, queries): P and dS need no transposing."""
     for start in tl.range(lo, hi, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
         b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, MASKED)  # (BLOCK_Q, BLOCK_D)
@@ -347,7 +349,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """One program: the gradients of a tile of keys and values of one key head, summed over the heads that share it."""
     tiles = tl.cdiv(m, BLOCK_KV)
-    i_kv = tl.program_id(0) % tiles  # the first tile is seen most under causality: longest first
+    i_kv = tl.program_id(0) % tiles  # under causality the first tile has the most queries: longest first
     i_bg = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_g = i_bg // groups, i_bg % groups
     shift = m - n
@@ -386,7 +388,7 @@ def gather_dq(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_KV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The queries b_q pass the keys lo..hi once more."""
+    """dq of the queries b_q from the keys lo..hi."""
     for start in tl.range(lo, hi, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
@@ -448,7 +450,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
 TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 and 256 wide
-    "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
+    "sm_80": {  # and every chip not listed; fits the 99 KiB of shared memory of consumer GPUs
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
         "forward, cut": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 8, 2)),
@@ -494,7 +496,7 @@ def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -
 
     Args:
         kernel: "forward", "decode", "delta", "dkdv" or "dq".
-        chip: a line of TILES, as `chip_of` gives it.
+        chip: a key of TILES, as `chip_of` gives it.
         d: D. A head that does not fill its power of two is cut by a mask, which costs the forward kernel registers.
         dv: Dv.
         dtype: of q.
@@ -504,13 +506,13 @@ def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -
     width = max(_power(d), _power(dv))
     line = "forward, cut" if kernel == "forward" and not width == d == dv else kernel
     tiles = TILES["float32" if dtype == torch.float32 else chip][line][(width > 64) + (width > 128)]
-    if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many, and unequal ones
+    if INTERPRETED:  # small tiles, so that tests with short sequences have many, whole and cut
         tiles = (32, 16, 4, 1)
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tiles))
 
 
 def chip_of(device: torch.device) -> str:
-    """The line of TILES for a device."""
+    """The key of TILES for a device."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip:
@@ -538,8 +540,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _made_like(x: Tensor, *shape: int) -> Tensor:
-    """Room for (B, heads, length, width), heads inside or outside of lengths as x has them: what a module's projections
-    lay out as (B, N, H, D) comes back so, and needs no copy to be joined again."""
+    """An empty (B, heads, length, width) in memory laid out as x is, (B, N, H, D) or (B, H, N, D): a module, whose
+    projections give the first, then joins the heads without a copy."""
     b, h, n, d = shape
     if x.stride(1) < x.stride(2):
         return torch.empty(b, n, h, d, dtype=x.dtype, device=x.device).transpose(1, 2)
@@ -547,7 +549,7 @@ def _made_like(x: Tensor, *shape: int) -> Tensor:
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for out, top and total."""
+    """Empty tensors for out, top and total."""
     top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
     return _made_like(q, *q.shape[:3], v.shape[-1]), top, total
 
@@ -571,7 +573,7 @@ def launch_forward(
 
 
 MOST_ROWS = 64  # queries of one key head that decoding holds in one tile
-FEWEST_KEYS = 256  # keys that are worth a program of their own
+FEWEST_KEYS = 256  # of a part: fewer are not worth a program of their own
 MOST_SPLITS = 128
 
 
@@ -624,7 +626,7 @@ def launch_backward(
     d_out: Tensor, d_total: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, total: Tensor,
     causal: bool, window: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv: first delta, then each in a kernel that alone writes it."""
+    """dq, dk and dv: first delta, then dq by one kernel, and dk and dv by another."""
     (b, h, n, _), (_, g, m, _) = q.shape, k.shape
     dq, dk, dv = (_made_like(x, *x.shape) for x in (q, k, v))
     q, k, v, d_out = (_rows(x) for x in (q, k, v, d_out))
@@ -692,7 +694,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_top, d_total):
-    """top and total are only ever added up, so that the gradient of the one is that of the other."""
+    """top and total are used only as their sum, so both have the same gradient."""
     return *_backward(d_out, d_total, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
@@ -728,15 +730,15 @@ def flash_attention(
         causal: each query sees its own position and those before, aligned at the end.
         window: each query sees the last `window` keys, its own included; implies causal.
         scale: factor on q · k.
-        return_lse: put the two parts of the log-sum-exp together, or give None.
+        return_lse: return the log-sum-exp; otherwise None in its place.
 
     Returns:
-        out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32.
+        out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32, or None.
 
     Raises:
         RuntimeError: when differentiated twice.
     """
-    if scale <= 0:  # the kernels take a row's maximum before the factor, which then must not turn it around
+    if scale <= 0:  # the kernels take a row's maximum before they multiply by scale, which is right if scale > 0
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     out, top, total = _forward(q, k, v, causal or window is not None, window or 0, float(scale))
     return out, (top + total) * math.log(2) if return_lse else None

@@ -5,17 +5,18 @@ N states, G groups of SHARE = H / G heads. Time is cut into chunks of CHUNK step
 is an output's step, s an input's. In the kernels i_ is a program's index, o_ are offsets, m_ masks, p_ pointers, s_
 strides and b_ blocks on the chip.
 
-In four passes: the fades of every step (steps), each chunk's own state (states), the states handed from chunk to chunk
-(pass), the outputs (output). A single pass would read x, B and C once, and walk a head's chunks one after another: a
-batch of one with 24 heads would then keep 24 programs busy, and the backward would have to walk back alone. So every
-chunk has its own program, at the price of its state in memory: P · N float32 numbers for each chunk and head, which for
+Four passes: the log of the decay up to every step (steps), each chunk's own state (states), the states carried from
+chunk to chunk (pass), the outputs (output). A single pass would read x, B and C once, but go through a head's chunks
+one after another: a batch of one with 24 heads would keep only 24 programs busy, in the backward pass too. Here every
+chunk has its own program, and its state is written to memory: P · N float32 numbers for each chunk and head, which for
 the usual sizes (P 64, N 128, CHUNK 256) are as many bytes as the chunk's x has in half precision.
 
-The log of a fade is held times log2(e), for the chip's own exp2, and in two parts, "high" and "low", a float64's
-highest 24 bits and the next 24: of a difference of two sums that nearly cancel, high knows only what rounding left.
-Resets come as `start`, the step where each step's own sequence begins, -1 where none was: s is seen from t if
-start[t] <= s <= t, and the state before a chunk if start[t] lies before it. Offsets are in 64 bits, sums in float32 and
-in one order: no atomics, so the same input gives the same bits. The backward keeps nothing but the inputs.
+In names a factor of decay, exp(Σ Δ A), is a fade. Its log is multiplied by log2(e), for the chip's own exp2, and stored
+in two parts, "high" and "low", the highest 24 bits of a float64 and the next 24: high alone would lose the difference
+of two nearly equal sums to rounding. Resets are given as `start`: for each step the first step of its sequence, -1
+where that lies before this call. Input s reaches output t if start[t] <= s <= t; the state before a chunk reaches t if
+start[t] lies before the chunk. Offsets are in 64 bits, sums in float32 and in one order: no atomics, so the same input
+gives the same bits. Only the inputs are saved for the backward pass.
 """
 
 import torch
@@ -62,14 +63,14 @@ def load_state(p, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 # --8<-- [start:narrowed]
 @triton.jit
 def narrowed(b_tile, b_like):
-    """A float32 tile for the tensor cores: the tile in b_like's dtype, and the number it is to be multiplied by again.
+    """A float32 tile for the tensor cores: the tile in b_like's dtype, and the factor that its products still need.
 
     In float16, whose range is small, the tile is first divided by its greatest number.
     """
     scale = 1.0
     if b_like.dtype == tl.float16:
         scale = tl.max(tl.abs(b_tile))  # of both axes at once: one after the other, Triton 3.7 fails on sm_100
-        scale = tl.where(scale < float("inf"), tl.maximum(scale, 1e-30), 1.0)  # 1 / scale is a number too
+        scale = tl.where(scale < float("inf"), tl.maximum(scale, 1e-30), 1.0)  # so 1 / scale is finite
         b_tile = b_tile * (1.0 / scale)
     return b_tile.to(b_like.dtype), scale
 
@@ -98,14 +99,14 @@ def softplus(x):
 
 @triton.jit
 def load_fade(p_high, p_low, o, m):
-    """The log of the fade from its chunk's start, or its sequence's if that is later, to each step: its two parts."""
+    """The log of the decay to each step o from the start of its chunk, or of its sequence if later: in two parts."""
     return tl.load(p_high + o, mask=m, other=0.0), tl.load(p_low + o, mask=m, other=0.0)
 
 
 # --8<-- [start:between]
 @triton.jit
 def between(b_high_t, b_low_t, b_high_s, b_low_s, m_seen):
-    """The fade from s to t; the parts are shaped so that they broadcast. Masked before the exponential."""
+    """The decay from s to t; the parts are shaped so that they broadcast. Masked before the exponential."""
     b_log = (b_high_t - b_high_s) + (b_low_t - b_low_s)
     return tl.exp2(tl.where(m_seen, b_log, float("-inf")))
 
@@ -124,7 +125,7 @@ def load_gradient(p_dy, p_z, o_row, s_dyl, s_zl, m_row, GATED: tl.constexpr, P: 
 
 
 # --- kernels: forward ----------------------------------------------------------------------------------------------
-# Between kernels: step, high, low and the like lie as (B, H, L), states as (B, H, K, P, N) with K chunks, in float32.
+# Layout between kernels: step, high, low and the like (B, H, L), states (B, H, K, P, N) with K chunks, in float32.
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -132,7 +133,7 @@ def steps_kernel(
     p_delta, p_a, p_bias, p_start, p_step, p_high, p_low, s_db, s_dl, s_dh, length, heads, chunks,
     SOFTPLUS: tl.constexpr, RESET: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the step lengths of a chunk of a head, and their fades added up from the chunk's start."""
+    """One program: the step lengths of a chunk of a head, and the log of the decay from the chunk's start to each."""
     i_c = tl.program_id(0) % chunks
     i_bh = (tl.program_id(0) // chunks).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -146,7 +147,7 @@ def steps_kernel(
         b_step = softplus(b_step)
     b_step = tl.where(m_t, b_step, 0.0)
     tl.store(p_step + i_bh * length + o_t, b_step, mask=m_t)
-    if RESET:  # each row anew, from its own start: a running sum would carry a NaN across
+    if RESET:  # sum each row by itself, from its own start: a running sum would carry a NaN across a reset
         b_start = tl.load(p_start + i_b * length + o_t, mask=m_t, other=0)
         b_sum = tl.zeros((CHUNK,), tl.float64)
         for first in tl.range(i_c * CHUNK, i_c * CHUNK + CHUNK, BLOCK):
@@ -166,8 +167,8 @@ def steps_kernel(
 
 @triton.jit
 def log_fade(b_step, a):
-    """Δ A in float64, to the base 2. Below -1500 its exponential is 0, and more would only cost the sums their last
-    places; a NaN stays one."""
+    """Δ A in float64, to the base 2, and -1500 at the least: exp2 gives 0 there already, and larger sums are less
+    precise. NaN stays NaN."""
     b_rate = b_step.to(tl.float64) * a
     return tl.where(b_rate < -1500.0, -1500.0, b_rate)
 
@@ -182,8 +183,8 @@ def states_kernel(
 ):  # fmt: skip
     """One program: what a chunk of a head adds to the state, (BLOCK_P, BLOCK_N) of it.
 
-    Forward, Σ_s (fade from s to the chunk's end) Δ_s x_s B_sᵀ. Backward, with dy for x and C for B, what it adds to the
-    gradient of the state before it: Σ_t (fade from the chunk's start to t) dy_t C_tᵀ.
+    Forward, Σ_s (decay from s to the chunk's end) Δ_s x_s B_sᵀ. Backward, with dy for x and C for B, what it adds to
+    the gradient of the state before it: Σ_t (decay from the chunk's start to t) dy_t C_tᵀ.
     """
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     i_n = tl.program_id(0) % tiles_n
@@ -215,7 +216,7 @@ def states_kernel(
             b_w = between(high_end, low_end, b_high, b_low, m_t)
             b_w = b_w * tl.load(p_step + i_bh * length + o_t, mask=m_t, other=0.0)
         b_v = b_v * b_w[:, None]
-        if RESET:  # no NaN times 0
+        if RESET:  # 0 · NaN would be NaN
             b_v = tl.where(m_t[:, None], b_v, 0.0)
         m_m = m_t[:, None] & (o_n < N)[None, :]
         b_m = tl.load(p_m + o_t.to(tl.int64)[:, None] * s_ml + o_n[None, :], mask=m_m, other=0.0)  # (BLOCK, BLOCK_N)
@@ -232,7 +233,7 @@ def pass_kernel(
     p_states, p_first, p_high, p_low, p_start, p_last, length, heads, chunks,
     RESET: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a piece of a head's state from chunk to chunk; in each one's place comes the state before it."""
+    """One program: a piece of a head's state, from chunk to chunk. Replaces each chunk's own by the state before it."""
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     o = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -283,7 +284,7 @@ def output_kernel(
     if RESET:
         b_start = tl.load(p_start + i_b * length + o_t, mask=m_t, other=0)
 
-    # what was before the chunk
+    # the state before the chunk
     o_p = tl.arange(0, BLOCK_P)
     b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
     b_h, scale = narrowed(b_h, b_c)
@@ -319,9 +320,9 @@ def output_kernel(
 
 
 # --- kernels: backward ---------------------------------------------------------------------------------------------
-# With W = fade · Δ_s · (C_t · B_s), y = W x and dW = dy xᵀ, the log of a step r's own fade receives Q = W ∘ dW of all
-# pairs s < r <= t, whose way passes over it. These are added up by themselves, in four sums (rows, columns, over, own):
-# as sums over all rows less sums over all columns they would be the small difference of large numbers.
+# With W = decay · Δ_s · (C_t · B_s), y = W x, dW = dy xᵀ and Q = W ∘ dW, the gradient of the log decay of step r is the
+# sum of Q[t, s] over s < r <= t. It is summed directly, in four parts (rows, columns, over, own): as the sums of all
+# rows less the sums of all columns it would be the small difference of large numbers.
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -329,10 +330,10 @@ def pass_back_kernel(
     p_states, p_grads, p_last, p_high, p_low, p_start, p_first, p_whole, length, heads, chunks,
     RESET: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of a piece of a head's state, from chunk to chunk, back.
+    """One program: the gradient of a piece of a head's state, from the last chunk to the first.
 
-    p_grads holds what each chunk's outputs give to the state before it; in its place comes the gradient of the state
-    after. p_whole receives what the log of the fade of the whole chunk is given by this piece.
+    p_grads holds what each chunk's outputs add to the gradient of the state before it, and is overwritten by the
+    gradient of the state after it. p_whole receives this piece's part of the gradient of the whole chunk's log decay.
     """
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -396,7 +397,7 @@ def rows_kernel(
         b_dy = load_gradient(p_dyh, p_zh, o_t, s_dyl, s_zl, m_t, GATED, P, BLOCK_P)  # (BLOCK, BLOCK_P)
         b_dyn, s_dyn = narrowed(b_dy, b_c)
 
-        # what was before the chunk
+        # the state before the chunk
         b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_h, s_h = narrowed(b_h, b_c)
         b_fade = tl.exp2(tl.where(m_reached, b_high_t + b_low_t, float("-inf")))
@@ -423,12 +424,12 @@ def rows_kernel(
             b_b = load_rows(p_b, o_s, s_bl, m_s, N, BLOCK_N)  # (BLOCK, BLOCK_N)
             b_scores = tl.dot(b_c, tl.trans(b_b), input_precision="ieee")  # (BLOCK, BLOCK)
             b_q = tl.where(m_seen & (o_s[None, :] != o_t[:, None]), b_scores * b_dw, 0.0)
-            if first == i_tile * BLOCK:  # what passes over step r of this tile on its way from the tile to the tile
+            if first == i_tile * BLOCK:  # Q across step r with s and t both in this tile
                 b_passed = tl.where(o_s[None, :] <= o_t[:, None], tl.cumsum(b_q, 1) - b_q, 0.0)
                 tl.store(p_own + i_bh * length + o_s, tl.sum(b_passed, 0), mask=m_s)
             else:
                 i_over = (i_bh * tiles + i_tile) * (CHUNK // BLOCK) + (first - begin) // BLOCK
-                tl.store(p_over + i_over, tl.sum(b_rows, 0))  # what passes over all of an earlier tile
+                tl.store(p_over + i_over, tl.sum(b_rows, 0))  # Q across the earlier tile: s before it, t in this
                 b_rows += tl.sum(b_q, 1)
             b_dc = product(b_dw, b_b, b_dc)
             if GATED:
@@ -444,7 +445,7 @@ def rows_kernel(
             b_dz = load_rows(p_dyh, o_t, s_dyl, m_t, P, BLOCK_P).to(tl.float32) * b_y * b_s * (1 + b_z * (1 - b_s))
             store_rows(p_dz + (i_b * length * heads + i_h) * P, o_t, heads * P, m_t, b_dz, P, BLOCK_P)
 
-    # parts lie as (splits, B, L, G, N)
+    # parts are (splits, B, L, G, N)
     p_dc += ((i_split * batch + i_b) * length * groups + i_g) * N
     store_rows(p_dc, o_t, groups * N, m_t, b_dc, N, BLOCK_N)
 
@@ -461,7 +462,7 @@ def columns_kernel(
 ):  # fmt: skip
     """One program: a tile of input steps, for PER heads of a group: their part of dB, each one's dx, and Q's columns.
 
-    Tiles stand transposed, inputs down and outputs across. D's and Δ's own gradients are had on the way.
+    Tiles are transposed: rows are inputs, columns outputs. The gradients of D, and of Δ as x's factor, are summed too.
     """
     groups = heads // SHARE
     i_tile = tl.program_id(0) % tiles
@@ -490,7 +491,7 @@ def columns_kernel(
         b_step = tl.load(p_step + i_bh * length + o_s, mask=m_s, other=0.0)  # (BLOCK,)
         b_x = load_rows(p_x + i_b * s_xb + i_h * s_xh, o_s, s_xl, m_s, P, BLOCK_P)  # (BLOCK, BLOCK_P)
 
-        # what goes on after the chunk; b_du is the gradient of u = Δ x
+        # from the gradient of the state after the chunk; b_du is the gradient of u = Δ x
         b_dh = load_state(p_grads + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_dh, s_dh = narrowed(b_dh, b_b)
         high_end, low_end = tl.load(p_high + i_bh * length + end - 1), tl.load(p_low + i_bh * length + end - 1)
@@ -520,7 +521,7 @@ def columns_kernel(
             b_du = product(tl.where(m_seen, b_scores * b_fade_st * s_dyn, 0.0), b_dyn, b_du)
             b_dw = tl.dot(b_x, tl.trans(b_dyn), input_precision="ieee") * s_dyn  # (BLOCK, BLOCK)
             b_dw = tl.where(m_seen, b_dw * b_fade_st * b_step[:, None], 0.0)
-            if first != i_tile * BLOCK:  # the tile on the diagonal is the other kernel's
+            if first != i_tile * BLOCK:  # the rows kernel sums Q of the tile on the diagonal
                 b_columns += tl.sum(b_scores * b_dw, 1)
             b_db = product(b_dw, b_c, b_db)
         tl.store(p_columns + i_bh * length + o_s, b_columns, mask=m_s)
@@ -531,11 +532,11 @@ def columns_kernel(
             b_dy = load_gradient(p_dyh, p_zh, o_s, s_dyl, s_zl, m_s, GATED, P, BLOCK_P)  # (BLOCK, BLOCK_P)
             b_d = tl.load(p_d + i_h * P + o_p, mask=o_p < P, other=0.0)  # (BLOCK_P,)
             b_du += b_dy * b_d[None, :]
-            p_part = p_dd + ((i_b * tiles + i_tile) * heads + i_h) * P  # parts lie as (B, tiles, H, P)
+            p_part = p_dd + ((i_b * tiles + i_tile) * heads + i_h) * P  # parts are (B, tiles, H, P)
             tl.store(p_part + o_p, tl.sum(b_dy * b_x.to(tl.float32), 0), mask=o_p < P)
         store_rows(p_dx + (i_b * length * heads + i_h) * P, o_s, heads * P, m_s, b_du, P, BLOCK_P)
 
-    p_db += ((i_split * batch + i_b) * length * groups + i_g) * N  # parts lie as (splits, B, L, G, N)
+    p_db += ((i_split * batch + i_b) * length * groups + i_g) * N  # parts are (splits, B, L, G, N)
     store_rows(p_db, o_s, groups * N, m_s, b_db, N, BLOCK_N)
 
 
@@ -545,12 +546,11 @@ def steps_back_kernel(
     p_ddelta, p_da, p_dbias, s_db, s_dl, s_dh, length, heads, chunks, tiles, pieces,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One program: from what the fades of a chunk of a head receive to ddelta, and the chunk's parts of dA and dbias.
+    """One program: ddelta of a chunk of a head, and the chunk's parts of dA and dbias.
 
-    A step fades what came before it on the way to all that comes after it, itself included: it receives every Q across
-    it (from its tile's later rows, from its tile's earlier columns, within its tile, and over it), what the outputs
-    from it on read of the state before the chunk, what the inputs before it leave to the state after, and what of the
-    one state is in the other.
+    The gradient of a step's log decay is the sum of four: Q across the step (with t in its tile, with s in its tile,
+    with both, with neither); what the outputs from the step on read of the state before the chunk; what the inputs
+    before the step leave in the state after the chunk; and what is left of the state before in the state after.
     """
     own: tl.constexpr = CHUNK // BLOCK  # tiles of a chunk
     i_c = tl.program_id(0) % chunks
@@ -593,7 +593,7 @@ INTERPRETED = not isinstance(steps_kernel, triton.runtime.JITFunction)
 
 CHUNK = {"half": 256, "float32": 64}  # float32 runs on plain multipliers: less to multiply within a chunk
 TILES = {  # BLOCK, num_warps, num_stages for N up to 128 and up to 256; rows and columns have the same BLOCK
-    "sm_80": {  # and what has no line of its own; in 99 KiB of shared memory, as cards for the desk have
+    "sm_80": {  # and every chip not listed; fits the 99 KiB of shared memory of consumer GPUs
         "states": ((32, 8, 2), (32, 8, 2)),
         "output": ((64, 4, 2), (64, 4, 2)),
         "rows": ((32, 8, 1), (16, 8, 1)),
@@ -618,8 +618,8 @@ TILES = {  # BLOCK, num_warps, num_stages for N up to 128 and up to 256; rows an
         "columns": ((16, 8, 1), (16, 8, 1)),
     },
 }
-HELD = {"sm_90": (8192, 16384), "sm_100": (8192, 16384)}  # numbers of a state on the chip, for the same two; else 8192
-PIECE = 1024  # numbers of a state that one program hands on
+HELD = {"sm_90": (8192, 16384), "sm_100": (8192, 16384)}  # numbers of a state in a program, for N as above; else 8192
+PIECE = 1024  # numbers of a state that one program of pass and pass_back carries
 
 
 def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, chunk: int) -> dict[str, int]:
@@ -630,7 +630,7 @@ def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, ch
 
     Args:
         kernel: "steps", "states", "pass", "output", "pass_back", "rows", "columns" or "steps_back".
-        chip: a line of TILES, as `chip_of` gives it.
+        chip: a key of TILES, as `chip_of` gives it.
         p: P.
         n: N.
         dtype: of x.
@@ -645,7 +645,7 @@ def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, ch
         return {"CHUNK": chunk, "BLOCK": block, "num_warps": 4, "num_stages": 1}
     line = TILES["float32" if dtype == torch.float32 else chip][kernel]
     block, warps, stages = line[n > 128]
-    if INTERPRETED:  # where speed is no concern, small tiles: short sequences have many
+    if INTERPRETED:  # small tiles, so that tests with short sequences have many
         block = 16
     widest = 128 if kernel == "states" else 256
     return {
@@ -662,15 +662,15 @@ def chunk_of(dtype: torch.dtype) -> int:
 
 
 def chip_of(device: torch.device) -> str:
-    """The line of TILES for a device."""
+    """The key of TILES for a device."""
     if device.type != "cuda" or torch.version.hip:
         return "sm_80"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
 
 
 def parts_of(chip: str, p: int, n: int, dtype: torch.dtype) -> int:
-    """Into how many heads of fewer channels a head is taken apart, so that a program can hold its state: its channels
-    have A, Δ, B and C in common, and nothing else."""
+    """Into how many heads of fewer channels a head is split, so that a program can hold its state: the channels of a
+    head share A, Δ, B and C, and are independent otherwise."""
     held = HELD.get("float32" if dtype == torch.float32 else chip, (8192, 8192))[n > 128]
     parts = 1
     while _power(triton.cdiv(p, parts)) * _power(n) > held:
@@ -688,7 +688,7 @@ def apart(v: Tensor | None, axis: int, parts: int) -> Tensor | None:
 
 
 def together(v: Tensor, axis: int, parts: int, p: int) -> Tensor:
-    """`apart`, turned back; P is p."""
+    """The inverse of `apart`; P is p."""
     if parts == 1:
         return v
     return v.unflatten(axis, (-1, parts)).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, p).contiguous()
@@ -728,16 +728,16 @@ class Launcher:
         self.delta, self.A, self.D, self.softplus = delta, A.contiguous(), A if D is None else D.contiguous(), softplus
         self.bias = self.room(self.heads).zero_() if delta_bias is None else delta_bias.contiguous()
         self.first = self.states(1).zero_() if state is None else state.contiguous()
-        self.start = self.A if reset is None else starts(reset)  # a stand-in is never read
+        self.start = self.A if reset is None else starts(reset)  # without resets it is not read
         self.given = {"SKIP": D is not None, "GATED": z is not None, "RESET": reset is not None}
         self.about = chip_of(x.device), self.p, self.n, x.dtype, chunk
 
     def room(self, *shape: int) -> Tensor:
-        """Of float32, not yet written."""
+        """An empty float32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
     def states(self, chunks: int) -> Tensor:
-        """Room for the states of so many chunks."""
+        """An empty tensor for the states of so many chunks."""
         return self.room(self.batch, self.heads, chunks, self.p, self.n)
 
     def launch(self, name: str, per_head: int, *args, heads: int = 0, **constants) -> None:
@@ -758,7 +758,7 @@ class Launcher:
         return [s for x in tensors for s in x.stride()[:3]]
 
     def steps(self) -> None:
-        """Each step's length, and the log of the fade up to it in two parts."""
+        """Each step's length, and the log of the decay up to it in two parts."""
         self.step, self.high, self.low = (self.room(self.batch, self.heads, self.length) for _ in range(3))
         self.launch(
             "steps", self.chunks, self.delta, self.A, self.bias, self.start, self.step, self.high, self.low,
@@ -782,7 +782,7 @@ class Launcher:
         return triton.cdiv(self.length, configuration(kernel, *self.about)["BLOCK"])
 
     def pieces(self) -> int:
-        """Programs that hand on a head's state."""
+        """Programs that carry one head's state from chunk to chunk."""
         return triton.cdiv(self.p * self.n, configuration("pass", *self.about)["BLOCK"])
 
     def pass_on(self) -> tuple[Tensor, Tensor]:
@@ -805,7 +805,7 @@ class Launcher:
         return y
 
     def pass_back(self, dy: Tensor, d_last: Tensor, states: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the states after each chunk and of the first, and of the fades of whole chunks."""
+        """The gradients of the states after each chunk, of the first state, and of the log decay of whole chunks."""
         grads, first = self.own_states(dy, self.C, True), self.states(1)[:, :, 0]
         whole = self.room(self.batch, self.heads, self.chunks, self.pieces())
         self.launch(
@@ -821,7 +821,7 @@ class Launcher:
         return tiles, per, triton.cdiv(share, per)
 
     def rows(self, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]:
-        """dC, dz (where there is z), and what the fades receive from each output step, within and from before."""
+        """dC, dz (where there is z), and the parts of the log decay's gradient that are summed for each output step."""
         tiles, per, splits = self.split("rows")
         dc = self.room(splits, *self.C.shape)
         dz = torch.empty(self.x.shape if self.given["GATED"] else (0,), dtype=self.x.dtype, device=self.x.device)
@@ -836,7 +836,7 @@ class Launcher:
         return dc.sum(0).to(self.C.dtype), dz, rows, over, own, before
 
     def columns(self, dy: Tensor, grads: Tensor) -> tuple[Tensor, ...]:
-        """dB, dx, dD, what Δ receives as a factor, and what the fades receive from each input step."""
+        """dB, dx, dD, the gradient of Δ as x's factor, and the parts of the log decay's that are summed by input."""
         tiles, per, splits = self.split("columns")
         db, dx = self.room(splits, *self.B.shape), torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
         dd = self.room(*((self.batch * tiles, self.heads, self.p) if self.given["SKIP"] else (0,)))
@@ -867,7 +867,7 @@ class Launcher:
 
 
 def starts(reset: Tensor) -> Tensor:
-    """For each step the one where its own sequence begins, -1 where that is before all (B, L)."""
+    """For each step the first step of its own sequence, -1 where that lies before this call: int32 (B, L)."""
     at = torch.arange(reset.shape[1], device=reset.device, dtype=torch.int32)
     return torch.where(reset, at, -1).cummax(1).values.to(torch.int32)
 

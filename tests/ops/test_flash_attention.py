@@ -729,7 +729,7 @@ def test_every_transform_works_through_auto(options, n, m):
         return out.square().sum() + torch.where(lse.isfinite(), lse, 0).square().sum()
 
     def written(q, k, v):
-        scores = (q @ k.repeat_interleave(2, -3).mT / 2).masked_fill(~mask, -1e9)
+        scores = (q @ k.repeat_interleave(2, -3).mT / q.shape[-1] ** 0.5).masked_fill(~mask, -1e9)
         lse = torch.where(mask.any(-1), scores.logsumexp(-1), 0) if "return_lse" in options else torch.zeros(())
         return textbook(q, k, v, mask).square().sum() + lse.square().sum()
 
@@ -749,8 +749,22 @@ def test_every_transform_works_through_auto(options, n, m):
     for a, b in zip(torch.func.vmap(torch.func.grad(one(ours), by))(q, k, v), expected):
         torch.testing.assert_close(a, b)
     small = [x[:1, :, :, :2] for x in (q, k, v)]
-    torch.testing.assert_close(torch.func.hessian(ours)(*small), torch.func.hessian(lambda *a: ours(*a))(*small))
-    torch.testing.assert_close(torch.func.hessian(ours)(*small), torch.func.jacrev(torch.func.jacrev(ours))(*small))
+    second = torch.func.hessian(ours)(*small)
+    torch.testing.assert_close(second, torch.func.hessian(written)(*small))
+    torch.testing.assert_close(second, torch.func.jacrev(torch.func.jacrev(ours))(*small))
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 2}])
+def test_a_row_that_sees_nothing_has_no_forward_mode_derivative_either(options):
+    """lse is the constant -inf there: its tangent is 0, not NaN, and so is that of the row's output."""
+    q, k, v = (x.detach() for x in made(5, 3, 4, dtype=torch.float64))
+    tangents = tuple(torch.randn_like(x) for x in (q, k, v))
+    (out, lse), (d_out, d_lse) = torch.func.jvp(
+        lambda q, k, v: flash_attention(q, k, v, return_lse=True, **options), (q, k, v), tangents
+    )
+    assert (lse[:, :, :2] == -torch.inf).all() and (out[:, :, :2] == 0).all()
+    assert (d_lse[:, :, :2] == 0).all() and (d_out[:, :, :2] == 0).all()
+    assert d_lse.isfinite().all() and (d_lse[:, :, 2:] != 0).all()
 
 
 @everywhere

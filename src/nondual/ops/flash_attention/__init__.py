@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops import masks
-from nondual.ops.attention import attention, check_qkv
+from nondual.ops.attention import attention, check_qkv, masked_softmax
 from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.flash_attention import reference
@@ -198,13 +198,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, 
 def _plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
     """The weights formed in plain torch, which every transform of torch can follow."""
     n, m, wide = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    mask = masks.sliding_window(n, m, window=window or m, device=q.device) if causal and m else None
-    out = attention(q, k, v, mask=mask, scale=scale, impl="reference")
-    share = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    with autocast_off(q.device.type):
-        scores = scale * q.to(wide) @ k.to(wide).repeat_interleave(share, dim=1).mT
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    return out, scores.logsumexp(-1)
+    share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads to each key head
+    k, v = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
+    allowed = masks.sliding_window(n, m, window=window or m, device=q.device) if causal and m else None
+    with autocast_off(q.device.type):  # it would multiply in half precision
+        scores = scale * q.to(wide) @ k.mT  # (B, H, N, M)
+        out = (masked_softmax(scores, allowed) @ v).to(q.dtype)
+    if allowed is None:
+        return out, scores.logsumexp(-1)
+    empty = ~allowed.any(-1)  # rows without a key: their lse is a constant, though that of -inf has derivatives of NaN
+    scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty[:, None], 0)
+    return out, scores.logsumexp(-1).masked_fill(empty, -torch.inf)
 
 
 def _triton_refuses(q: Tensor, v: Tensor) -> str | None:

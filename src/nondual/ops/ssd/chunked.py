@@ -31,6 +31,7 @@ import math
 import torch
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.impl import refuses_transforms
 from nondual.ops.linear_recurrence import doubling
 from nondual.ops.selective_scan.reference import step_length
@@ -72,10 +73,8 @@ def ssd(
     Returns:
         y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 or better.
     """
-    if torch.amp.is_autocast_available(x.device.type):  # the products below are sums, and stay as wide as they are
-        with torch.autocast(x.device.type, enabled=False):
-            return _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
-    return _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
+    with autocast_off(x.device.type):  # the products below are sums, and stay as wide as they are
+        return _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
 
 
 def _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk):
@@ -87,27 +86,27 @@ def _ssd(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chun
     first = x.new_zeros(batch, heads, width, states) if state is None else state
     masks = Masks(reset, chunk, x.device)
 
-    # (B, K, G, R, T), then (B, K, G, R, T, P), and twice (B, K, G, 1, T, N)
     rates = cut(log_decay(delta, A), chunk).movedim(2, -1).unflatten(2, (groups, -1))  # (B, K, G, R, T)
     v = cut(delta[..., None] * x, chunk).unflatten(3, (groups, -1))  # (B, K, T, G, R, P)
     B, C = cut(B, chunk), cut(C, chunk)  # (B, K, T, G, N)
 
     # --8<-- [start:blocks]
-    passed = since_start(rates, masks)  # (B, K, G, R, T): the log of the decay from the chunk's start to each step
-    held = apart(passed, masks)  # the part of it that is multiplied in at the very end: 0 unless the state grows
-    rows = passed - held
-    y = weights(B, C, rows, passed, masks) @ finite(v).movedim(2, -2)  # 1. within a chunk (B, K, G, R, T, P)
-    y = y.movedim(-2, 2) + not_finite(v, masks)
-    rest = decay(rows[..., -1:] - passed, masks.lost, v)  # (B, K, T, G, R, 1)
-    S = torch.einsum("bktgrp,bktgn->bkgrpn", unless(rest * v, masks.lost), unless(B, masks.lost))  # 2. a chunk's state
-    near, far = decay(rows[..., -1:], masks.ends, v), decay(held[..., -1:], None, v)
-    h = pass_on(near.flatten(2), far.flatten(2), S.flatten(2, 3), first, masks.ends)  # 3. from chunk to chunk
+    decays = Decays(rates, masks, v)
+    # 1. within a chunk: attention, whose weights are C_t · B_s times the decay from s to t
+    y = multiply(weights(C, B, decays, masks), v, masks)  # (B, K, T, G, R, P)
+    # 2. a chunk's state: its inputs, each with the decay from its step to the chunk's end
+    inputs, keys = masks.until_end(decays.to_end * v), masks.until_end(B)
+    S = torch.einsum("bktgrp,bktgn->bkgrpn", inputs, keys)
+    # 3. from chunk to chunk: h <- (decay of the whole chunk) h + S
+    h = pass_on(decays.whole, decays.growth[:, :, -1:], S, first, masks.ends)  # (B, K+1, H, P, N)
+    # 4. the state before a chunk, read by C_t, with the decay from the chunk's start to t
     before = h[:, :-1].unflatten(2, (groups, -1))  # (B, K, G, R, P, N)
-    inter = torch.einsum("bktgn,bkgrpn->bktgrp", unless(C, masks.unreached), before)  # 4. what was before
-    y = torch.addcmul(y, decay(rows, masks.unreached, v), unless(inter, masks.unreached))  # (B, K, T, G, R, P)
-    y = (y * decay(held, None, v)).flatten(3, 4).flatten(1, 2)  # and so (B, K T, H, P)
+    read = torch.einsum("bktgn,bkgrpn->bktgrp", masks.from_start(C), before)
+    y = torch.addcmul(y, decays.from_start, masks.from_start(read))
+    y = y * decays.growth
     # --8<-- [end:blocks]
 
+    y = y.flatten(3, 4).flatten(1, 2)  # (B, K T, H, P)
     y = y.index_select(1, torch.arange(length, device=y.device)) if any_length(length) else y[:, :length]
     return skip_and_gate(y, x, D, z).to(dtype), h[:, -1].clone()  # a copy: a view would keep all the states in memory
 
@@ -145,13 +144,13 @@ def log_decay(delta: Tensor, A: Tensor) -> Tensor:
 
 
 class Masks:
-    """What a reset hides. Without one `seen` is the causal mask, and the others are None.
+    """What a reset hides. Without one `seen` is the causal mask, the others are None, and the methods change nothing.
 
-    seen: (B, K, 1, 1, T, T), True where output step t sees input step s.
-    lost: (B, K, T), True at the steps that the end of their chunk has forgotten.
-    unreached: (B, K, T), True at the steps that have forgotten what was before the chunk.
-    ends: (B, K, 1), True where the state before the chunk does not outlast it.
-    sequence: (B, K, T), how many sequences have begun in the chunk so far.
+    seen: (B, K, 1, 1, T, T), True where output step t depends on input step s.
+    lost: (B, K, T), True at steps with a reset between them and the end of their chunk.
+    unreached: (B, K, T), True at steps with a reset between the start of their chunk and them.
+    ends: (B, K, 1), True where there is a reset in the chunk, so that the state before the chunk ends there.
+    sequence: (B, K, T), how many resets there have been in the chunk so far.
     """
 
     seen: Tensor
@@ -169,10 +168,41 @@ class Masks:
             self.unreached = sequence > 0
             self.ends = sequence[..., -1:] > 0
 
+    def until_end(self, v: Tensor) -> Tensor:
+        """v (B, K, T, …) with 0 at the steps that the state after the chunk does not depend on."""
+        return unless(v, self.lost)
+
+    def from_start(self, v: Tensor) -> Tensor:
+        """v (B, K, T, …) with 0 at the steps that do not depend on the state before the chunk."""
+        return unless(v, self.unreached)
+
 
 def unless(v: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
     """v (B, K, T, …) with this value where the mask (B, K, T) is True."""
     return v if mask is None else v.masked_fill(mask.view(*mask.shape, *[1] * (v.ndim - 3)), value)
+
+
+class Decays:
+    """The decays within each chunk, as exponentials of differences of one running sum.
+
+    Where the state grows (A > 0), every decay up to an output step t is a product of two factors, so that neither of
+    them overflows: what is here, and `growth`, which is multiplied in last. For A <= 0 `growth` is 1.
+
+    to_end: from each step to the end of its chunk (B, K, T, G, R, 1).
+    from_start: from the start of the chunk to each step (B, K, T, G, R, 1).
+    whole: of the whole chunk (B, K, 1, G, R, 1).
+    growth: the second factor, for each output step (B, K, T, G, R, 1).
+    rows, passed: the decay from s to t, without `growth`, is exp(rows_t - passed_s); both (B, K, G, R, T).
+    """
+
+    def __init__(self, rates: Tensor, masks: Masks, like: Tensor):
+        self.passed = since_start(rates, masks)
+        held = apart(self.passed, masks)
+        self.rows = self.passed - held
+        self.to_end = decay(self.rows[..., -1:] - self.passed, masks.lost, like)
+        self.from_start = decay(self.rows, masks.unreached, like)
+        self.whole = decay(self.rows[..., -1:], masks.ends, like)
+        self.growth = decay(held, None, like)
 
 
 def since_start(rates: Tensor, masks: Masks) -> Tensor:
@@ -215,16 +245,22 @@ def highest(like: Tensor) -> float:
     return math.log(torch.finfo(like.dtype).max) - 20
 
 
-def weights(B: Tensor, C: Tensor, rows: Tensor, passed: Tensor, masks: Masks) -> Tensor:
+def weights(C: Tensor, B: Tensor, decays: Decays, masks: Masks) -> Tensor:
     """What of input step s is in output step t (B, K, G, R, t, s): 0 where s is later than t, or of another sequence.
     Both factors are masked, the decay before its exponential, which then does not overflow."""
     B, C = B.transpose(2, 3), C.transpose(2, 3)[:, :, :, None]  # (B, K, G, T, N), (B, K, G, 1, T, N)
     scores = (finite(C) @ finite(B).mT[:, :, :, None]).masked_fill(~masks.seen, 0)  # one for all heads of a group
     in_B, in_C = (~w.detach().isfinite().all(-1) for w in (B[:, :, :, None], C))
     spoilt = (in_B[..., None, :] & masks.seen).any(-1) | in_C  # (B, K, G, 1, T): steps that their NaN reaches
-    rows = rows.masked_fill(spoilt, torch.nan)
-    between = (rows[..., :, None] - passed[..., None, :]).to(B.dtype).masked_fill(~masks.seen, -torch.inf)
+    rows = decays.rows.masked_fill(spoilt, torch.nan)
+    between = (rows[..., :, None] - decays.passed[..., None, :]).to(B.dtype).masked_fill(~masks.seen, -torch.inf)
     return scores * between.clamp(max=highest(B)).exp()
+
+
+def multiply(weights: Tensor, v: Tensor, masks: Masks) -> Tensor:
+    """The weights (B, K, G, R, t, s) times v (B, K, s, G, R, P), as (B, K, t, G, R, P). A NaN in v reaches the later
+    steps of its own channel, and no earlier one, which a product with the weights' zeros would spoil too."""
+    return (weights @ finite(v).movedim(2, -2)).movedim(-2, 2) + not_finite(v, masks)
 
 
 def finite(v: Tensor) -> Tensor:
@@ -246,15 +282,16 @@ def not_finite(v: Tensor, masks: Masks) -> Tensor:
 
 
 def pass_on(near: Tensor, far: Tensor, own: Tensor, first: Tensor, ends: Tensor | None) -> Tensor:
-    """The state before every chunk and after the last (B, K+1, H, P, N): h ← far (near h + own).
+    """The state before every chunk and after the last (B, K+1, H, P, N): h <- far (near h + own).
 
     Args:
-        near: (B, K, H), how much of a state is left after its chunk, but for a factor; a constant for the gradient is
-        far: (B, K, H), that factor, which is 1 unless the state grows.
-        own: what a chunk adds, but for that factor (B, K, H, P, N).
+        near: the decay of each whole chunk, without the factor `far` (B, K, 1, G, R, 1).
+        far: that factor, which is 1 unless the state grows; no gradient is taken of it (B, K, 1, G, R, 1).
+        own: what each chunk adds, without that factor (B, K, G, R, P, N).
         first: the state before the first chunk (B, H, P, N).
-        ends: (B, K, 1), True where nothing is left of it, not even a NaN.
+        ends: True where nothing is left of the state before the chunk, not even a NaN (B, K, 1).
     """
+    near, far, own = near.flatten(2), far.flatten(2), own.flatten(2, 3)  # (B, K, H), (B, K, H), (B, K, H, P, N)
     ends = None if ends is None else ends.squeeze(-1)
     if torch.onnx.is_in_onnx_export():
         a, b = (near * far)[..., None, None], far[..., None, None] * own

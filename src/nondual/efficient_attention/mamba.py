@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from nondual.ops.causal_conv1d import causal_conv1d
+from nondual.ops.causal_conv1d import causal_conv1d, other_sequence
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.selective_scan import selective_scan
 
@@ -230,8 +230,8 @@ def only_a_weight(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
 
     Not so for any other class (an adapter, a quantised layer, a subclass), where there are hooks, of the module or
-    global ones, and where the instance has a forward of its own (as accelerate gives it). A parametrization is heard
-    whenever the weight is read, and makes no difference.
+    global ones, and where the instance has a forward of its own (as accelerate gives it). A parametrization makes no
+    difference: it is computed whenever the weight is read.
     """
     return not (
         type_before_parametrizations(module) is not kind
@@ -288,12 +288,10 @@ def convolve(
         return conv1d(window.transpose(1, 2)).transpose(1, 2), window[:, length:].clone()
     check_shapes({"reset": (reset, tuple(x.shape[:2]), "(B, N)")})
     check_kinds({"x": x}, {}, reset)
-    sequence = F.pad(reset.cumsum(1), (width - 1, 0))  # which sequence each input belongs to (B, K-1+N)
-    foreign = sequence.unfold(1, width, 1) != sequence[:, width - 1 :, None]  # (B, N, K)
+    foreign = other_sequence(reset, width)  # (B, N, K)
     windows = window.unfold(1, width, 1).masked_fill(foreign[:, :, None], 0)  # (B, N, D, K)
     y = conv1d(windows.flatten(0, 1)).view(x.shape)
-    past = sequence[:, length:] != sequence[:, -1:]
-    return y, window[:, length:].masked_fill(past[..., None], 0)
+    return y, window[:, length:].masked_fill(foreign[:, -1, 1:, None], 0)
 
 
 def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> Float[Tensor, " n"]:

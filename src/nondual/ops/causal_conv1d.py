@@ -56,16 +56,29 @@ def causal_conv1d(
         y = F.conv1d(window.transpose(1, 2), weight[:, None], bias, groups=x.shape[2]).transpose(1, 2)
         return y, window[:, length:].clone()  # a copy: a view would keep the whole sequence in memory
     # --8<-- [start:reset]
-    # Which sequence each input belongs to: the history to the one that was under way before the first step.
-    sequence = F.pad(reset.cumsum(1), (width - 1, 0))  # (B, K-1+L)
-    now = sequence[:, width - 1 :]
+    foreign = other_sequence(reset, width)
     y = torch.zeros_like(x) if bias is None else bias.expand_as(x)
     for k in range(width):  # each tap on its own, since which of them count differs from step to step
-        foreign = sequence[:, k : k + length] != now
-        y = y + window[:, k : k + length].masked_fill(foreign[..., None], 0) * weight[:, k]
-    past = sequence[:, length:] != now[:, -1:]
-    return y, window[:, length:].masked_fill(past[..., None], 0)
+        y = y + window[:, k : k + length].masked_fill(foreign[:, :, k, None], 0) * weight[:, k]
+    return y, window[:, length:].masked_fill(foreign[:, -1, 1:, None], 0)
     # --8<-- [end:reset]
+
+
+def other_sequence(reset: Bool[Tensor, "b l"], width: int) -> Bool[Tensor, "b l k"]:
+    """Which of the K inputs in each step's window belong to an earlier sequence, and must not be seen from that step.
+
+        reset  0 1 0, K = 3
+        step 0 0 0 0    the history belongs to the sequence that was under way before the first step
+        step 1 1 1 0
+        step 2 1 0 0
+
+    Args:
+        reset: True at the first step of each sequence.
+        width: K.
+    """
+    sequence = F.pad(reset.cumsum(1), (width - 1, 0))  # of each input (B, K-1+L)
+    length = reset.shape[1]
+    return torch.stack([sequence[:, k : k + length] for k in range(width)], 2) != sequence[:, width - 1 :, None]
 
 
 def _check(x, weight, bias, history, reset) -> None:

@@ -476,10 +476,9 @@ def test_what_is_found_was_in_the_sequence_but_not_how_to_find_it(encoder):
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     for head in range(3):  # 11 values span a hull of 10 dimensions in 32: almost no point lies in it by chance
         corners = v[0, head].detach().double()
+        # In float32 a row sums to 1 within 1e-7, and the linear program that looks for the hull is stricter.
         rows = weights[0, head].detach().double()
-        rebuilt = (
-            rows / rows.sum(-1, keepdim=True) @ corners
-        )  # float32's sum is 1 to 1e-7, and the programme is stricter
+        rebuilt = rows / rows.sum(-1, keepdim=True) @ corners
         torch.testing.assert_close(rebuilt.float(), out[0, head].detach(), atol=1e-5, rtol=1e-4)
         assert all(in_hull(point, corners) for point in rebuilt)
         assert not any(in_hull(point + 0.01 * torch.randn_like(point), corners) for point in rebuilt)

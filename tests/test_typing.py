@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "tests/typing").glob("*_user.py"))
 MISTAKES = ROOT / "tests/typing/mistakes.py"
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("typing")]  # a checker reads all of torch: 20 to 40 s
+pytestmark = pytest.mark.timeout(900)  # a checker reads all of torch: 20 to 40 s
 
 
 @pytest.fixture(scope="module")

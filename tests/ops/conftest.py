@@ -113,3 +113,18 @@ def compiled_alone() -> Callable[..., str]:
         return ran.stdout
 
     return run
+
+
+@pytest.fixture
+def way(monkeypatch) -> Callable[[str], None]:
+    """A function that sets which of the two ways impl="cpu" of the selective scan goes: "c" or "torch".
+
+    It fails where the way asked for is not to be had: without a compiler there would be "torch" alone.
+    """
+    from nondual.ops.selective_scan import cpu  # here: the tests of other operations do not need it
+
+    def choose(name):
+        monkeypatch.setenv("NONDUAL_CPU_SCAN", "torch" if name == "torch" else "")
+        assert (cpu.library(torch.float32) is None) == (name == "torch")
+
+    return choose

@@ -94,7 +94,7 @@ def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, impl, error_budg
         grads = gradients(truth, exact), gradients(plain, inputs), gradients(ours, inputs)
         for name, g_truth, g_plain, g_ours in zip("qkv", *grads):
             error_budget.add(f"gradient of {name}", ours=g_ours, plain=g_plain, exact=g_truth)
-    error_budget.check({"out": 2}, otherwise=3, ulps=1)
+    error_budget.check({"out": 2}, otherwise=3, ulps=1 if dtype == torch.float32 else 0)
 
 
 def test_rows_of_weights_sum_to_one_and_rebuild_the_output():

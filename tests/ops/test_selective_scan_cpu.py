@@ -12,75 +12,14 @@ import sys
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from scan_cases import NAMES, WAYS, as_double, check, leaves, made, results
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from nondual.ops.selective_scan import cpu, selective_scan
 
 INF, NAN = math.inf, math.nan
-WAYS = ("c", "torch")
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")
 both = pytest.mark.parametrize("name", WAYS)
-
-
-@pytest.fixture
-def way(monkeypatch):
-    """A function that sets which of the two ways impl="cpu" goes."""
-
-    def choose(name):
-        monkeypatch.setenv("NONDUAL_CPU_SCAN", "torch" if name == "torch" else "")
-        assert (cpu.library(torch.float32) is None) == (name == "torch")
-
-    return choose
-
-
-def made(b, length, d, n, *, g_b=1, g_c=1, dtype=torch.float32, without=(), reset=None, scale=1.0):
-    """Every argument of the scan, the same for all dtypes; a group count of 0 asks for a constant (D, N)."""
-    draw = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=draw)
-
-    given = {
-        "u": randn(b, length, d),
-        "delta": randn(b, length, d) - 1,
-        "A": -randn(d, n).exp() * scale,
-        "B": randn(b, length, g_b, n) if g_b else randn(d, n),
-        "C": randn(b, length, g_c, n) if g_c else randn(d, n),
-        "D": randn(d),
-        "z": randn(b, length, d),
-        "delta_bias": randn(d) / 4,
-        "state": randn(b, d, n),
-    }
-    given = {k: x.to(dtype).requires_grad_() for k, x in given.items() if k not in without}
-    resets = {"reset": torch.rand(b, length, generator=draw) < 0.2} if reset else {}
-    return given | resets | {"delta_softplus": True}
-
-
-def leaves(given):
-    return {k: x for k, x in given.items() if torch.is_tensor(x) and x.requires_grad}
-
-
-def results(given, impl, dy=None, dlast=None):
-    """y, the last state and every gradient, by name, for drawn incoming gradients unless they are given."""
-    y, last = selective_scan(**given, impl=impl)
-    draw = torch.Generator().manual_seed(7)
-    drawn = [torch.randn(x.shape, generator=draw) for x in (y, last)]
-    incoming = [(a if b is None else b).to(x.dtype) for a, b, x in zip(drawn, (dy, dlast), (y, last))]
-    grads = torch.autograd.grad((y, last), list(leaves(given).values()), incoming)
-    return {"y": y.detach(), "last": last.detach()} | {f"d{k}": g for k, g in zip(leaves(given), grads)}
-
-
-def check(given, **more):
-    """At most three times the error of plain PyTorch in the same dtypes, besides one ulp of the greatest number in its
-    own dtype and eight of float32 for the sums behind it."""
-    wide = {k: x.detach().double().requires_grad_() if k in leaves(given) else x for k, x in given.items()}
-    exact, plain, ours = (results(*x, **more) for x in ((wide, "reference"), (given, "reference"), (given, "cpu")))
-    for key, t in exact.items():
-        x, error = ours[key], (plain[key] - t).abs().max()
-        assert x.dtype == plain[key].dtype and x.isfinite().all(), key
-        floor = t.abs().max() * (torch.finfo(x.dtype).eps + 8 * 2**-23) + 8 * 2**-23
-        assert (x - t).abs().max() <= 3 * error + floor, key
 
 
 # --- numbers that are not finite -------------------------------------------------------------------------------------
@@ -219,8 +158,7 @@ def test_steps_and_decays_far_out(way, name, a, softplus):
     draw = torch.Generator().manual_seed(2)
     dy, dlast = torch.randn(1, 70, 17, generator=draw), torch.randn(1, 17, 5, generator=draw)
     ours, truth = results(given, "cpu", dy, dlast), results(given, "reference", dy, dlast)
-    wide = {k: x.detach().double().requires_grad_() if k in leaves(given) else x for k, x in given.items()}
-    exact = results(wide, "reference", dy, dlast)
+    exact = results(as_double(given), "reference", dy, dlast)
     for key, t in truth.items():
         size = exact[key].abs()
         clear = ~((size > 1e30) & (size < 1e45))  # near overflow the order of a sum decides

@@ -1,5 +1,5 @@
-"""What a page says that Markdown cannot: the word on a box, the fold under a figure, the search dialog's name; and a
-comma that stays with its formula."""
+"""What a page says that Markdown cannot: the word on a box, the fold under a figure, the search dialog's name; where a
+module's name may break over two lines, and a comma that stays with its formula."""
 
 import os
 import re
@@ -17,8 +17,8 @@ _DRAWN = re.compile(r'(</figure>)\s*(?:<p></p>\s*)?(<div class="language-python 
 
 
 def on_page_content(html, page, config, files):
-    """Give the page its boxes and folds, and keep punctuation with short formulas."""
-    return hold_punctuation(fold_drawings(name_boxes(html)))
+    """Give the page its boxes and folds, break long names at their dots, keep punctuation with short formulas."""
+    return hold_punctuation(break_titles(fold_drawings(name_boxes(html))))
 
 
 def name_boxes(html: str) -> str:
@@ -37,6 +37,14 @@ def fold_drawings(html: str) -> str:
     return _DRAWN.sub(
         r'\1<details class="drawn" data-search-exclude><summary>The code that drew this</summary>\2</details>', html
     )
+
+
+_NAME = re.compile(r"(<h1[^>]*><code>)(.*?)(?=</code>)")
+
+
+def break_titles(html: str) -> str:
+    """Let a title that is a module's name break over two lines after a dot or an underscore, not within a word."""
+    return _NAME.sub(lambda m: m[1] + re.sub(r"([._])", r"\1<wbr>", m[2]), html)
 
 
 _FORMULA = re.compile(r'([(“‘]?)(<span class="arithmatex">\\\(.{1,24}?\\\)</span>)([,.;:!?)”’]*)')

@@ -47,7 +47,7 @@ def additive_scores(
 def compare(
     asked: Float[Tensor, "b n a"], found: Float[Tensor, "b m a"], v: Float[Tensor, " a"]
 ) -> Float[Tensor, "b n m"]:
-    """vᵀ tanh(asked_i + found_j), of states that W_s (B, N, A) and W_h (B, M, A) have already projected: (B, N, M)."""
+    """vᵀ tanh(asked_i + found_j) as (B, N, M); asked is W_s s (B, N, A), found is W_h h (B, M, A)."""
     return torch.tanh(asked[:, :, None] + found[:, None]) @ v
 
 

@@ -315,30 +315,32 @@ class KVCache:
 
 
 class _AsBeforeIfRaised:
-    """Puts a cache's attributes back where an exception leaves the block, a KeyboardInterrupt too.
+    """Puts the caches' attributes back where an exception leaves the block, a KeyboardInterrupt too.
 
     A cache replaces what it holds, or writes beyond its length: so its attributes are all that there is to put back.
     """
 
-    def __init__(self, cache: object):
-        self.cache = cache
+    def __init__(self, caches: tuple[object, ...]):
+        self.caches = caches
 
     def __enter__(self):
-        self.before = dict(vars(self.cache))
+        self.before = [dict(vars(cache)) for cache in self.caches]
 
     def __exit__(self, kind, *_):
         if kind is not None:
-            vars(self.cache).update(self.before)
+            for cache, before in zip(self.caches, self.before):
+                vars(cache).update(before)
 
 
-def as_before_if_raised(cache: object | None) -> AbstractContextManager[Any]:
-    """A context: where an exception leaves it, the cache is as it was when it was entered.
+def as_before_if_raised(*caches: object | None) -> AbstractContextManager[Any]:
+    """A context: where an exception leaves it, the caches are as they were when it was entered.
 
     Args:
-        cache: a KVCache, or any cache whose attributes are replaced as it goes on, never overwritten; or None.
-            Compiled, an exception leaves no change behind by itself, and this does nothing.
+        caches: each a KVCache, a MambaCache, or any other whose attributes are replaced as it goes on and never
+            written into; or None. Compiled, an exception leaves no change behind by itself, and this does nothing.
     """
-    return nullcontext() if cache is None or torch.compiler.is_compiling() else _AsBeforeIfRaised(cache)
+    given = tuple(cache for cache in caches if cache is not None)
+    return nullcontext() if not given or torch.compiler.is_compiling() else _AsBeforeIfRaised(given)
 
 
 def _check_width(name: str, x: Tensor, width: int) -> None:

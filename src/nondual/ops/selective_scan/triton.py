@@ -11,18 +11,19 @@ pointers, s_ and S_ strides and b_ blocks on the chip; ◦' is the gradient of �
 The backward. h_t reaches the loss by s_t and by h_{t+1}, and the last state by itself too: where a_{t+1} h'_{t+1} would
 come from beyond the last step, it is the gradient of the last state. So, from the last step to the first,
 
-    (6) h'_t = g_t C_t + a_{t+1} h'_{t+1}        (7) q_t = a_t h'_t, which is what step t hands to step t - 1
+    (6) h'_t = g_t C_t + a_{t+1} h'_{t+1}        (7) q_t = a_t h'_t, the part that goes on to step t - 1
     (8) C'_t = Σ_d g_t h_t                       (9) B'_t = Σ_d Δ_t u_t h'_t            over the channels of a group
     (10) A' = Σ_t Δ_t q_t h_{t-1}                (11) u'_t = D g_t + Δ_t Σ_n B_t h'_t
     (12) Δ'_t = Σ_n A q_t h_{t-1} + u_t Σ_n B_t h'_t,   delta'_t = Δ'_t softplus'      (13) z'_t = y'_t s_t silu'(z_t)
 
-and q of the first step is the gradient of the initial state. At a reset h_{t-1} and q_t are 0. The forward leaves the
-state every CHUNK steps; the backward walks these chunks from the last, computes the states inside of one again, leaving
-one every STEPS steps, then takes those from the last and keeps the states of STEPS steps in registers.
+and q of the first step is the gradient of the initial state. At a reset h_{t-1} and q_t are 0. The forward pass saves
+the state every CHUNK steps. The backward pass goes through these chunks from the last to the first: it computes a
+chunk's states again, writes one of every STEPS to scratch memory, then goes through these from the last, with the
+states of STEPS steps in registers.
 
 Two levels, where the channels are too few to fill the chip (`spans_of`): time is cut into spans, and all are scanned at
-once from zero; what enters each span is then passed along, h = decay · h + (its end from zero), as a step of (3) is;
-and all are scanned again from there. The backward does the same with q, from the end.
+once from zero; the states before each span then follow from h = decay · h + (the span's end from zero), a recurrence
+like (3); and all spans are scanned again from these. The backward pass does the same with q, from the end.
 
 The kernels hold A times log2(e), so that (2) is the chip's own exp2. Time strides are compile-time constants: the
 steps of a group are then one address and its fixed offsets. Sums run in float32, in one order, each by one program, and
@@ -73,7 +74,7 @@ def sigmoid(b_x):
 
 @triton.jit
 def load_steps(p, t, S: tl.constexpr, o, STEPS: tl.constexpr, last=0, EDGE: tl.constexpr = False):
-    """Steps t, t + 1, …, t + STEPS - 1 as a tuple of blocks, all asked for before any is used; at an EDGE, 0 from the
+    """Steps t, t + 1, …, t + STEPS - 1 as a tuple of blocks, all loaded before any is used; at an EDGE, 0 from the
     step `last` on."""
     b_steps = ()
     for k in tl.static_range(STEPS):
@@ -107,7 +108,7 @@ def place(blocks, spans, GROUPS: tl.constexpr):
 
 @triton.jit
 def checkpoint(p, b_h, i_b, t, length, o_h, m_h, SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """Leave the state for the backward where a chunk begins, if there is to be one."""
+    """Save the state where a chunk begins, if there will be a backward pass (p is given)."""
     if p is not None:
         if t % CHUNK == 0:
             tl.store(p + (i_b * tl.cdiv(length, CHUNK) + t // CHUNK) * SIZE + o_h, b_h, mask=m_h)
@@ -124,7 +125,7 @@ def scan_steps(
 ):  # fmt: skip
     """STEPS steps of (1) to (5), from time t: the new states, the time that has passed, and whether all was forgotten.
 
-    Without p_y the states alone are wanted. b_B and b_C count where S_B and S_C are 0: at every step the same.
+    Without p_y only the states are computed. Where S_B or S_C is 0, b_B or b_C serves every step.
     """
     b_us = load_steps(p_u, t, S_U, o_d, STEPS)  # (BLOCK_D,) each
     b_deltas = load_steps(p_delta, t, S_DELTA, o_d, STEPS)
@@ -174,17 +175,17 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: a block of channels through a span of time, each channel's states in the registers of one thread.
 
-    Without p_y it is the first of two levels: from zero to p_end, with p_decay, what is left at the span's end of what
-    was there at its start; -1 where all of that was forgotten.
+    Without p_y it is the first of two levels: p_end receives the span's last state, from zero, and p_decay the decay
+    over the span, or -1 where a reset lies within it.
     """
     WIDTH: tl.constexpr = D // GROUPS
     i_b, i_span, i_g, i_block = place(tl.cdiv(WIDTH, BLOCK_D), spans, GROUPS)
     o_width = i_block * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_width < WIDTH
-    o_d = i_g * WIDTH + tl.minimum(o_width, WIDTH - 1)  # a lane too many repeats the last channel, and stores nothing
+    o_d = i_g * WIDTH + tl.minimum(o_width, WIDTH - 1)  # lanes past the end repeat the last channel, and store nothing
     o_n = tl.arange(0, BLOCK_N)
-    # (BLOCK_N, BLOCK_D): neighbours in memory are neighbouring threads. The hint promises no alignment, so that no
-    # thread gets four channels at a time, and with them a sum over N that leaves it.
+    # (BLOCK_N, BLOCK_D): neighbouring threads have neighbouring channels. The hint promises no alignment: otherwise
+    # a thread would be given four channels, with fewer states of each, and the sum over N would cross threads.
     o_h = tl.multiple_of(o_n[:, None] * D + (i_g * WIDTH + o_width)[None, :], [1, 1])
     m_h = (o_n < N)[:, None] & m_d[None, :]
     b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
@@ -249,7 +250,7 @@ def forward_kernel(
 # --8<-- [start:pass_kernel]
 @triton.jit(do_not_specialize=["size", "spans"])
 def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Between two levels: what enters each span, h = decay · h + local, from the first or, in REVERSE, from the last.
+    """Between two levels: the state before each span, h = decay · h + local, from the first or, in REVERSE, the last.
 
     One program: BLOCK numbers of the states (B, spans, N, D) of one batch, of `size` each.
     """
@@ -266,7 +267,7 @@ def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.c
         tl.store(p_start + o_span, b_h, mask=m)
         b_decay = tl.load(p_decay + o_span, mask=m, other=0.0)
         b_local = tl.load(p_local + o_span, mask=m, other=0.0)
-        b_h = tl.where(b_decay < 0, 0.0, b_decay * b_h) + b_local  # forgotten is forgotten, a NaN too
+        b_h = tl.where(b_decay < 0, 0.0, b_decay * b_h) + b_local  # below 0: a reset within, and nothing passes
 
 
 # --8<-- [end:pass_kernel]
@@ -313,7 +314,7 @@ def adjoint_kernel(
     GROUPS: tl.constexpr, C_GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The first of two levels, backward: q of each span from nothing that comes after, and the decay over it."""
+    """The first of two levels, backward: q of each span as if no span came after it, and the decay over the span."""
     WIDTH: tl.constexpr = D // GROUPS
     i_b, i_span, i_g, i_block = place(tl.cdiv(WIDTH, BLOCK_D), spans, GROUPS)
     o_width = i_block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -365,12 +366,12 @@ def adjoint_kernel(
 # --8<-- [start:tile]
 # The backward's tile is (D_LO, N_HI, D_HI, N_LO): channel d_lo * D_HI + d_hi, state n_hi * N_LO + n_lo. The threads of
 # a warp lie along N_HI and D_HI, and each holds D_LO x N_LO numbers: sums over channels and sums over states both begin
-# in a thread's own registers, and end among 8 threads and 4.
+# in a thread's own registers, and end with an exchange among 8 threads, or 4.
 
 
 @triton.jit
 def spread(b_x, D_LO: tl.constexpr, D_HI: tl.constexpr):
-    """(BLOCK_D,), as every channel's own numbers lie, over the tile: (D_LO, 1, D_HI, 1)."""
+    """One number for each channel (BLOCK_D,), shaped (D_LO, 1, D_HI, 1) to broadcast over the tile."""
     return tl.reshape(b_x, [D_LO, D_HI])[:, None, :, None]
 
 
@@ -395,7 +396,7 @@ def states_again(
     S_U: tl.constexpr, S_DELTA: tl.constexpr, S_B: tl.constexpr, D_LO: tl.constexpr, D_HI: tl.constexpr,
     SOFTPLUS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """(1) to (3) once more, for STEPS steps from time t."""
+    """(1) to (3) again, for STEPS steps from time t."""
     b_us = load_steps(p_u, t, S_U, o_d, STEPS)  # (BLOCK_D,) each
     b_deltas = load_steps(p_delta, t, S_DELTA, o_d, STEPS)
     if S_B > 0:
@@ -420,9 +421,9 @@ def backward_steps(
     S_DY: tl.constexpr, S_DB: tl.constexpr, D: tl.constexpr, D_LO: tl.constexpr, D_HI: tl.constexpr,
     SOFTPLUS: tl.constexpr, STEPS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """From b_h, the states before step t, STEPS steps forward, and (6) to (13) back again.
+    """From b_h, the states before step t, STEPS steps forward, then (6) to (13) backward.
 
-    At an EDGE the steps from `last` on are none: there Δ and g are 0, and q passes through.
+    At an EDGE steps from `last` on do nothing: Δ and g are 0 there, and q passes unchanged.
     """
     b_us = load_steps(p_u, t, S_U, o_d, STEPS, last, EDGE)  # (BLOCK_D,) each
     b_xs = load_steps(p_delta, t, S_DELTA, o_d, STEPS, last, EDGE)
@@ -508,7 +509,7 @@ def backward_kernel(
 ):  # fmt: skip
     """One program: a block of channels through a span of time, from its last chunk to its first.
 
-    p_end is the q that enters the span after its last step, p_start that which leaves it before its first. dB and dC
+    p_end is the q of the step after the span, p_start receives the q of its first step. dB and dC
     are sums over the program's channels; dA, dD, dbias, and B and C that are the same at every step, over its time.
     """
     BLOCK_D: tl.constexpr = D_LO * D_HI
@@ -524,8 +525,8 @@ def backward_kernel(
     o_lo, o_hi = tl.arange(0, D_LO)[:, None, None, None], tl.arange(0, D_HI)[None, None, :, None]
     o_tile = o_n[None, :, None, :]
     o_lane = i_block * BLOCK_D + o_lo * D_HI + o_hi
-    # Three orders of the tile in memory: (D, N), and as the threads lie, of which each has N_LO neighbours at a time,
-    # and the forward's (N, D), of which it has none.
+    # Three orders of the tile in memory: (D, N); the threads' own, in which each has N_LO numbers side by side; and the
+    # forward kernel's (N, D), in which it has none side by side.
     o_h = (i_g * WIDTH + o_lane) * N + o_tile
     o_own = ((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO
     o_forward = tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1])
@@ -601,7 +602,7 @@ def backward_kernel(
             )  # fmt: skip
         else:
             tl.store(p_scratch + (parts - 1) * SIZE + o_own, b_h)
-        tl.debug_barrier()  # what one thread left in scratch another may take
+        tl.debug_barrier()  # a thread reads from scratch what others wrote
         for i in tl.range(0, whole):
             i_part = whole - 1 - i
             b_h = tl.load(p_scratch + i_part * SIZE + o_own)
@@ -612,7 +613,7 @@ def backward_kernel(
                 S_U, S_DELTA, B_GROUPS * BLOCK_N, C_GROUPS * BLOCK_N, S_Z, S_DY, S_DB, D, D_LO, D_HI, SOFTPLUS, STEPS,
                 False,
             )  # fmt: skip
-        tl.debug_barrier()  # nor does one write there for the next chunk before all have taken theirs
+        tl.debug_barrier()  # all have read it before any writes the next chunk there
     tl.store(p_start + i_bs * (N * D) + o_h, b_q, mask=m_h)
     tl.store(p_dA + i_bs * (N * D) + o_h, b_dA, mask=m_h)
     if B_GROUPS == 0:
@@ -663,7 +664,7 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
         warps = 1 if block_n <= 16 else 2 if block_n <= 64 else 4
         config = {"BLOCK_D": min(32 * warps, 8192 // block_n), "BLOCK_N": block_n}
         config |= {"STEPS": 8 if block_n == 16 and not resets else 4, "num_warps": warps}
-    if INTERPRETED:  # where speed is no concern, few steps at a time: short sequences have many, and some left over
+    if INTERPRETED:  # few steps at a time, so that tests with short sequences have many groups, and a rest
         config["STEPS"] = 2
     return config | {"num_stages": 1}
 
@@ -712,25 +713,25 @@ class Plan:
         self.device = u.device
 
     def room(self, *shape: int) -> Tensor:
-        """Memory in float32."""
+        """An empty float32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def per_span(self, turned: bool = True) -> Tensor:
-        """Room for a number of each state, in each span: (B, spans, N, D), or (B, spans, D, N)."""
+        """An empty tensor of one number for each state and span: (B, spans, N, D), or (B, spans, D, N)."""
         last = (self.states, self.channels) if turned else (self.channels, self.states)
         return self.room(self.batch, self.spans, *last)
 
     def programs(self, width: int) -> int:
-        """Of blocks so wide, none of which leaves its group."""
+        """How many programs there are, each with a block of at most so many channels of one group."""
         blocks = triton.cdiv(self.channels // self.groups, width)
         return self.batch * self.spans * self.groups * blocks
 
     def sizes(self) -> dict[str, int | bool]:
-        """What every kernel is compiled for."""
+        """The constants that every kernel is compiled for."""
         return {"D": self.channels, "N": self.states, "GROUPS": self.groups, "SOFTPLUS": self.softplus}
 
     def pass_on(self, local: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-        """What enters each span."""
+        """The state before each span; in reverse, the q after it."""
         start, size, block = self.per_span(), self.states * self.channels, 256
         pass_kernel[(self.batch * triton.cdiv(size, block),)](
             start, local, decay, initial, size, self.spans, REVERSE=reverse, BLOCK=block, num_warps=4
@@ -782,9 +783,9 @@ def launch_forward(
 
 
 def _outputs(u: Tensor, A: Tensor, z: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for y, the last state, and what is kept for the backward, which is nothing if it is not to come.
+    """Empty tensors for y, the last state, and what is saved for the backward pass: of size 0 without one.
 
-    What is not gated yet may be too large for float16, though y is not: there it is kept in float32.
+    Outputs before the gate may be too large for float16 though y is not: they are then saved in float32.
     """
     batch, length, channels = u.shape
     states = A.shape[1]
@@ -838,7 +839,7 @@ def launch_backward(
     for grad, x, part in ((grads[3], B, dB), (grads[4], C, dC)):
         if x.ndim == 2:
             grad.copy_(part.sum((0, 1)))
-        else:  # over the blocks of a group, and over what the other of the two divides it into
+        else:  # over the blocks of a group, which C may divide into smaller ones than B does, or B than C
             grad.copy_(part.view(*parts[:2], x.shape[2], -1, block_n).sum(3)[..., : plan.states])
     for grad, part in ((grads[5], dD), (grads[7], dbias)):
         if part is not None:
@@ -849,7 +850,7 @@ def launch_backward(
 
 
 def _gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Room for a gradient of each, and none for what was not given."""
+    """An empty gradient for each; of size 0 for what was not given."""
     like = next(x for x in inputs if x is not None)
     return tuple(
         torch.empty(0 if x is None else x.shape, dtype=(like if x is None else x).dtype, device=like.device)

@@ -99,7 +99,7 @@ class TransformerLayer(nn.Module):
             mixing: given to the mixer as it is: mask, causal, cache. Whatever this call raises, the cache is then as it
                 was before.
         """
-        if return_weights:  # a mixer that has none is never told of them
+        if return_weights:  # a mixer without weights need not have this argument
             mixing["return_weights"] = True
         with as_before_if_raised(mixing.get("cache")):
             mixed = self.mixer(self.norm1(x) if self.norm_first else x, **mixing)

@@ -307,7 +307,7 @@ def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> F
         raise ValueError(f"dt_min and dt_max must be in order and above 0, got {dt_min} and {dt_max}")
     low, high = math.log(dt_min), math.log(dt_max)
     delta = torch.exp(low + (high - low) * torch.rand(n).double()).clamp(min=floor)
-    bias = delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus, right for small ones too
+    bias = delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus, exact for small delta too
     return bias.to(torch.get_default_dtype())
 
 
@@ -320,7 +320,7 @@ def empty_cache(conv1d: nn.Module, D: Tensor, conv: tuple[int, ...], state: tupl
 
 
 def one_step(mixer: nn.Module, x: Tensor, cache: MambaCache) -> Tensor:
-    """The forward of a sequence of one position, its axis left out."""
+    """The forward of a sequence of one position: x (B, E) -> (B, E)."""
     check_tensors({"x": x})
     if x.ndim != 2:
         raise ValueError(f"x must be (B, E), one position of each sequence, got {tuple(x.shape)}")

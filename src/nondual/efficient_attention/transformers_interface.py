@@ -122,7 +122,7 @@ def make_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What transformers asks before the first layer: a rule where one says it all, else the mask in full, else None.
+    """What transformers asks before the first layer: a rule where one suffices, else the whole mask, else None.
 
     The arguments are those of `transformers.masking_utils.sdpa_mask`, which writes out what is no rule. Those that
     decide: `mask_function`, the pattern, as a function of positions; `local_size`, the window of a sliding pattern (or
@@ -136,7 +136,7 @@ def make_mask(
     is_rule = (
         allow_is_causal_skip
         and (mask_function is causal_mask_function if local_size is None else config is not None and not chunked)
-        and not isinstance(q_offset, Tensor)  # a static cache: where its queries stand would have to be fetched
+        and not isinstance(q_offset, Tensor)  # a static cache: reading this number would wait for the device
         and q_offset + q_length == kv_offset + kv_length
         and (attention_mask is None or not torch.compiler.is_compiling())  # its values are not there to be looked at
         and _nothing_padded(attention_mask, kv_length, kv_offset)
@@ -144,7 +144,7 @@ def make_mask(
     if is_rule and not torch.compiler.is_compiling():
         return CausalRule((batch_size, 1, q_length, kv_length), window, device)
     if is_rule and window is None and q_length == kv_length:
-        return None  # compiled, a mask is None or a true tensor: here the layer's own `is_causal` says the same
+        return None  # compiled, a mask is None or an ordinary tensor: the layer's own `is_causal` gives the same
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

@@ -1,1 +1,1 @@
-"""The mathematics, each name behind one door that checks its input once and then picks an engine."""
+"""The mathematics: one public function for each operation checks its input once, then picks an engine."""

@@ -85,7 +85,7 @@ def flash_attention(
         window: each query sees the last `window` keys, its own included; implies causal.
         scale: factor on q · k.
         tile: how many queries and how many keys a tile has.
-        count: is told what was computed, forward and backward.
+        count: what was computed, forward and backward, is added to it.
         trace: called after every tile of the forward pass with what is on the chip then.
 
     Returns:
@@ -162,7 +162,7 @@ def forward(
             k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
             s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 8: S = Q_i K_jᵀ
             m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
-            shift = m_new.masked_fill(m_new == -torch.inf, 0)  # so far nothing seen: exp(-inf - 0) = 0
+            shift = m_new.masked_fill(m_new == -torch.inf, 0)  # a row without a visible key so far: exp(-inf - 0) = 0
             p = torch.exp(s - shift[..., None])
             forget = torch.exp(m - shift)  # what is held was measured from the old m
             l = forget * l + p.sum(-1)
@@ -173,10 +173,10 @@ def forward(
                 trace(Step(queries, keys, s, m, l, o))
         o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
         _store(out, queries, o, count)  # 14
-        top = m + torch.log(l)  # 13, 15: L = m + log l, -inf where nothing was seen
+        top = m + torch.log(l)  # 13, 15: L = m + log l, -inf without a visible key
         _store(lse, queries, top, count)
-        rounded = (m - top + torch.log(l)).masked_fill(l == 0, 0)  # for scores of 1e4, a thousandth: it would
-        _store(rest, queries, rounded, count)  # be an error of every weight in the backward pass
+        rounded = (m - top + torch.log(l)).masked_fill(l == 0, 0)  # what rounding L lost, up to a thousandth for
+        _store(rest, queries, rounded, count)  # scores of 1e4; P in the backward pass needs it
     return out, lse, rest
 
 
@@ -190,9 +190,9 @@ def backward(
     """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L. Gives dQ, dK, dV."""
     wide = lse.dtype
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
-    # 4: D = rowsum(dO ∘ O). L has a gradient of its own here: dL/dS = P, which joins dS below with D's sign turned.
+    # 4: D = rowsum(dO ∘ O). L is an output too here, with dL/dS = P: its gradient is added to dS below as part of -D.
     delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that saw nothing: P = exp(S - inf) = 0
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without a visible key: P = exp(S - inf) = 0
     _note(count, loaded=out.numel() + d_out.numel(), stored=delta.numel())
     for keys in tiles(range(visible.m), tile[1]):  # 5: for each K_j
         k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 6
@@ -301,7 +301,7 @@ def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Coun
 
 
 def _note(count: Count | None, **numbers: int) -> None:
-    """Add to what was asked to be counted."""
+    """Add to the count, where there is one."""
     if count is not None:
         for name, number in numbers.items():
             setattr(count, name, getattr(count, name) + number)

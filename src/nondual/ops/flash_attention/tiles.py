@@ -100,7 +100,7 @@ def backward(
     mask, groups = tile_mask(m, window, min(n, TILE), dk), k.shape[1]
     with autocast_off(q.device.type):
         for rows, keys, columns in tiles(n, m, window, TILE) if q.numel() else ():
-            # Heads that share a key head stand one below the other: (B, G, H / G · tile, ·).
+            # The rows of all heads that share a key head, one head after another: (B, G, H / G · tile, ·).
             q_i, do_i = (x[:, :, rows].to(wide).unflatten(1, (groups, -1)).flatten(2, 3) for x in (q, d_out))
             k_i, v_i = (x[:, :, keys].to(wide) for x in (k, v))
             s = scale * q_i @ k_i.mT  # S = Q_i K_iᵀ, again

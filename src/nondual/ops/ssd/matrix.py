@@ -55,7 +55,7 @@ def ssd_matrix(
     delta = step_length(delta.to(wide), delta_bias, delta_softplus).mT  # (B, H, L)
     steps = delta * A.to(wide)[:, None]
     seen = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
-    # Σ over s < r ≤ t, added up for each s anew: the plainest way, and no difference of large sums
+    # Σ over s < r ≤ t, summed anew for each s: the plainest way, without differences of large sums
     between = steps[..., None].expand(-1, -1, -1, length).masked_fill(~seen.tril(-1), 0).cumsum(-2)
     if reset is not None:
         sequence = reset.cumsum(1)

@@ -73,7 +73,10 @@ class Index(BaseHTTPRequestHandler):
             if first >= len(DATA):
                 return self.reply(416, b"", "text/plain")
         data = (bytes(len(DATA)) if kind == "wrong" else DATA)[first:]
-        if first and kind == "other-range":
+        if kind == "always-a-piece":
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes 1000-{len(DATA) - 1}/{len(DATA)}")
+        elif first and kind == "other-range":
             data, first = DATA, 0
             self.send_response(206)
             self.send_header("Content-Range", f"bytes 0-{len(DATA) - 1}/{len(DATA)}")

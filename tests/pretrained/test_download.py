@@ -206,6 +206,27 @@ def test_what_an_earlier_attempt_left_is_used_or_given_up(index, tiny, wheel, ki
         assert asked == ["bytes=1000-"]
 
 
+@pytest.mark.timeout(60)  # where it is not given up, it is asked for ever
+def test_a_server_that_always_sends_a_piece_is_given_up(index, tiny):
+    server = index("always-a-piece")
+    with pytest.raises(FetchError, match=r"sends a piece where the whole file was asked for \(HTTP 206\)"):
+        fetch(tiny)
+    assert len([line for line in requests(server) if line["path"].endswith(".whl")]) == 1
+
+
+@pytest.mark.parametrize("secret", ["ada:lovelace", "ada:love@lace", "token"])
+def test_a_password_is_never_printed(cache, monkeypatch, tiny, closed, tmp_path, secret):
+    assert download.shown(f"see https://{secret}@host/simple, a@b") == "see https://host/simple, a@b"
+    monkeypatch.setenv("PIP_INDEX_URL", closed.replace("//", f"//{secret}@"))
+    with pytest.raises(FetchError) as caught:
+        fetch(tiny)
+    monkeypatch.setenv("PIP_PROXY", f"gopher://{secret}@127.0.0.1:1")
+    with pytest.raises(FetchError, match="proxy") as of_proxy:
+        fetch(tiny)
+    for said in (str(caught.value), str(of_proxy.value)):
+        assert not any(part in said for part in secret.replace("@", ":").split(":")), said
+
+
 def test_a_server_that_never_gets_further_is_given_up(index, tiny):
     server = index("stuck")
     with pytest.raises(FetchError, match=r"tiny 1\.2 could not be fetched: .*breaks the connection.* is kept"):

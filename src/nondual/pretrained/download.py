@@ -99,9 +99,9 @@ def complete(
                 refused.append(f"{shown(url)} does not have it")
                 answered = answered or url.startswith("http")
             except _Unreachable as why:
-                unreachable.append(f"{shown(url)}: {why}")
+                unreachable.append(f"{shown(url)}: {shown(str(why))}")
             except _Refused as why:
-                refused.append(f"{shown(url)} {why}")
+                refused.append(f"{shown(url)} {shown(str(why))}")
                 answered = answered or url.startswith("http")
     here = file.seek(0, os.SEEK_END)
     kept = f" What has arrived, {here / 1e6:.1f} MB, is kept." if here else ""
@@ -197,7 +197,7 @@ def _session(settings: PipSettings) -> "PyPIClient":
             proxy=settings.proxy,
         )
     except (ValueError, ImportError) as why:  # of no known kind, or SOCKS without the package for it
-        raise FetchError(f"the proxy that is configured cannot be used: {why}.") from None
+        raise FetchError(f"the proxy that is configured cannot be used: {shown(str(why))}.") from None
     session.auth = MultiDomainBasicAuth(prompting=False, index_urls=settings.index_urls)
     return session
 
@@ -315,6 +315,8 @@ def _receive(session: "PyPIClient", file: FileIO, link: "Link", size: int | None
                 if status == 416 and here:  # nothing comes after what is here: it is complete, or not this file
                     return
                 if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {here}-"):
+                    if not here:  # the whole was asked for: to ask again would go on for ever
+                        raise _Refused("sends a piece where the whole file was asked for (HTTP 206)")
                     ranges = False  # another piece than the one asked for
                     continue
                 if status not in (200, 206):
@@ -361,9 +363,9 @@ def _append(file: FileIO, piece: bytes) -> None:
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
-def shown(url: str) -> str:
-    """An address as it may be printed: without user and password."""
-    return re.sub(r"//[^/@]*@", "//", url)
+def shown(text: str) -> str:
+    """An address, or a sentence with addresses in it, as it may be printed: without user and password."""
+    return re.sub(r"//[^/\s]*@", "//", text)  # up to the last @ of the host: a password may hold one
 
 
 def _status(code: int) -> str:

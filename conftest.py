@@ -144,6 +144,16 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A file that skips itself as a whole, by pytest.importorskip: in CI none of its tests would be missed."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and collector.config.option.markexpr != "gpu":
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid}: in CI a skip is a failure ({reason(report)})"
+    return report
+
+
 def refused(item: pytest.Item) -> str | None:
     """Why this test may not be skipped, or None where it may."""
     if claim := item.get_closest_marker("claim"):
@@ -153,7 +163,7 @@ def refused(item: pytest.Item) -> str | None:
     return None
 
 
-def reason(report: pytest.TestReport) -> str:
+def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     if hasattr(report, "wasxfail"):
         return "xfail: " + report.wasxfail
     return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

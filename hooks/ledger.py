@@ -231,7 +231,7 @@ def scan(root: Path) -> dict[str, Test]:
     out = {}
     for file in sorted((root / "tests").rglob("test_*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        whole = [mark for node in tree.body if is_pytestmark(node) for mark in ast.walk(node.value)]
+        whole = [mark for node in tree.body if is_for_all(node) for mark in ast.walk(node.value)]
         name = file.relative_to(root).as_posix()
         for path, node in functions(tree.body):
             test = read_test(f"{name}::{path}", node)
@@ -243,8 +243,14 @@ def scan(root: Path) -> dict[str, Test]:
 ESCAPES = ("skip", "skipif", "xfail", "gpu", "importorskip")
 
 
-def is_pytestmark(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in node.targets)
+def is_for_all(node: ast.stmt) -> bool:
+    """Whether a statement of a file marks or skips all of its tests: pytestmark = …, or pytest.importorskip(…)."""
+    if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "pytestmark" for t in node.targets):
+        return True
+    if isinstance(node, ast.Assign | ast.Expr):
+        calls = [ast.unparse(part.func) for part in ast.walk(node.value) if isinstance(part, ast.Call)]
+        return any(call in ("pytest.importorskip", "pytest.skip") for call in calls)
+    return False
 
 
 def functions(body: list[ast.stmt], prefix: str = ""):

@@ -207,6 +207,12 @@ WRONG = {  # name: (file, what is replaced, by what, the fault)
         "import pytest\npytestmark = pytest.mark.skip\n",
         "may not run",
     ),
+    "its whole file is skipped where a package is missing": (
+        TESTS,
+        "import pytest\n",
+        "import pytest\npytest.importorskip('no_such_package')\n",
+        "may not run: importorskip",
+    ),
     "a mark without a verdict": (TESTS, '("A1.4", "does not hold")', '("A1.4")', "id and verdict"),
     "a mark for an unknown claim": (TESTS, "A1.4", "A9.9", "A9.9 is not a claim of docs/ledger.yml"),
     "a mark for a claim not reached": (TESTS, "A1.4", "A1.7", "A1.7 does not hold in this test and is not reached yet"),

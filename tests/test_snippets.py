@@ -242,3 +242,17 @@ def test_evidence_may_not_be_skipped(tmp_path, monkeypatch, workers):
     said = run_pytest(tmp_path, workers)
     assert "in CI a skip is a failure (Skipped: no browser)" in said
     assert "2 failed, 1 skipped, 1 error" in said
+
+
+def test_in_ci_a_file_may_not_skip_itself_either(tmp_path, monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    (tmp_path / "test_whole.py").write_text(
+        "import pytest\n\npytest.importorskip('no_such_package')\n\n\ndef test_a():\n    pass\n"
+    )
+    assert "1 skipped" in run_pytest(tmp_path)
+    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu")
+    monkeypatch.setenv("CI", "true")
+    said = run_pytest(tmp_path)
+    assert "test_whole.py: in CI a skip is a failure (Skipped: could not import 'no_such_package'" in said
+    assert "1 error" in said
+    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu")

@@ -43,8 +43,8 @@ _NAME = re.compile(r"(<h1[^>]*><code>)(.*?)(?=</code>)")
 
 
 def break_titles(html: str) -> str:
-    """Let a title that is a module's name break over two lines after a dot or an underscore, not within a word."""
-    return _NAME.sub(lambda m: m[1] + re.sub(r"([._])", r"\1<wbr>", m[2]), html)
+    """Let a title that is a module's name break over two lines after a dot, not within a word."""
+    return _NAME.sub(lambda m: m[1] + m[2].replace(".", ".<wbr>"), html)
 
 
 _FORMULA = re.compile(r'([(“‘]?)(<span class="arithmatex">\\\(.{1,24}?\\\)</span>)([,.;:!?)”’]*)')

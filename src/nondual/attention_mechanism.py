@@ -47,7 +47,7 @@ def additive_scores(
 def compare(
     asked: Float[Tensor, "b n a"], found: Float[Tensor, "b m a"], v: Float[Tensor, " a"]
 ) -> Float[Tensor, "b n m"]:
-    """vᵀ tanh(asked_i + found_j) as (B, N, M); asked is W_s s (B, N, A), found is W_h h (B, M, A)."""
+    """vᵀ tanh(asked_i + found_j) (B, N, M); asked is W_s s (B, N, A), found W_h h (B, M, A)."""
     return torch.tanh(asked[:, :, None] + found[:, None]) @ v
 
 

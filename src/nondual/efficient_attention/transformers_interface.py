@@ -6,14 +6,14 @@
 transformers (5 or later) asks a registered implementation for two functions. One makes the mask, once for a forward
 pass; the other is called by every layer with its queries, keys and values, and that mask. What we do with a mask:
 
-    causal, or causal within a window,   flash attention by that rule; the mask is never written out. The queries are
-    the last query on the last key       the last of the keys, so prompts, chunks of prompts and decoding are all served
-    none, in a layer that is not causal  flash attention over all the keys
-    anything else: padding, packed       `nondual.ops.attention.attention` with the mask, a boolean for each query and
-    sequences, chunks, prefixes, a       key: the same result, slower. The same for a static cache, whose last query is
-    static cache, a bias on positions    not on the last key, and for a window under torch.compile
-    any of these, in training with       `nondual.ops.attention.attention` with dropout, since flash attention has none;
-    attention dropout above 0            a window is then written out as a mask
+- causal, or causal within a window, and the last query is on the last key: flash attention by that rule, which never
+  forms the mask. So prompts, chunks of prompts and decoding are all served.
+- no mask, in a layer that is not causal: flash attention over all the keys.
+- anything else (padding, packed sequences, chunks, prefixes, a bias on positions): `nondual.ops.attention.attention`
+  with the mask, a boolean for each query and key. The same result, slower. So too for a static cache, whose last query
+  is not on the last key, and for a window under torch.compile.
+- any of these in training with attention dropout above 0: `nondual.ops.attention.attention` with dropout, since flash
+  attention has none. A window is then formed as a mask.
 
 What would change the result and is not computed here (a soft cap on scores, sinks, a choice of keys, packed lengths
 without a mask) raises ValueError. Models whose attention does not go through transformers' AttentionInterface (Falcon,

@@ -103,12 +103,12 @@ def selective_scan(
         raise ValueError(f"discretization must be one of {list(DISCRETIZATIONS)}, got {discretization!r}")
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
     given = (u, delta, A, B, C, D, z, delta_bias, state, reset)
-    engines = {"reference": _reference, "cpu": _cpu, "triton": _triton}
+    engines = {"reference": reference.selective_scan, "cpu": _cpu, "triton": _triton}
     engine = choose(impl, engines, auto=_auto(u, A, discretization, given))
     if (refused := REFUSES.get(impl)) and (why := refused(u, A, discretization, given)):
         raise why
     if u.numel() == 0:  # nothing to launch
-        engine = _reference
+        engine = reference.selective_scan
     return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
 
 
@@ -225,11 +225,6 @@ def _refuses_triton(u: Tensor, A: Tensor, discretization: str, given: tuple[Tens
 
 _NO_ZOH = "discretization must be 'zoh-euler' for impl='{}', got '{}'; impl='reference' has both"
 REFUSES = {"cpu": _refuses_cpu, "triton": _refuses_triton}
-
-
-def _reference(*arguments):
-    y, state = reference.selective_scan(*arguments)
-    return y, state if y.shape[1] else state.clone()  # without a step it would be the caller's own
 
 
 def _cpu(*arguments):

@@ -52,7 +52,7 @@ def ssd(
         reset: (B, L), True where a sequence begins and all that came before is forgotten.
 
     Returns:
-        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 or better.
+        y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 or better, in memory of its own.
     """
     dtype, (x, delta, A, B, C, D, z, delta_bias, state) = x.dtype, wide(x, delta, A, B, C, D, z, delta_bias, state)
     delta = step_length(delta, delta_bias, delta_softplus)
@@ -69,11 +69,12 @@ def ssd(
         outputs.append((h * C_t).sum(-1))
     # --8<-- [end:recurrence]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(x)
+    h = h if outputs else h.clone()  # a caller may write to the last state, and must not so change the first
     return skip_and_gate(y, x, D, z).to(dtype), h
 
 
 def wide(x: Tensor, *rest: *Given) -> tuple[Tensor, *Given]:
-    """All of them in float32, or in float64 where x is: what states and sums are kept in."""
+    """All of them in float32, or in float64 where x is, as states and sums are."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     given = cast("tuple[Tensor | None, ...]", (x, *rest))
     return cast("tuple[Tensor, *Given]", tuple(None if v is None else v.to(dtype) for v in given))

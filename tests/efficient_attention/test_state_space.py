@@ -294,3 +294,12 @@ def test_what_is_no_tensor_is_named():
 def test_an_input_that_does_not_fit_is_named(u, state, says):
     with pytest.raises(ValueError, match=says):
         run(u, torch.eye(3), torch.ones(3, 1), state)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_the_last_state_shares_memory_with_nothing(length):
+    A, B, *_ = system()
+    state, u = draw(2, 5), draw(2, length, 3)
+    h, last = run(u, *discretize(0.1, A, B), state)
+    assert last.untyped_storage().nbytes() == last.nbytes
+    assert last.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr() for x in (h, state) if x.numel()}

@@ -101,14 +101,14 @@ def recurrence(
         state: the state before the first step (B, D, M); zero where left out.
 
     Returns:
-        y (B, L, D) and the last state (B, D, M). The same for the other three ways.
+        y (B, L, D) and the last state (B, D, M), in memory of its own. The same for the other three ways.
     """
     h = _zero_state(u, A_bar) if state is None else state
     outputs = []
     for u_t in u.unbind(1):
         h = A_bar * h + B_bar * u_t[..., None]
         outputs.append(2 * (C * h).real.sum(-1))
-    return torch.stack(outputs, 1) if outputs else torch.zeros_like(u), h
+    return (torch.stack(outputs, 1), h) if outputs else (torch.zeros_like(u), h.clone())
 
 
 # --8<-- [end:recurrence]
@@ -192,7 +192,7 @@ def convolution(
     """
     length, (u, spoiled, spoiled_state) = u.shape[1], _finite(u)
     if u.numel() == 0:
-        return torch.zeros_like(u), _zero_state(u, A_bar) if state is None else state
+        return torch.zeros_like(u), _zero_state(u, A_bar) if state is None else state.clone()
     V = powers(A_bar, length + 1)  # (D, M, L+1)
     K = 2 * torch.einsum("dm,dml->ld", C * B_bar, V[..., :-1]).real
     over = 2 * length  # twice as long, so that the end does not come round to the beginning

@@ -85,8 +85,8 @@ def run(
         state: the state before the first step (B, N); zero where left out.
 
     Returns:
-        h (B, L, N) and the last state (B, N), in u's dtype, under autocast too; differentiable. No state depends on a
-        later input, and what is not finite stays in its row of the batch.
+        h (B, L, N) and the last state (B, N), in memory of its own; in u's dtype, under autocast too; differentiable.
+        No state depends on a later input, and what is not finite stays in its row of the batch.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -103,7 +103,7 @@ def run(
         for entering in (u @ B_bar.T).unbind(1):  # (B, N)
             h = h @ A_bar.T + entering
             states.append(h)
-    return torch.stack(states, 1) if states else u.new_zeros(u.shape[0], 0, n), h
+    return (torch.stack(states, 1), h) if states else (u.new_zeros(u.shape[0], 0, n), h.clone())
 
 
 def _check(A: Tensor, B: Tensor, rule: str = "zoh", **others: Tensor | None) -> tuple[int, int]:

@@ -116,6 +116,17 @@ def compiled_alone() -> Callable[..., str]:
 
 
 @pytest.fixture
+def poisoned():
+    """torch fills new memory with NaN, so that what an operation forgets to write is seen.
+
+    A whole file has it by `pytestmark = pytest.mark.usefixtures("poisoned")`.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def way(monkeypatch) -> Callable[[str], None]:
     """A function that sets which of the two ways impl="cpu" of the selective scan goes: "c" or "torch".
 

@@ -33,12 +33,7 @@ def test_the_kernels_can_run_here():
     assert kernels.INTERPRETED or torch.cuda.is_available(), "unset TRITON_INTERPRET=0: there is no GPU to compile for"
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is not written stays NaN, and is seen: torch fills new memory with it in this mode."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_what_is_not_written_would_be_seen():

@@ -20,15 +20,7 @@ from transformers.models.mamba import modeling_mamba
 from nondual.ops import selective_scan as door
 from nondual.ops.selective_scan import cpu, reference, selective_scan, selective_scan_matrix, selective_scan_step
 
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is not written stays NaN, and is seen: torch fills new memory with it in this mode."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 both = pytest.mark.parametrize("name", WAYS)
 
 

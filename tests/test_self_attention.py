@@ -377,6 +377,7 @@ def test_what_is_no_tensor_is_named():
         (lambda: layer(x, x.numpy()), "memory"),
         (lambda: layer(x, mask=x.numpy()), "mask"),
         (lambda: SelfAttention(E)(x.tolist()), "x"),
+        (lambda: KVCache(B, 2, 4, 3).append(torch.ones(B, 2, 1, 3).numpy(), torch.ones(B, 2, 1, 3)), "k"),
     ):
         with pytest.raises(TypeError, match=f"{name} must be a Tensor, got (ndarray|list); use torch."):
             call()

@@ -286,9 +286,11 @@ class KVCache:
             v: values, likewise.
 
         Raises:
+            TypeError: k or v is not a tensor.
             ValueError: the cache is full, or was made for another batch, head count, width, dtype or device.
             RuntimeError: k or v requires a gradient; the cache is for inference.
         """
+        check_tensors({"k": k, "v": v})
         capacity, end = self.keys.shape[2], self.length + k.shape[2]
         for name, x in (("k", k), ("v", v)):
             expected = (*self.keys.shape[:2], k.shape[2], self.keys.shape[3])

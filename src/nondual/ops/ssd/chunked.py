@@ -196,13 +196,13 @@ class Decays:
     """
 
     def __init__(self, rates: Tensor, masks: Masks, like: Tensor):
-        self.passed = since_start(rates, masks)
+        self.passed: Tensor = since_start(rates, masks)
         held = apart(self.passed, masks)
-        self.rows = self.passed - held
-        self.to_end = decay(self.rows[..., -1:] - self.passed, masks.lost, like)
-        self.from_start = decay(self.rows, masks.unreached, like)
-        self.whole = decay(self.rows[..., -1:], masks.ends, like)
-        self.growth = decay(held, None, like)
+        self.rows: Tensor = self.passed - held
+        self.to_end: Tensor = decay(self.rows[..., -1:] - self.passed, masks.lost, like)
+        self.from_start: Tensor = decay(self.rows, masks.unreached, like)
+        self.whole: Tensor = decay(self.rows[..., -1:], masks.ends, like)
+        self.growth: Tensor = decay(held, None, like)
 
 
 def since_start(rates: Tensor, masks: Masks) -> Tensor:

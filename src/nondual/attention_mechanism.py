@@ -133,7 +133,7 @@ class AdditiveAttention(nn.Module):
         self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
 
     def project(self, h: Float[Tensor, "b m h"]) -> Float[Tensor, "b m a"]:
-        """W_h h (B, M, A), which does not depend on the query: compute it once a sentence, and given to `forward` at each step.
+        """W_h h (B, M, A), which does not depend on the query: computed once a sentence and given to each `forward`.
 
         Args:
             h: encoder states (B, M, H).

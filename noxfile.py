@@ -145,7 +145,7 @@ def snippets(session: nox.Session) -> None:
 def gpu_tests(session: nox.Session) -> None:
     """The kernels on a CUDA device, in every dtype and at full size."""
     python = environment(session)
-    needed = ["torch", "triton", "einops", "jaxtyping", "pytest"]
+    needed = ["torch", "numpy", "triton", "einops", "jaxtyping", "pytest"]
     probe = f"import importlib.util as u; print(*(name for name in {needed} if not u.find_spec(name)))"
     if missing := run(session, python, "-c", probe, minutes=5, silent=True).strip():
         session.error(f"gpu_tests needs {missing}: {python} -m pip install {missing}")

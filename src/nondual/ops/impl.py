@@ -27,16 +27,6 @@ def choose(impl: str, engines: dict[str, Callable[..., Any]], auto: str) -> Call
     return engines[name]
 
 
-def check_kernels_run(name: str, x: Tensor, interpreted: bool) -> None:
-    """Refuse a tensor that Triton's kernels cannot run on where it is, or as they are run.
-
-    Raises:
-        ValueError: bfloat16 in the interpreter; outside of it, another device than CUDA's.
-    """
-    if why := kernels_refuse(name, x, interpreted):
-        raise ValueError(why)
-
-
 def kernels_refuse(name: str, x: Tensor, interpreted: bool) -> str | None:
     """Why Triton's kernels cannot run on this tensor where it is, or as they are run; None where they can."""
     if interpreted and x.dtype == torch.bfloat16:

@@ -40,7 +40,6 @@ from nondual.ops.flash_attention.tiles import attention_by_tiles
 from nondual.ops.impl import (
     KERNEL_DTYPES,
     NO_TRITON,
-    check_kernels_run,
     choose,
     has_tangent,
     kernels_refuse,
@@ -231,5 +230,6 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None
         from nondual.ops.flash_attention import triton
     except ImportError as error:
         raise RuntimeError(f"{NO_TRITON} ({error})") from error
-    check_kernels_run("q", q, triton.INTERPRETED)
+    if why := kernels_refuse("q", q, triton.INTERPRETED):
+        raise ValueError(why)
     return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)

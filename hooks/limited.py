@@ -12,10 +12,7 @@ import sys
 import time
 
 GRACE = 10  # seconds for the processes to write their stacks, or to tidy up after Ctrl-C
-
-
-class Stopped(Exception):
-    """This process was asked to stop."""
+DEPTH = "NONDUAL_LIMITS_AROUND"  # how many such limits this one runs in: .ci/run's holds nox, whose own hold pytest
 
 
 def run(command: list[str], seconds: float) -> int:
@@ -26,29 +23,31 @@ def run(command: list[str], seconds: float) -> int:
         except subprocess.TimeoutExpired:
             return too_long(command, seconds)
 
-    def stop(number, frame):
-        raise Stopped(number)
-
+    stops: list[int] = []  # the signals that asked us to stop
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, frame: stops.append(number))
+    around = int(os.environ.get(DEPTH, "0"))
+    # An outer limit waits for its inner one, which needs time to end what it holds: each has half the time of the last.
+    grace = GRACE / 2**around
+    inner = os.environ | {"PYTHONFAULTHANDLER": "1", DEPTH: str(around + 1)}
     # A session of its own is a process group too, and one with no terminal: it may read the terminal's keys (pdb).
-    process = subprocess.Popen(command, start_new_session=True, env=os.environ | {"PYTHONFAULTHANDLER": "1"})
+    process = subprocess.Popen(command, start_new_session=True, env=inner)
+    limit = time.monotonic() + seconds
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        end(process, signal.SIGABRT)  # PYTHONFAULTHANDLER: Python writes its stacks
-        return too_long(command, seconds)
-    except Stopped as stopped:
-        end(process, stopped.args[0])
-        return 128 + stopped.args[0]
+        while process.poll() is None and not stops and time.monotonic() < limit:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            return process.returncode
+        end(process, stops[0] if stops else signal.SIGABRT, grace)  # at SIGABRT Python writes its stacks
+        return 128 + stops[0] if stops else too_long(command, seconds)
     finally:
         signal_group(process, signal.SIGKILL)
 
 
-def end(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to the whole group, and give all of it some time: one of them may be such a limit itself."""
+def end(process: subprocess.Popen, number: int, grace: float) -> None:
+    """Send a signal to the whole group, and give all of it `grace` seconds: one of them may be such a limit itself."""
     signal_group(process, number)
-    limit = time.monotonic() + GRACE
+    limit = time.monotonic() + grace
     while signal_group(process, 0) and time.monotonic() < limit:
         process.poll()  # an ended process counts as there until somebody has asked for its status
         time.sleep(0.05)

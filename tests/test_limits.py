@@ -142,7 +142,7 @@ where_it_waits()
 
 
 def group_is_gone(group: str) -> bool:
-    for _ in range(200):
+    for _ in range(600):
         try:
             os.killpg(int(group), 0)
         except ProcessLookupError:
@@ -170,6 +170,16 @@ def test_a_limit_that_is_stopped_leaves_nothing_running(a_server_of_its_own, num
     inner = [sys.executable, str(ROOT / "hooks/limited.py"), "5", sys.executable, "-c", COMMAND]  # nox, within .ci/run
     with a_server_of_its_own(f"import os\n{code}", "5", *inner, ready=r"limit (\d+)\n(\d+)\n") as found:
         os.kill(int(found[1]), number)
+        assert group_is_gone(found[2])
+
+
+def test_what_does_not_listen_is_ended_by_the_innermost_limit(a_server_of_its_own):
+    """A child may miss Ctrl-C: Python forgets what came between the fork and the child's first line."""
+    deaf = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{COMMAND}"
+    code = f"print('limit', os.getpid(), flush=True)\n{textwrap.dedent(LIMITED)}"
+    inner = [sys.executable, str(ROOT / "hooks/limited.py"), "5", sys.executable, "-c", deaf]
+    with a_server_of_its_own(f"import os\n{code}", "5", *inner, ready=r"limit (\d+)\n(\d+)\n") as found:
+        os.kill(int(found[1]), signal.SIGINT)
         assert group_is_gone(found[2])
 
 

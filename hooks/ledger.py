@@ -1,8 +1,27 @@
 """The ledger: what each claim came to, and the tie between its verdict, its page and its test.
 
-docs/ledger.yml is the one list. This file reads it, says where it disagrees with the pages and the tests, and publishes
-it as claims.json; ledger_page.py draws its table. As an mkdocs hook it stops the build where a page disagrees;
-tests/test_ledger.py asks that and the rest.
+docs/ledger/A.yml to E.yml are the list, one file an essay. This file reads them, says where they disagree with the pages
+and the tests, and publishes them as claims.json; ledger_page.py draws the table. As an mkdocs hook it stops the build
+where a page disagrees; tests/test_ledger.py asks that and the rest.
+
+An entry that nobody has reached yet:
+
+    - id: A1.4                 stable: chapters, tests and pages name the claim by it; the letter names the essay
+      gist: …                  what the essay says, in our words, with its qualifiers
+      how: …                   one way to put it to the test; a better one is welcome
+      guess: corrected         our guess before any run: holds, conditional, corrected or reading; it is not evidence
+      verdict: null
+
+The same entry, answered. `verdict` is what the run showed, and these lines are added:
+
+      verdict: does not hold   holds | holds if | does not hold | contested | reading | slip
+      finding: …               one line: what was found (for "holds if", the conditions; for "does not hold", what is right)
+      confounder: …            where it was an experiment: the one other explanation that the run did not rule out
+      chapter: essay/self_attention.md
+      test: tests/test_self_attention.py::test_equal_projections_score_no_direction      (or a list of them)
+      figure: fig-symmetry     optional: the anchor of a figure in that chapter
+      measured: selective_scan_cpu.json    where it rests on a stored measurement: its file in docs/measured
+      source: …                a reading has this in place of a test: the locus, and the scholar whose edition was read
 
 On a page, a verdict is a sentence in a `!!! verdict` box: **A1.4 does not hold.**, **A1.3 holds if** …, **A1.6 is a
 reading.**; a claim is its id in a `!!! claim` box: **A1.4**. Both get an anchor here. On a test it is a mark:
@@ -43,7 +62,7 @@ OPEN = "not reached yet"
 
 @dataclass
 class Claim:
-    """One entry of docs/ledger.yml; the head of that file says what each field holds."""
+    """One entry of docs/ledger; the top of this file says what each field holds."""
 
     id: str
     gist: str
@@ -51,11 +70,13 @@ class Claim:
     guess: str
     verdict: str | None = None
     finding: str | None = None
+    confounder: str | None = None
     chapter: str | None = None
     test: list[str] = field(default_factory=list)
     figure: str | None = None
+    measured: str | None = None
     source: str | None = None
-    line: int = 0  # in the file
+    line: int = 0  # in its file
 
     @property
     def essay(self) -> str:
@@ -63,29 +84,40 @@ class Claim:
 
     @property
     def where(self) -> str:
-        return f"docs/ledger.yml:{self.line}: {self.id}"
+        return f"{ledger_file(self.essay)}:{self.line}: {self.id}"
+
+
+def ledger_file(essay: str) -> str:
+    return f"docs/ledger/{essay}.yml"
 
 
 # --- the list ------------------------------------------------------------------------------------------------------
 
 
 def load(root: Path) -> list[Claim]:
-    """The claims in the order of the file. ValueError, naming the line, for what is not an entry."""
-    text = (root / "docs" / "ledger.yml").read_text(encoding="utf-8")
+    """The claims of all essays, in the order of the files. ValueError, naming the line, for what is not an entry."""
+    return [claim for essay in ESSAYS for claim in load_essay(root, essay)]
+
+
+def load_essay(root: Path, essay: str) -> list[Claim]:
+    file = ledger_file(essay)
+    text = (root / file).read_text(encoding="utf-8")
     try:
         entries = yaml.safe_load(text)["claims"]
     except yaml.YAMLError as error:
         at = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
-        raise ValueError(f"docs/ledger.yml:{at}: not YAML: {getattr(error, 'problem', error)}") from None
+        raise ValueError(f"{file}:{at}: not YAML: {getattr(error, 'problem', error)}") from None
     lines = [i for i, line in enumerate(text.splitlines(), 1) if re.match(r"\s*- id:", line)]
     known = {f.name for f in fields(Claim)} - {"line"}
     claims = []
-    for entry, line in zip(entries, lines, strict=True):
-        where = f"docs/ledger.yml:{line}: {entry.get('id')}"
+    for entry, line in zip(entries or [], lines, strict=True):
+        where = f"{file}:{line}: {entry.get('id')}"
         if extra := set(entry) - known:
             raise ValueError(f"{where}: unknown field {', '.join(sorted(extra))}")
         if missing := {"id", "gist", "how", "guess", "verdict"} - set(entry):
             raise ValueError(f"{where}: without {', '.join(sorted(missing))}")
+        if not str(entry["id"]).startswith(essay):
+            raise ValueError(f"{where}: this file holds the claims of essay {essay}")
         test = entry.pop("test", None) or []
         claims.append(Claim(**entry, test=[test] if isinstance(test, str) else test, line=line))
     return claims
@@ -101,7 +133,7 @@ def faults_of_list(claims: list[Claim]) -> list[str]:
         if not re.fullmatch(r"[A-E]\d+(\.\d+)?", claim.id):
             out.append(f"{claim.where}: an id is a letter A to E and a number, as A1.4 or B3")
         if claim.verdict is None:
-            for name in ("finding", "chapter", "test", "figure", "source"):
+            for name in ("finding", "confounder", "chapter", "test", "figure", "measured", "source"):
                 if getattr(claim, name):
                     out.append(f"{claim.where} has a {name} and no verdict")
             continue
@@ -187,11 +219,11 @@ def faults_of_pages(claims: list[Claim], root: Path) -> list[str]:
     for one in said_here:
         claim, where = by_id.get(one.id), f"{one.page}:{one.line}: {one.id}"
         if claim is None:
-            out.append(f"{where} is not a claim of docs/ledger.yml")
+            out.append(f"{where} is not a claim of docs/ledger")
         elif claim.verdict is None:
-            out.append(f"{where} {said(one.verdict)} on this page; docs/ledger.yml has it not reached yet")
+            out.append(f"{where} {said(one.verdict)} on this page; the ledger has it not reached yet")
         elif claim.verdict != one.verdict:
-            out.append(f"{where} {said(one.verdict)} on this page and {said(claim.verdict)} in docs/ledger.yml")
+            out.append(f"{where} {said(one.verdict)} on this page and {said(claim.verdict)} in the ledger")
     for (page, id), times in Counter((one.page, one.id) for one in said_here if one.boxed).items():
         if times > 1:
             out.append(f"{page}: {id} is answered {times} times: once, in one verdict box")
@@ -309,10 +341,10 @@ def faults_of_tests(claims: list[Claim], root: Path) -> list[str]:
             if verdict is None:
                 out.append(f'{test.where}: a claim mark is written claim("A1.4", "holds"): id and verdict')
             elif claim is None:
-                out.append(f"{test.where}: {id} is not a claim of docs/ledger.yml")
+                out.append(f"{test.where}: {id} is not a claim of docs/ledger")
             elif claim.verdict != verdict:
                 in_ledger = said(claim.verdict) if claim.verdict else f"is {OPEN}"
-                out.append(f"{test.where}: {id} {said(verdict)} in this test and {in_ledger} in docs/ledger.yml")
+                out.append(f"{test.where}: {id} {said(verdict)} in this test and {in_ledger} in the ledger")
             elif test.node not in claim.test:
                 out.append(f"{claim.where}: {test.node} carries its mark and is not named as its test")
     return out
@@ -337,7 +369,7 @@ def root_of(config) -> Path:
 
 def on_config(config):
     """Let a served site follow the ledger."""
-    config.watch.append(str(Path(config.docs_dir) / "ledger.yml"))
+    config.watch.append(str(Path(config.docs_dir) / "ledger"))
     return config
 
 

@@ -1,6 +1,6 @@
 """The two generated pages: the table of docs/ledger.md, with its count and its filters, and the table of docs/map.md.
 
-Each is made where the page has its placeholder, from what is in docs/ledger.yml and on disk at that moment. The filters
+Each is made where the page has its placeholder, from what is in docs/ledger and on disk at that moment. The filters
 are docs/assets/js/ledger.js; without it the whole table shows.
 """
 

@@ -1,7 +1,10 @@
 """What the essay's own files hold: how much is text, and whether anything is computed.
 
-`python -m benchmarks essay_codebase --checkout=DIR`, DIR a clone of github.com/r-baldridge/consciousness. Without it
-the benchmark is passed over: nothing is fetched.
+To count again, with DIR a clone of github.com/r-baldridge/consciousness at the commit that the file names:
+
+    python -m benchmarks essay_codebase --checkout=DIR
+
+Without DIR the benchmark is passed over: nothing is fetched. The files are read and never run.
 """
 
 import ast
@@ -28,6 +31,21 @@ PATHS = (
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.MatMult, ast.FloorDiv)
 
 
+def count(source: str) -> dict[str, float]:
+    """How long a Python source is, which share of it is strings, and how many functions and arithmetic signs it has.
+
+    Arithmetic that is written inside a string is text: only what Python would compute counts.
+    """
+    nodes = list(ast.walk(ast.parse(source)))
+    text = sum(len(n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return {
+        "characters": len(source),
+        "text_share": round(text / len(source), 2),
+        "functions": sum(isinstance(n, ast.FunctionDef) for n in nodes),
+        "arithmetic": sum(isinstance(n, ast.BinOp) and isinstance(n.op, ARITHMETIC) for n in nodes),
+    }
+
+
 def main(options: list[str]) -> None:
     checkout = next((word.split("=", 1)[1] for word in options if word.startswith("--checkout=")), None)
     if checkout is None:
@@ -35,13 +53,7 @@ def main(options: list[str]) -> None:
         return
     rows = [{"path": f"ml_research/attention/{path}.py"} for path in PATHS]
     for row in rows:
-        source = (Path(checkout) / row["path"]).read_text()
-        nodes = list(ast.walk(ast.parse(source)))
-        text = sum(len(n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
-        row["characters"] = len(source)
-        row["text_share"] = round(text / len(source), 2)
-        row["functions"] = sum(isinstance(n, ast.FunctionDef) for n in nodes)
-        row["arithmetic"] = sum(isinstance(n, ast.BinOp) and isinstance(n.op, ARITHMETIC) for n in nodes)
+        row |= count((Path(checkout) / row["path"]).read_text())
     command = ["git", "-C", checkout, "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     write(

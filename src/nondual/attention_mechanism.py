@@ -39,8 +39,12 @@ def additive_scores(
     Returns:
         Scores (B, N, M).
 
+    Raises:
+        TypeError: one of them is not a tensor.
+
     Source: 1409.0473, section A.1.2.
     """
+    check_tensors({"s": s, "h": h, "w_s": w_s, "w_h": w_h, "v": v})
     return compare(s @ w_s.mT, h @ w_h.mT, v)
 
 
@@ -55,7 +59,10 @@ def compare(
 
 
 def dot_scores(s: Float[Tensor, "b n d"], h: Float[Tensor, "b m d"]) -> Float[Tensor, "b n m"]:
-    """e_ij = s_i · h_j: no network at all, the two must live in one space. Source: 1508.04025, equation 8 ("dot").
+    """e_ij = s_i · h_j: no network at all, the two must live in one space. Source: 1508.04025, section 3.1 ("dot").
+
+    `dot_scores(s @ w, h)` is the same paper's "general" score; its third, "concat", is `additive_scores` with W_s and
+    W_h side by side as one matrix.
 
     Args:
         s: decoder states (B, N, D).

@@ -25,7 +25,9 @@ def states(seed=0):
     return (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((B, N, S), (B, M, H)))
 
 
+@pytest.mark.claim("A1.1", "holds")
 def test_additive_scores_equal_a_literal_double_loop():
+    """vᵀ tanh(W_s s_i + W_h h_j), one number at a time."""
     s, h = states()
     draw = torch.Generator().manual_seed(1)
     w_s, w_h, v = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((A, S), (A, H), (A,)))
@@ -184,12 +186,18 @@ def test_what_is_no_tensor_is_named():
     s, h = states()
     module = AdditiveAttention(S, H, A).double()
     decoder = AttentionDecoder(Y, S, H, A)
+    weights = module.w_s.weight.detach(), module.w_h.weight.detach(), module.v.detach()
     for call, name in (
         (lambda: module(s.numpy(), h), "s"),
         (lambda: module(s, h.tolist()), "h"),
         (lambda: module(s, h, projected=h.numpy()), "projected"),
         (lambda: attend(s.numpy(), h), "scores"),
         (lambda: dot_scores(s, s.numpy()), "h"),
+        (lambda: additive_scores(s.numpy(), h, *weights), "s"),
+        (lambda: additive_scores(s, h.tolist(), *weights), "h"),
+        (lambda: additive_scores(s, h, weights[0].numpy(), *weights[1:]), "w_s"),
+        (lambda: additive_scores(s, h, weights[0], weights[1].numpy(), weights[2]), "w_h"),
+        (lambda: additive_scores(s, h, *weights[:2], weights[2].tolist()), "v"),
         (lambda: decoder(s.numpy(), s, h), "y"),
     ):
         with pytest.raises(TypeError, match=f"{name} must be a Tensor, got (ndarray|list); use torch."):
@@ -217,6 +225,35 @@ def test_questioner_and_answerer_are_separate_networks_trained_together():
     assert not theirs & ours
     states.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in [*encoder.parameters(), *decoder.parameters()])
+
+
+@pytest.mark.claim("A1.9", "holds if")
+def test_before_2017_one_scheme_had_three_scores():
+    """Additive, dot and general: three scores of the same two arguments, and one softmax and weighted mean after them.
+
+    Additive is bounded by the sum of |v| and bends; dot and general double with the question. What Luong calls concat
+    is the additive one.
+    """
+    s, h = states()
+    draw = torch.Generator().manual_seed(3)
+    w_s, w_h, v, w = (torch.randn(size, generator=draw, dtype=torch.float64) for size in ((A, S), (A, H), (A,), (S, H)))
+    scores = {
+        "additive": lambda s: additive_scores(s, h, w_s, w_h, v),
+        "dot": lambda s: dot_scores(s, h[..., :S]),
+        "general": lambda s: dot_scores(s @ w, h),
+    }
+    for name, score in scores.items():
+        context, weights = attend(score(s), h)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(B, N, dtype=torch.float64))
+        torch.testing.assert_close(context, torch.einsum("bnm,bmh->bnh", weights, h))
+        doubled = torch.allclose(score(2 * s), 2 * score(s))
+        assert doubled == (name != "additive")
+    bound = v.abs().sum()
+    assert scores["additive"](1e6 * s).abs().max() <= bound < scores["dot"](1e6 * s).abs().max()
+
+    pair = torch.cat([s[:, :, None].expand(B, N, M, S), h[:, None].expand(B, N, M, H)], -1)
+    concat = torch.tanh(pair @ torch.cat([w_s, w_h], 1).mT) @ v
+    torch.testing.assert_close(concat, scores["additive"](s))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The ledger: what each claim came to, and the tie between its verdict, its page and its test.
 
-docs/ledger/A.yml to E.yml are the list, one file an essay. This file reads them, says where they disagree with the pages
-and the tests, and publishes them as claims.json; ledger_page.py draws the table. As an mkdocs hook it stops the build
-where a page disagrees; tests/test_ledger.py asks that and the rest.
+docs/ledger/A.yml to E.yml are the list, one file an essay. This file reads them, says where they disagree with the
+pages and the tests, and publishes them as claims.json; ledger_page.py draws the table. As an mkdocs hook it stops the
+build where a page disagrees; tests/test_ledger.py asks that and the rest.
 
 An entry that nobody has reached yet:
 
@@ -15,12 +15,12 @@ An entry that nobody has reached yet:
 The same entry, answered. `verdict` is what the run showed, and these lines are added:
 
       verdict: does not hold   holds | holds if | does not hold | contested | reading | slip
-      finding: …               one line: what was found (for "holds if", the conditions; for "does not hold", what is right)
-      confounder: …            where it was an experiment: the one other explanation that the run did not rule out
+      finding: …               one line: what was found ("holds if": the conditions; "does not hold": what is right)
+      confounder: …            where something was trained or timed: the other explanation that it did not rule out
       chapter: essay/self_attention.md
       test: tests/test_self_attention.py::test_equal_projections_score_no_direction      (or a list of them)
       figure: fig-symmetry     optional: the anchor of a figure in that chapter
-      measured: selective_scan_cpu.json    where it rests on a stored measurement: its file in docs/measured
+      measured: selective_scan_cpu.json    where it rests on a stored measurement: its file in docs/measured (or a list)
       source: …                a reading has this in place of a test: the locus, and the scholar whose edition was read
 
 On a page, a verdict is a sentence in a `!!! verdict` box: **A1.4 does not hold.**, **A1.3 holds if** …, **A1.6 is a
@@ -74,7 +74,7 @@ class Claim:
     chapter: str | None = None
     test: list[str] = field(default_factory=list)
     figure: str | None = None
-    measured: str | None = None
+    measured: list[str] = field(default_factory=list)
     source: str | None = None
     line: int = 0  # in its file
 
@@ -118,8 +118,10 @@ def load_essay(root: Path, essay: str) -> list[Claim]:
             raise ValueError(f"{where}: without {', '.join(sorted(missing))}")
         if not str(entry["id"]).startswith(essay):
             raise ValueError(f"{where}: this file holds the claims of essay {essay}")
-        test = entry.pop("test", None) or []
-        claims.append(Claim(**entry, test=[test] if isinstance(test, str) else test, line=line))
+        for name in ("test", "measured"):  # one, or a list of them
+            given = entry.pop(name, None) or []
+            entry[name] = [given] if isinstance(given, str) else given
+        claims.append(Claim(**entry, line=line))
     return claims
 
 
@@ -152,6 +154,16 @@ def faults_of_list(claims: list[Claim]) -> list[str]:
         if claim.verdict == "slip" and not (claim.test or claim.source):
             out.append(f"{claim.where} is a slip and has neither test nor source")
     return out
+
+
+def faults_of_measured(claims: list[Claim], root: Path) -> list[str]:
+    """Where a claim names a stored measurement that is not there."""
+    return [
+        f"{claim.where}: there is no docs/measured/{name}"
+        for claim in claims
+        for name in claim.measured
+        if not (root / "docs/measured" / name).is_file()
+    ]
 
 
 def said(verdict: str) -> str:
@@ -252,6 +264,10 @@ class Test:
     claims: list[tuple]  # the arguments of its claim marks
     escapes: list[str]  # skip, skipif, xfail, gpu: the ways in which it might not run
     asserts: bool
+    # Of the test, with the fixtures, functions, classes and constants of its file that it uses:
+    runs: bool = False  # something of the library
+    trains: bool = False  # by an optimiser, or by a function named train…
+    reads: set[str] = field(default_factory=set)  # files of docs/measured
 
     @property
     def where(self) -> str:
@@ -267,6 +283,8 @@ def scan(root: Path) -> dict[str, Test]:
         name = file.relative_to(root).as_posix()
         for path, node in functions(tree.body):
             test = read_test(f"{name}::{path}", node)
+            if test.claims:
+                look_into(test, node, tree, root)
             test.escapes += [mark.attr for mark in whole if isinstance(mark, ast.Attribute) and mark.attr in ESCAPES]
             out[test.node] = test
     return out
@@ -306,6 +324,51 @@ def read_test(name: str, node: ast.FunctionDef) -> Test:
     return test
 
 
+def look_into(test: Test, node: ast.FunctionDef, tree: ast.Module, root: Path) -> None:
+    """What a test runs, trains and reads, as far as its own file tells."""
+    parts = [part for used in used_by(node, tree) for part in ast.walk(used)]
+    library = {
+        alias.asname or alias.name.partition(".")[0]
+        for part in ast.walk(tree)
+        if isinstance(part, ast.Import | ast.ImportFrom)
+        for alias in part.names
+        if (part.module or "" if isinstance(part, ast.ImportFrom) else alias.name).partition(".")[0] == "nondual"
+    }
+    test.runs = any(isinstance(part, ast.Name) and part.id in library for part in parts)
+    for part in parts:
+        if isinstance(part, ast.Attribute) and part.attr == "optim":
+            test.trains = True
+        elif isinstance(part, ast.Call) and part.args:  # model.train() alone only switches dropout on
+            test.trains |= ast.unparse(part.func).rpartition(".")[2].startswith("train")
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.endswith(".json"):
+            name = part.value.rpartition("/")[2]
+            if (root / "docs/measured" / name).is_file():
+                test.reads.add(name)
+
+
+def used_by(node: ast.FunctionDef, tree: ast.Module) -> list[ast.stmt]:
+    """The function, and every statement at the top of its file that it needs: by name, or as a fixture."""
+    defined: dict[str, list[ast.stmt]] = {}
+    for top in tree.body:
+        for name in names_defined(top):
+            defined.setdefault(name, []).append(top)
+    found: list[ast.stmt] = [node]
+    for each in found:  # grows as it goes
+        names = {part.id for part in ast.walk(each) if isinstance(part, ast.Name)}
+        names |= {part.arg for part in ast.walk(each) if isinstance(part, ast.arg)}
+        found += [top for name in names for top in defined.get(name, []) if top not in found]
+    return found
+
+
+def names_defined(top: ast.stmt) -> list[str]:
+    if isinstance(top, ast.FunctionDef | ast.ClassDef):
+        return [top.name]
+    if isinstance(top, ast.Assign | ast.AnnAssign):
+        targets = top.targets if isinstance(top, ast.Assign) else [top.target]
+        return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return []
+
+
 def can_fail(node: ast.AST) -> bool:
     """An assert of something that is not a constant, pytest.raises, or a call of assert_… or check_…"""
     if isinstance(node, ast.Assert):
@@ -334,6 +397,7 @@ def faults_of_tests(claims: list[Claim], root: Path) -> list[str]:
                 out.append(f"{test.where}: {node} is the evidence for {claim.id} and may not run: {test.escapes[0]}")
             if not test.asserts:
                 out.append(f"{test.where}: {node} is the evidence for {claim.id} and asserts nothing: it cannot fail")
+        out += faults_of_evidence(claim, [tests[node] for node in claim.test if node in tests])
     for test in tests.values():
         for mark in test.claims:
             id, verdict = mark if len(mark) == 2 else (mark[0] if mark else None, None)
@@ -350,13 +414,30 @@ def faults_of_tests(claims: list[Claim], root: Path) -> list[str]:
     return out
 
 
+def faults_of_evidence(claim: Claim, tests: list[Test]) -> list[str]:
+    """A stored measurement is named, and is not all that a claim rests on; an experiment says what it leaves open."""
+    out = []
+    for test in tests:
+        for name in sorted(test.reads - set(claim.measured)):
+            out.append(f"{claim.where}: {test.node} reads docs/measured/{name}: write `measured: {name}`")
+    if claim.measured and tests and not any(test.runs for test in tests):
+        out.append(
+            f"{claim.where} rests on a stored measurement alone: let a test of it also run what was measured, "
+            "at a small size, and assert what it can there"
+        )
+    if not claim.confounder and (claim.measured or any(test.trains for test in tests)):
+        done = "something was measured" if claim.measured else "something is trained"
+        out.append(f"{claim.where}: {done} for it, and it names no `confounder`: what else could explain the result")
+    return out
+
+
 def faults(root: Path, tests: bool = True) -> list[str]:
     """Every disagreement there is, each with its file and line; without those of the tests where `tests` is False."""
     try:
         claims = load(root)
     except ValueError as error:
         return [str(error)]
-    found = faults_of_list(claims) + faults_of_pages(claims, root)
+    found = faults_of_list(claims) + faults_of_measured(claims, root) + faults_of_pages(claims, root)
     return found + faults_of_tests(claims, root) if tests else found
 
 

@@ -4,6 +4,7 @@ Each is made where the page has its placeholder, from what is in docs/ledger and
 are docs/assets/js/ledger.js; without it the whole table shows.
 """
 
+import json
 import re
 from html import escape
 from pathlib import Path
@@ -11,19 +12,20 @@ from pathlib import Path
 from ledger import ESSAYS, OPEN, VERDICTS, Claim, counts, load, root_of
 
 LEDGER_HERE, MAP_HERE, COUNT_HERE = "<!-- ledger -->", "<!-- map -->", "<!-- ledger count -->"
-PATHS = [  # the essay's 'Codebase References', without their folder ml_research/attention/
+PATHS = [  # the code in the essay's 'Codebase References', without its folder ml_research/attention/
     "attention_mechanism", "self_attention", "transformer", "positional_encoding",
     "efficient_attention/flash_attention", "efficient_attention/sparse_attention",
     "efficient_attention/linear_attention", "efficient_attention/mamba", "vision_transformers/vit",
     "multimodal/clip", "multimodal/flamingo", "multimodal/llava", "language_models/gpt_family",
 ]  # fmt: skip
+TEXT = "27-altered-state/info/meditation/non-dualism/02_kashmir_shaivism.md"  # the last row there: a text, and no code
 
 
 def on_page_markdown(markdown, page, config, files):
     """Put each table in its place."""
     root, link = root_of(config), linker(page, files)
     if LEDGER_HERE in markdown:
-        markdown = markdown.replace(LEDGER_HERE, ledger_html(load(root), link))
+        markdown = markdown.replace(LEDGER_HERE, ledger_html(load(root), link, root / "docs/measured"))
     if COUNT_HERE in markdown:
         markdown = markdown.replace(COUNT_HERE, sentence(load(root)))
     if MAP_HERE in markdown:
@@ -75,7 +77,7 @@ def text_html(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
 
 
-def ledger_html(claims: list[Claim], link) -> str:
+def ledger_html(claims: list[Claim], link, measured: Path) -> str:
     """The count, its bar, the filters and the table. One block of HTML without an empty line, as Markdown wants it."""
     n = counts(claims)
     bar = "".join(
@@ -89,7 +91,7 @@ def ledger_html(claims: list[Claim], link) -> str:
     for key, title in ESSAYS.items():
         rows += ['<tbody role="rowgroup">', '<tr role="row" class="ledger-essay">']
         rows.append(f'<th role="columnheader" colspan="3" scope="colgroup">Essay {key}. {escape(title)}</th></tr>')
-        rows += [row_html(claim, link) for claim in claims if claim.essay == key]
+        rows += [row_html(claim, link, measured) for claim in claims if claim.essay == key]
         rows.append("</tbody>")
     return "\n".join(
         [
@@ -114,11 +116,14 @@ def ledger_html(claims: list[Claim], link) -> str:
     )
 
 
-def row_html(claim: Claim, link) -> str:
+def row_html(claim: Claim, link, measured: Path) -> str:
     verdict = claim.verdict or OPEN
     kind = VERDICTS.get(verdict, "verdict-open")
     if claim.verdict:
-        told = f'<span class="ledger-finding">{text_html(claim.finding or "")}</span>' + evidence_html(claim, link)
+        told = f'<span class="ledger-finding">{text_html(claim.finding or "")}</span>'
+        if claim.confounder:
+            told += f'<span class="ledger-more">Not ruled out: {text_html(claim.confounder)}</span>'
+        told += "".join(measured_html(measured / name) for name in claim.measured) + evidence_html(claim, link)
     else:
         told = f"<details><summary>one way to test it</summary>{text_html(claim.how)}</details>"
         if claim.guess == "reading":
@@ -128,6 +133,16 @@ def row_html(claim: Claim, link) -> str:
         f'<td role="cell" class="ledger-id"><a href="#{claim.id}">{claim.id}</a></td>'
         f'<td role="cell" class="ledger-gist">{text_html(claim.gist)}</td>'
         f'<td role="cell" class="ledger-told"><strong class="{kind}">{verdict}</strong> {told}</td></tr>'
+    )
+
+
+def measured_html(file: Path) -> str:
+    """Where a stored measurement comes from, and the one command that takes it again."""
+    run = json.loads(file.read_text(encoding="utf-8"))
+    return (
+        f'<span class="ledger-more">Rests on a stored measurement, <code>{broken(file.name)}</code>: '
+        f"{escape(run['device'])}, commit {escape(run['commit'])}, {escape(run['date'])}. "
+        f"To measure again: <code>{escape(run['command'])}</code></span>"
     )
 
 
@@ -150,7 +165,7 @@ def evidence_html(claim: Claim, link) -> str:
 
 
 def map_rows(root: Path) -> list[dict]:
-    """For each path that the essay names: our module, chapter and test, each None until it exists."""
+    """For each file of code that the essay names: our module, chapter and test, each None until it exists."""
     rows = []
     for path in PATHS:
         stem = path.rpartition("/")[2]
@@ -196,19 +211,23 @@ def map_html(root: Path, link) -> str:
             ("Test", test),
         ]
 
-    heads = [name for name, _ in cells(rows[0])]
-    body = []
-    for row in rows:
-        body.append(
-            '<tr role="row">'
-            + "".join(f'<td role="cell" data-label="{name}">{cell}</td>' for name, cell in cells(row))
-            + "</tr>"
-        )
+    readings = f'<a href="{link("ledger.md")}?verdict=reading">the readings of the ledger</a>'
+    text = [
+        ("The essay’s file", f"<code>{broken(TEXT)}</code>"),
+        ("Module", "none: it is a text on Kashmir Shaivism, not code"),
+        ("Chapter", f"what the essay says of the tradition is compared with its sources in {readings}"),
+        ("Test", "none: a text is compared with texts"),
+    ]
+    heads = [name for name, _ in text]
+    body = [
+        '<tr role="row">' + "".join(f'<td role="cell" data-label="{name}">{cell}</td>' for name, cell in row) + "</tr>"
+        for row in [*map(cells, rows), text]
+    ]
     return "\n".join(
         [
             '<div class="ledger">',
-            f'<p class="ledger-count">The essay names {len(rows)} files of code; '
-            f"{built or 'none'} of them {'have' if built > 1 else 'has'} a module, a chapter and a test here.</p>",
+            f'<p class="ledger-count">The essay names {len(body)} files: {len(rows)} of code and one text. Of the '
+            f"code, {built or 'none'} {'has' if built == 1 else 'have'} a module, a chapter and a test here.</p>",
             '<table class="ledger-table ledger-map" role="table">',
             '<thead role="rowgroup"><tr role="row">'
             + "".join(f'<th role="columnheader" scope="col">{name}</th>' for name in heads)

@@ -44,10 +44,16 @@ def test_the_map_has_every_path_that_the_essay_names():
     for row in rows:
         for kind in ("module", "test"):
             assert row[kind] is None or (ROOT / row[kind]).exists()
+    html = ledger_page.map_html(ROOT, lambda uri: uri)
+    assert html.count('<tr role="row"><td') == 14 and "The essay names 14 files: 13 of code and one text." in html
+    last = html[html.rindex('<tr role="row">') :].replace("<wbr>", "")
+    assert "27-altered-state/info/meditation/non-dualism/02_kashmir_shaivism.md" in last and "not code" in last
 
 
 def test_the_ledger_reads_well_for_machines():
     whole = json.loads(json.dumps(ledger.as_json(ROOT)))
+    assert [claim["id"] for claim in whole["claims"]] == [claim.id for claim in ledger.load(ROOT)]
+    assert list(whole["essays"]) == sorted({claim["essay"] for claim in whole["claims"]})
     assert len(whole["claims"]) == sum(whole["counts"].values()) >= 151
     assert whole["version"] == "0.1.0"
     assert re.fullmatch(r"[0-9a-f]{40}", whole["commit"] or "0" * 40)
@@ -103,12 +109,16 @@ def test_no_direction():
 """
 
 
+RUN = {"device": "A processor", "commit": "0123456789ab", "command": "nox -s bench -- time", "date": "2026-01-02"}
+
+
 @pytest.fixture
 def project(tmp_path):
     for folder in ("docs/essay", "docs/ledger", "docs/measured", "tests", "src/nondual"):
         (tmp_path / folder).mkdir(parents=True)
     for essay in ledger.ESSAYS:
         (tmp_path / f"docs/ledger/{essay}.yml").write_text("claims:\n" + (ENTRY if essay == "A" else ""))
+    (tmp_path / "docs/measured/time.json").write_text(json.dumps(RUN))
     (tmp_path / "docs/essay/self_attention.md").write_text(CHAPTER)
     (tmp_path / "tests/test_self_attention.py").write_text(TEST)
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "nondual"\nversion = "0.1.0"\n')
@@ -117,6 +127,37 @@ def project(tmp_path):
 
 def test_a_project_in_agreement_has_no_fault(project):
     assert ledger.faults(project) == []
+
+
+@pytest.fixture
+def measuring(project):
+    """The same project, where A1.4 rests on a stored measurement, on a run of the library and on something trained."""
+    file = project / "docs/ledger/A.yml"
+    more = "    measured: time.json\n    confounder: one `processor`, one seed\n    test: "
+    file.write_text(file.read_text().replace("    test: ", more, 1))
+    file = project / "tests/test_self_attention.py"
+    body = "STORED = json.loads(Path('docs/measured/time.json').read_text())\n\n\n@pytest"
+    text = file.read_text().replace("import pytest\n", "import pytest\nfrom nondual import masks\n")
+    text = text.replace("@pytest", body, 1).replace("sum([1, 1]) == 2", "train(masks.causal, 3) < STORED['seconds']")
+    file.write_text(text)
+    return project
+
+
+def test_a_measurement_that_is_named_beside_a_run_of_the_library_has_no_fault(measuring):
+    assert ledger.faults(measuring) == []
+    assert ledger.scan(measuring)["tests/test_self_attention.py::test_no_direction"].reads == {"time.json"}
+
+
+def test_the_page_says_what_a_measurement_is_and_how_to_take_it_again(measuring):
+    html = ledger_page.ledger_html(ledger.load(measuring), lambda uri: uri, measuring / "docs/measured")
+    row = html[html.index('id="A1.4"') : html.index('id="A1.6"')]
+    assert "Not ruled out: one <code>processor</code>, one seed" in row
+    assert "<code>time.json</code>: A processor, commit 0123456789ab, 2026-01-02." in row
+    assert "To measure again: <code>nox -s bench -- time</code>" in row
+    assert html.count("stored measurement") == html.count("Not ruled out") == 1
+    first, second = ledger.as_json(measuring)["claims"][:2]
+    assert first["essay"] == "A" and first["measured"] == ["time.json"] and first["confounder"].startswith("one `pro")
+    assert second["measured"] == [] and second["confounder"] is None
 
 
 PAGE, YML, TESTS = "docs/essay/self_attention.md", "docs/ledger/A.yml", "tests/test_self_attention.py"
@@ -155,7 +196,12 @@ WRONG = {  # name: (file, what is replaced, by what, the fault)
     "an unknown field": (YML, "how: look", "how: look\n    tset: a", "docs/ledger/A.yml:3: A1.4: unknown field tset"),
     "a missing field": (YML, "    how: look\n", "", "docs/ledger/A.yml:3: A1.4: without how"),
     "an id twice": (YML, "id: A1.7", "id: A1.6", "docs/ledger/A.yml:19: A1.6 is listed 2 times"),
-    "an id of another essay": (YML, "id: A1.7", "id: B1.7", "docs/ledger/A.yml:19: B1.7: this file holds the claims of"),
+    "an id of another essay": (
+        YML,
+        "id: A1.7",
+        "id: B1.7",
+        "docs/ledger/A.yml:19: B1.7: this file holds the claims of",
+    ),
     "an id of another form": (YML, "id: A1.7", "id: A1.7b", "an id is a letter A to E"),
     "no finding": (YML, "    finding: no direction can be scored\n", "", "A1.4 does not hold and has no finding"),
     "no chapter": (
@@ -169,6 +215,50 @@ WRONG = {  # name: (file, what is replaced, by what, the fault)
         "    test: tests/test_self_attention.py::test_no_direction\n",
         "",
         "does not hold and has no test",
+    ),
+    "no such measurement": (
+        YML,
+        "    test: ",
+        "    measured: gone.json\n    test: ",
+        "A1.4: there is no docs/measured/gone",
+    ),
+    "a measurement alone": (
+        YML,
+        "    test: ",
+        "    measured: time.json\n    confounder: one machine\n    test: ",
+        "docs/ledger/A.yml:3: A1.4 rests on a stored measurement alone: let a test of it also run",
+    ),
+    "a measurement with no word of what it leaves open": (
+        YML,
+        "    test: ",
+        "    measured: time.json\n    test: ",
+        "A1.4: something was measured for it, and it names no `confounder`",
+    ),
+    "a measurement that is not named": (
+        TESTS,
+        "sum([1, 1]) == 2",
+        'Path("docs/measured/time.json").read_text()',
+        f"A1.4: {TESTS}::test_no_direction reads docs/measured/time.json: write `measured: time.json`",
+    ),
+    "a measurement that a constant of the file reads": (
+        TESTS,
+        f"\n\n{MARK}def test_no_direction():\n    assert sum([1, 1]) == 2",
+        '\n\nSTORED = Path("docs/measured", "time.json").read_text()\n\n\n'
+        f"{MARK}def test_no_direction():\n    assert STORED",
+        "reads docs/measured/time.json",
+    ),
+    "training with no word of what it leaves open": (
+        TESTS,
+        "sum([1, 1]) == 2",
+        "trained(RING, 3)",
+        "A1.4: something is trained for it, and it names no `confounder`",
+    ),
+    "training in a fixture": (
+        TESTS,
+        f"\n\n{MARK}def test_no_direction():",
+        "\n\n@pytest.fixture\ndef learned():\n    return torch.optim.Adam([])\n\n\n"
+        f"{MARK}def test_no_direction(learned):",
+        "A1.4: something is trained for it, and it names no `confounder`",
     ),
     "a missing test": (YML, "::test_no_direction", "::test_gone", f"there is no test {TESTS}::test_gone"),
     "a reading with a test": (
@@ -262,7 +352,10 @@ def test_a_page_in_disagreement_stops_the_build(project, caplog):
     assert 'href="../essay/self_attention/#verdict-A1.4"' in table
     assert "3 claims, 2 of them answered: 1 does not hold and 1 is a reading; 1 is not reached yet." in table
     assert json.loads((project / "site/claims.json").read_text())["counts"]["reading"] == 1
-    assert "13 files of code" in (project / "site/map/index.html").read_text()
+    assert (
+        "14 files: 13 of code and one text. Of the code, none have a module"
+        in (project / "site/map/index.html").read_text()
+    )
 
     page = project / PAGE
     page.write_text(page.read_text().replace("A1.4 does not hold", "A1.4 holds"))

@@ -69,7 +69,7 @@ def properties():
 
 
 @pytest.mark.claim("A0.3", "holds if")
-def test_what_is_said_of_a_mechanism_can_be_checked_by_mathematics_where_the_files_do_not_do_it(monkeypatch):
+def test_mathematics_decides_what_is_said_of_a_mechanism_where_the_files_do_not(monkeypatch):
     """Of the thirteen files five hold arithmetic; seven of the essay's formulas are checked here without any of them.
 
     The ledger has every answered claim of this essay decided by a test that runs, but for statements about texts.

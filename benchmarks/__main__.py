@@ -1,6 +1,8 @@
-"""`python -m benchmarks WORD ...`: the benchmark of that name, or else all whose names have the word in them; or all.
+"""`nox -s bench -- WORD ...`: the benchmark of that name, or else all whose names have the word in them; or all.
 
-`selective_scan` is one, `scan` is that with what it compiles to and its run on a CPU.
+`selective_scan` is one, `scan` is that with what it compiles to and its run on a CPU. In an environment that has what
+they need, `python -m benchmarks WORD ...` is the same. Commit first: a file that was measured with changes in src or
+benchmarks that no commit has is refused by tests/test_measured.py.
 """
 
 import importlib
@@ -26,4 +28,5 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{name}").main(options)
 
 
-main()
+if __name__ == "__main__":
+    main()

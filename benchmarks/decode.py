@@ -87,7 +87,7 @@ def main(options: list[str]) -> None:
     warnings.filterwarnings("ignore")
     write(
         "mamba_decode",
-        "python -m benchmarks decode",
+        "nox -s bench -- decode",
         {"sizes": [compare(**size) for size in SIZES]},
         threads=1,
         vocabulary=VOCABULARY,

@@ -2,7 +2,7 @@
 
 To count again, with DIR a clone of github.com/r-baldridge/consciousness at the commit that the file names:
 
-    python -m benchmarks essay_codebase --checkout=DIR
+    nox -s bench -- essay_codebase --checkout=DIR
 
 Without DIR the benchmark is passed over: nothing is fetched. The files are read and never run.
 """

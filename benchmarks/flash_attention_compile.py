@@ -1,6 +1,6 @@
 """Every flash attention kernel in every configuration, compiled for four chips.
 
-`python -m benchmarks flash_attention_compile` needs no GPU, and some minutes. With --json it prints the figures and
+`nox -s bench -- flash_attention_compile` needs no GPU, and some minutes. With --json it prints the figures and
 writes nothing; --brief keeps one mask of three, powers of two, some float32; --targets=sm_90 some chips.
 """
 
@@ -109,7 +109,7 @@ def main(options: list[str]) -> None:
         return
     import triton
 
-    command = "python -m benchmarks flash_attention_compile"
+    command = "nox -s bench -- flash_attention_compile"
     record.write("flash_attention_compile", command, found, triton=triton.__version__)
 
 

@@ -46,7 +46,10 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:
-    """docs/measured/<name>.json: the figures, with device, versions, commit, command and date."""
+    """docs/measured/<name>.json: the figures, with device, versions, commit, command and date.
+
+    `command` is the one by which a reader measures again, `nox -s bench -- NAME`; tests/test_measured.py looks for it.
+    """
     commit, changed = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "src", "benchmarks")
     record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -60,6 +63,8 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
     path = MEASURED / f"{name}.json"
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(path.relative_to(MEASURED.parent.parent))
+    if changed:
+        print("  measured with changes that no commit has: commit src and benchmarks, and measure again")
 
 
 def _git(*arguments: str) -> str:

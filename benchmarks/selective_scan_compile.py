@@ -1,6 +1,6 @@
 """Every selective scan kernel, compiled for four chips, and the instructions of its inner loops counted.
 
-`python -m benchmarks selective_scan_compile` needs no GPU, and some minutes. With --json it prints the figures and
+`nox -s bench -- selective_scan_compile` needs no GPU, and some minutes. With --json it prints the figures and
 writes nothing; --brief keeps Mamba's own sizes; --targets=sm_90 some chips.
 
 An element is one state of one channel at one step, (b, l, d, n). The instructions of a loop's body, as ptxas issues
@@ -140,7 +140,7 @@ def main(options: list[str]) -> None:
         return
     import triton
 
-    command = "python -m benchmarks selective_scan_compile"
+    command = "nox -s bench -- selective_scan_compile"
     record.write("selective_scan_compile", command, found, triton=triton.__version__)
 
 

@@ -1,6 +1,6 @@
 """Every kernel of state space duality, in every line of its table of tiles, compiled for chips that are not here.
 
-`python -m benchmarks ssd_compile` needs no GPU, and some minutes. With --json it prints the figures and writes nothing;
+`nox -s bench -- ssd_compile` needs no GPU, and some minutes. With --json it prints the figures and writes nothing;
 --brief keeps one case for each line of the table; --targets=sm_90 some chips.
 """
 
@@ -96,7 +96,7 @@ def main(options: list[str]) -> None:
         return
     import triton
 
-    record.write("ssd_compile", "python -m benchmarks ssd_compile", found, triton=triton.__version__)
+    record.write("ssd_compile", "nox -s bench -- ssd_compile", found, triton=triton.__version__)
 
 
 if __name__ == "__main__":

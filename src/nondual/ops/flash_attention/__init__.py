@@ -28,6 +28,7 @@ from functools import partial
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -185,13 +186,27 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, 
     """torch's fused kernels, which do not return the log-sum-exp."""
     n, m = q.shape[2], k.shape[2]
     if window is None and (not causal or n == m):
-        return attention(q, k, v, causal=causal, scale=scale, impl="sdpa"), None
+        width = v.shape[-1]
+        if q.device.type == "cpu":
+            q, k, v = _as_the_fused_kernel_wants(q, k, v)
+        out = attention(q, k, v, causal=causal, scale=scale, impl="sdpa")
+        return out if out.shape[-1] == width else out[..., :width], None
     if torch.compiler.is_exporting():
         mask = masks.sliding_window(n, m, window=window, device=q.device) if window else None
         return attention(q, k, v, mask=mask, causal=window is None, scale=scale, impl="sdpa"), None
     if n == 1 and window is not None:  # decoding: the last keys, and no mask
         return attention(q, k[:, :, m - window :], v[:, :, m - window :], scale=scale, impl="sdpa"), None
     return attention_by_tiles(q, k, v, window or 0, float(scale)), None
+
+
+def _as_the_fused_kernel_wants(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """q, k and v of one width, rows without gaps. Handed anything else on a CPU, torch forms the weights, (N, M).
+
+    Zeros are added to the narrower: to q and k they change no score; those of v are cut from the output.
+    """
+    width = max(q.shape[-1], v.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):

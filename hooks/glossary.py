@@ -1,6 +1,7 @@
 """One list of terms, docs/glossary.yml, read twice: as tooltips on every page and as the glossary itself.
 
-A term is marked once a section, where a reader first meets it there, and never in a heading.
+A word of a tradition is marked where a section first uses it; a word of machine learning, which is everywhere, where
+the page first uses it. Neither is marked in a heading or in a link.
 """
 
 import re
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-PLACE = "<!-- glossary -->"
+PLACE = re.compile(r"<!-- glossary: (?P<which>[\w ]+) -->")  # the field, or "traditions" for the terms without one
 _TERMS: list[dict] = []
 _SECTION = re.compile(r"(?=<h2\b)")
-_HEADING = re.compile(r"<h[1-6]\b.*?</h[1-6]>|<summary>.*?</summary>", re.S)
+_UNMARKED = re.compile(r"<h[1-6]\b.*?</h[1-6]>|<summary>.*?</summary>|<a\b.*?</a>", re.S)
 _ABBR = re.compile(r"<abbr\b[^>]*>(.*?)</abbr>", re.S)
 
 
@@ -30,19 +31,21 @@ def terms(docs: Path) -> list[dict]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """The glossary page gets the list; every other page gets the tooltips."""
-    if PLACE in markdown:
-        return markdown.replace(PLACE, as_list(_TERMS))
+    """The glossary page gets the lists; every other page gets the tooltips."""
+    if PLACE.search(markdown):
+        return PLACE.sub(lambda m: as_list([e for e in _TERMS if e.get("field", "traditions") == m["which"]]), markdown)
     return markdown + "\n\n" + as_tooltips(_TERMS) + "\n"
 
 
+def marks(entry: dict) -> list[str]:
+    """The forms of a term that get its tooltip, also at the beginning of a sentence."""
+    forms = entry.get("marks", [entry["term"]])
+    return list(dict.fromkeys(form for mark in forms for form in (mark, mark[0].upper() + mark[1:])))
+
+
 def as_tooltips(terms: list[dict]) -> str:
-    """Abbreviation definitions, also for a term that begins a sentence."""
-    lines = []
-    for entry in terms:
-        for form in dict.fromkeys((entry["term"], entry["term"][0].upper() + entry["term"][1:])):
-            lines.append(f"*[{form}]: {curled(entry['gloss'])}")
-    return "\n".join(lines)
+    """Abbreviation definitions."""
+    return "\n".join(f"*[{form}]: {curled(entry['gloss'])}" for entry in terms for form in marks(entry))
 
 
 def as_list(terms: list[dict]) -> str:
@@ -51,7 +54,7 @@ def as_list(terms: list[dict]) -> str:
     for entry in sorted(terms, key=lambda entry: folded(entry["term"])):
         term = entry["term"]
         script = f' <span class="native" lang="{entry["lang"]}">{entry["script"]}</span>' if "script" in entry else ""
-        out += [f'## {term}{script} {{ #{anchor(term)} data-toc-label="{term}" }}', "", entry["meaning"]]
+        out += [f'### {term}{script} {{ #{anchor(term)} data-toc-label="{term}" }}', "", entry["meaning"]]
         out += ["", f'<p class="locus">{escape(entry["locus"], quote=False)}</p>'] if "locus" in entry else []
         out += [""]
     return "\n".join([*out, "</div>"])
@@ -73,19 +76,27 @@ def anchor(term: str) -> str:
 
 
 def on_page_content(html, page, config, files):
-    """Keep a term's mark where a section first uses it."""
-    return "".join(_thin(section) for section in _SECTION.split(html))
+    """Keep the first mark of each term."""
+    return thinned(html, _TERMS)
 
 
-def _thin(section: str) -> str:
-    section = _HEADING.sub(lambda match: _ABBR.sub(r"\1", match[0]), section)
-    seen = set()
+def thinned(html: str, terms: list[dict]) -> str:
+    """Keep a term's mark where a section, or for a word of machine learning the page, first uses it."""
+    entries = {mark.lower(): entry for entry in terms for mark in marks(entry)}
+    on_page: set[str] = set()
+    in_section: set[str] = set()
 
     def once(match: re.Match) -> str:
-        term = match[1].lower()
-        if term in seen:
+        entry = entries.get(match[1].lower(), {"term": match[1]})
+        seen = on_page if "field" in entry else in_section
+        if entry["term"] in seen:
             return match[1]
-        seen.add(term)
+        seen.add(entry["term"])
         return match[0]
 
-    return _ABBR.sub(once, section)
+    out = []
+    for section in _SECTION.split(html):
+        in_section.clear()
+        section = _UNMARKED.sub(lambda match: _ABBR.sub(r"\1", match[0]), section)
+        out.append(_ABBR.sub(once, section))
+    return "".join(out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ledger import ESSAYS, OPEN, VERDICTS, Claim, counts, load, root_of
 
 LEDGER_HERE, MAP_HERE, COUNT_HERE = "<!-- ledger -->", "<!-- map -->", "<!-- ledger count -->"
+VERDICTS_HERE = re.compile(r"<!-- verdicts (?P<which>[^<>]+?) -->")
 PATHS = [  # the code in the essay's 'Codebase References', without its folder ml_research/attention/
     "attention_mechanism", "self_attention", "transformer", "positional_encoding",
     "efficient_attention/flash_attention", "efficient_attention/sparse_attention",
@@ -30,7 +31,7 @@ def on_page_markdown(markdown, page, config, files):
         markdown = markdown.replace(COUNT_HERE, sentence(load(root)))
     if MAP_HERE in markdown:
         markdown = markdown.replace(MAP_HERE, map_html(root, link))
-    return markdown
+    return VERDICTS_HERE.sub(lambda m: verdicts_html(load(root), m["which"].split(), link), markdown)
 
 
 def linker(page, files):
@@ -70,6 +71,25 @@ def sentence(claims: list[Claim]) -> str:
     if not n[OPEN]:
         return f"{len(claims)} claims, all of them answered: {listed}."
     return f"{len(claims)} claims, {answered} of them answered: {listed}; {open_}."
+
+
+def verdicts_html(claims: list[Claim], which: list[str], link) -> str:
+    """The verdicts of a chapter, or of some claims, each kind once with the claims that came to it.
+
+    `which` holds the chapter's page or the ids of claims, then maybe "except" and ids to leave out.
+    """
+    at = which.index("except") if "except" in which else len(which)
+    wanted, left_out = which[:at], which[at + 1 :]
+    unknown = {name for name in wanted + left_out if "/" not in name} - {claim.id for claim in claims}
+    if unknown:
+        raise ValueError(f"a placeholder for verdicts names no claim: {', '.join(sorted(unknown))}")
+    found = [c for c in claims if c.verdict and (c.id in wanted or c.chapter in wanted) and c.id not in left_out]
+    parts = []
+    for name, kind in VERDICTS.items():
+        links = [f'<a href="{link(f"{c.chapter}#verdict-{c.id}")}">{c.id}</a>' for c in found if c.verdict == name]
+        if links:
+            parts.append(f'<span class="verdict-line"><strong class="{kind}">{name}</strong> {", ".join(links)}</span>')
+    return " ".join(parts)
 
 
 def text_html(text: str) -> str:
@@ -215,7 +235,7 @@ def map_html(root: Path, link) -> str:
     text = [
         ("The essay’s file", f"<code>{broken(TEXT)}</code>"),
         ("Module", "none: it is a text on Kashmir Shaivism, not code"),
-        ("Chapter", f"what the essay says of the tradition is compared with its sources in {readings}"),
+        ("Chapter", f"<span>what the essay says of the tradition is compared with its sources in {readings}</span>"),
         ("Test", "none: a text is compared with texts"),
     ]
     heads = [name for name, _ in text]

@@ -1,8 +1,10 @@
 """What a page says that Markdown cannot: the word on a box, the fold under a figure, the search dialog's name; where a
-module's name may break over two lines, and a comma that stays with its formula."""
+module's name may break over two lines, and a comma that stays with its formula. And over each block of code, whether it
+runs alone or is an excerpt from the library, and from which lines."""
 
 import os
 import re
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the pages run is small: more threads only wait for each other
 
@@ -15,10 +17,57 @@ _BOX = re.compile(
 )  # fmt: skip
 _DRAWN = re.compile(r'(</figure>)\s*(?:<p></p>\s*)?(<div class="language-python highlight">.*?</pre></div>)', re.S)
 
+_SNIPPET = re.compile(r"^(?P<indent> *)```python[ ]*$", re.M)
+_EXCERPT = re.compile(
+    r'^(?P<indent> *)```py[ ]*\n(?P<include> *--8<-- "(?P<file>[^":]+)(?::(?P<section>\w+))?"[ ]*)$', re.M
+)
+_FROM = re.compile(r'<span class="filename">From (?P<file>src/[\w/.]+), lines (?P<first>\d+)–(?P<last>\d+)</span>')
+_SOURCE = "https://github.com/nondual/nondual/blob/main"
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Say over each block of code which kind it is."""
+    return label_code(markdown, Path(config.docs_dir).parent)
+
+
+def label_code(markdown: str, root: Path) -> str:
+    """Head ```python fences with "Runs alone" and ```py fences with the file and lines that they include."""
+
+    def excerpt(m: re.Match) -> str:
+        first, last = lines_of(root / m["file"], m["section"])
+        title = f"From {m['file']}, lines {first}–{last}"
+        return f'{m["indent"]}``` {{ .python .excerpt .no-copy title="{title}" }}\n{m["include"]}'
+
+    markdown = _EXCERPT.sub(excerpt, markdown)
+    return _SNIPPET.sub(r'\g<indent>``` { .python .alone title="Runs alone" }', markdown)
+
+
+def lines_of(file: Path, section: str | None) -> tuple[int, int]:
+    """The first and last line of a file's named section, its two markers not counted, or of the whole file."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    if section is None:
+        return 1, len(lines)
+    start, end = (
+        next(i for i, line in enumerate(lines, 1) if f"--8<-- [{mark}:{section}]" in line) for mark in ("start", "end")
+    )
+    return start + 1, end - 1
+
 
 def on_page_content(html, page, config, files):
     """Give the page its boxes and folds, break long names at their dots, keep punctuation with short formulas."""
-    return hold_punctuation(break_titles(fold_drawings(name_boxes(html))))
+    return link_excerpts(hold_punctuation(break_titles(fold_drawings(name_boxes(html)))))
+
+
+def link_excerpts(html: str) -> str:
+    """Lead from an excerpt's heading to those lines in the repository."""
+
+    def link(m: re.Match) -> str:
+        name = m["file"].replace("/", "/<wbr>").replace("_", "_<wbr>")
+        address = f"{_SOURCE}/{m['file']}#L{m['first']}-L{m['last']}"
+        lines = f"lines {m['first']}–{m['last']}"
+        return f'<span class="filename">From <a href="{address}">{name}</a>, {lines}: an excerpt</span>'
+
+    return _FROM.sub(link, html)
 
 
 def name_boxes(html: str) -> str:

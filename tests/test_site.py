@@ -16,6 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import glossary
+import ledger
+import ledger_page
 import notebooks
 import pytest
 import search_folding
@@ -531,17 +533,84 @@ def test_a_comma_stays_with_its_short_formula():
     assert shell.hold_punctuation(f"of {short} and {long}.") == f"of {short} and {long}."
 
 
-def test_a_term_is_marked_once_a_section_and_never_in_a_heading():
-    term = '<abbr title="x">spanda</abbr>'
-    html = f"<h1>{term}</h1><p>{term} {term}</p><h2>{term}</h2><p>{term} {term}</p>"
-    assert glossary.on_page_content(html, None, None, None).count("<abbr") == 2
+def test_a_term_is_marked_once_a_section_and_never_in_a_heading_or_a_link():
+    term, field = '<abbr title="x">Spanda</abbr>', '<abbr title="y">{}</abbr>'
+    terms = [
+        {"term": "spanda", "gloss": "x"},
+        {"term": "head", "gloss": "y", "field": "machine learning", "marks": ["head", "heads"]},
+    ]
+    html = f"<h1>{term}</h1><p>{term} {term}</p><h2>{term}</h2><p><a href='#'>{term}</a> {term} {term}</p>"
+    assert glossary.thinned(html, terms).count("<abbr") == 2
+    assert glossary.thinned(html, terms).count("<p><abbr") == 1  # in the second section the link is no place for it
+    html = f"<p>{field.format('Heads')} {field.format('head')}</p><h2>x</h2><p>{field.format('head')}</p>"
+    assert glossary.thinned(html, terms) == html.replace(field.format("head"), "head")
 
 
 def test_every_term_has_a_gloss_and_a_meaning_and_stands_in_NFC():
-    for entry in glossary.terms(ROOT / "docs"):
-        assert set(entry) <= {"term", "script", "lang", "gloss", "meaning", "locus"}
+    terms = glossary.terms(ROOT / "docs")
+    for entry in terms:
+        assert set(entry) <= {"term", "field", "script", "lang", "gloss", "meaning", "locus", "marks"}
         assert entry["gloss"] and entry["meaning"] and ("script" in entry) == ("lang" in entry)
-        assert unicodedata.is_normalized("NFC", entry["term"])
+        assert ("script" in entry) != (entry.get("field") == "machine learning")
+        assert unicodedata.is_normalized("NFC", str(entry))
+    marks = [mark for entry in terms for mark in glossary.marks(entry)]
+    assert len(marks) == len(set(marks))  # one tooltip a word
+
+
+def test_the_glossary_page_lists_every_term():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    terms = glossary.terms(ROOT / "docs")
+    listed = glossary.PLACE.sub(lambda m: m["which"], page).splitlines()
+    assert {entry.get("field", "traditions") for entry in terms} <= set(listed)
+
+
+def test_a_block_of_code_says_whether_it_runs_alone():
+    snippet = "text\n\n    ```python\n    x = 1\n    ```\n"
+    assert '    ``` { .python .alone title="Runs alone" }\n    x = 1' in shell.label_code(snippet, ROOT)
+    figure = '```python exec="on"\nx\n```\n\n```text\nx\n```\n'
+    assert shell.label_code(figure, ROOT) == figure
+
+
+def test_an_excerpt_names_its_file_and_lines_and_leads_there(tmp_path):
+    (tmp_path / "src").mkdir()
+    file = tmp_path / "src" / "a_b.py"
+    file.write_text("import x\n# --8<-- [start:part]\none\ntwo\n# --8<-- [end:part]\n", encoding="utf-8")
+    fence = '```py\n--8<-- "src/a_b.py:part"\n```\n'
+    labelled = shell.label_code(fence, tmp_path)
+    assert labelled.startswith('``` { .python .excerpt .no-copy title="From src/a_b.py, lines 3–4" }\n--8<-- "src/')
+    html = shell.link_excerpts('<span class="filename">From src/a_b.py, lines 3–4</span>')
+    assert 'src/a_b.py#L3-L4">src/<wbr>a_<wbr>b.py</a>, lines 3–4: an excerpt' in html
+    assert "lines 1–5" in shell.label_code(fence.replace(":part", ""), tmp_path)
+
+
+def test_the_verdicts_of_a_chapter_are_listed_by_kind():
+    """What the home page shows: every verdict of a chapter in the same type, each with a link to where it is said."""
+    many = [
+        ("A1.1", "holds", "essay/x.md"),
+        ("A1.2", "does not hold", "essay/x.md"),
+        ("A1.3", "holds", "essay/x.md"),
+        ("A2.1", None, None),
+    ]
+    claims = [ledger.Claim(name, "", "", "holds", verdict, chapter=chapter) for name, verdict, chapter in many]
+    shown = ledger_page.verdicts_html(claims, ["essay/x.md"], str)
+    assert re.sub("<.*?>", "", shown) == "holds A1.1, A1.3 does not hold A1.2"
+    assert '<a href="essay/x.md#verdict-A1.3">A1.3</a>' in shown
+    assert re.sub("<.*?>", "", ledger_page.verdicts_html(claims, ["essay/x.md", "except", "A1.1"], str)).startswith(
+        "holds A1.3 "
+    )
+    assert ledger_page.verdicts_html(claims, ["A2.1"], str) == ""  # a claim that is not reached yet has none
+    with pytest.raises(ValueError, match=r"A9\.9"):
+        ledger_page.verdicts_html(claims, ["A9.9"], str)
+
+
+def test_every_block_of_code_on_a_page_is_of_a_kind(pages):
+    """A block that a reader may take for a program is headed as one, or as an excerpt; figures fold theirs away."""
+    for name, page in pages.items():
+        if name.startswith(("essay/", "workshop/")) or name == "index.html":
+            text = re.sub(r"<details\b.*?</details>", "", page.text, flags=re.S)
+            blocks = re.findall(r'<div class="(language-python[^"]*)">(<span class="filename">[^<]+)?', text)
+            assert blocks and not [kind for kind, head in blocks if not head], name
+            assert all(("alone" in kind) == head.endswith("Runs alone") for kind, head in blocks), name
 
 
 def test_marked_words_fold_to_plain_letters():

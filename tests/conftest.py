@@ -2,12 +2,17 @@
 
 in_a_process_of_its_own   run code in a fresh interpreter with a time limit: process groups, forks, whatever can hang
 a_server_of_its_own       start code that goes on until the test ends it, such as an HTTP server
+light_pytest              variables with which a pytest of its own starts in a fifth of the time
 error_budget              compare our error with plain PyTorch's error, over several draws
 largest                   how many numbers the largest tensor held that a call made
 in_float64                a context in which code that asks for float32 gets float64
+quick_interpreter         for every test: Triton's interpreter works out once what never changes
 """
 
 import contextlib
+import importlib.util
+import inspect
+import math
 import os
 import re
 import signal
@@ -147,6 +152,20 @@ def a_server_of_its_own() -> Callable[..., contextlib.AbstractContextManager[re.
     return serving
 
 
+@pytest.fixture(scope="session")
+def light_pytest(tmp_path_factory) -> dict[str, str]:
+    """Variables for a pytest in a process of its own that runs no snippet and computes nothing: it starts in half a
+    second. It loads the plugins that our settings name and no others, and has a torch that only says: no CUDA device.
+    """
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    return {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "xdist.plugin,pytest_timeout,pytest_codeblocks.plugin",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
+    }
+
+
 # --- error budgets ---------------------------------------------------------------------------------------------------
 
 
@@ -248,3 +267,85 @@ class InFloat64(TorchFunctionMode):
 def in_float64() -> InFloat64:
     """A context: within it a judge that narrows to float32 inside, whatever its weights are, stays in float64."""
     return InFloat64()
+
+
+# --- Triton's interpreter --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter spends most of its time on what is the same each time. Here it works that out once.
+
+    1. It replaces the functions of `tl` at every call of one kernel's step by another: once a launch is enough.
+    2. To find those functions it sorts through all names of `tl`: they do not change.
+    3. It makes a table of all of NumPy's types to look up one of them: each is looked up once.
+    4. Every tensor, and every type of a tensor, makes its shape and its size anew: those of one shape share them.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    languages = interpreter.tl, core
+
+    seen: dict[object, tuple] = {}
+
+    def patch_once(function):
+        if function not in seen:
+            seen[function] = tuple(any(value is x for value in function.__globals__.values()) for x in languages)
+        if seen[function] in done:
+            return None  # nobody asks for it: a step's call does not undo the patch
+        done.add(seen[function])
+        return patch(function)
+
+    def launch_patched(self, *args, **kwargs):
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    names: dict[object, list[str]] = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+        for name in names[package]:
+            if core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    numpy_type, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type_once(dtype):
+        scalar = dtype.element_ty if isinstance(dtype, core.block_type) else dtype
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = numpy_type(scalar)
+        return numpy_types[scalar.name]
+
+    shapes: dict[tuple, tuple] = {}
+
+    def tensor(self, handle, type):
+        super(core.tensor, self).__init__()
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shapes[shape]
+
+    new_block, blocks = core.block_type.__init__, {}
+
+    def block(self, element_ty, shape):
+        known = element_ty.name, *core._unwrap_shape(shape)
+        if known not in blocks:
+            new_block(self, element_ty, shape)  # which also refuses what is no shape
+            blocks[known] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[known]
+
+    with pytest.MonkeyPatch.context() as quicker:
+        quicker.setattr(core.block_type, "__init__", block)
+        quicker.setattr(interpreter, "_patch_lang", patch_once)
+        quicker.setattr(interpreter.GridExecutor, "__call__", launch_patched)
+        quicker.setattr(interpreter, "_patch_builtin", patch_builtin)
+        quicker.setattr(interpreter, "_get_np_dtype", numpy_type_once)
+        quicker.setattr(core.tensor, "__init__", tensor)
+        yield

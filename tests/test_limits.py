@@ -29,18 +29,22 @@ def keeps_the_lock():
 
 
 @pytest.fixture
-def pytest_says(tmp_path, in_a_process_of_its_own):
-    """A function: what pytest says of these files, with our conftest.py and short limits. It fails if pytest hangs."""
+def pytest_says(tmp_path, in_a_process_of_its_own, light_pytest):
+    """A function: what pytest says of these files, with our conftest.py and short limits. It fails if pytest hangs.
+
+    `whole` gives it torch and every plugin that is installed.
+    """
     shutil.copy(ROOT / "conftest.py", tmp_path)
     (tmp_path / "hooks").symlink_to(ROOT / "hooks")
 
-    def run(files, *arguments, timeout=2, last=40, env=None):
+    def run(files, *arguments, timeout=2, last=40, whole=False):
         for name, text in files.items():
             (tmp_path / name).write_text(text)
         (tmp_path / "pytest.ini").write_text(
             f"[pytest]\ntimeout = {timeout}\nfaulthandler_timeout = {last}\nfaulthandler_exit_on_timeout = true\n"
             "addopts = --strict-markers\nmarkers =\n    gpu\n    claim(id, verdict)\n"
         )
+        env = {} if whole else light_pytest
         ran = in_a_process_of_its_own(RUN, *arguments, cwd=tmp_path, timeout=170, check=False, env=env)
         return ran.stdout + ran.stderr
 
@@ -72,7 +76,7 @@ def test_a_test_that_waits_fails_with_all_stacks_and_the_rest_are_run(pytest_say
 
 def test_a_snippet_that_waits_fails_too(pytest_says):
     page = "```python\nimport time\n\ntime.sleep(600)\n```\n\n```python\nx = 1\n```\n"
-    said = pytest_says({"page.md": page}, "--codeblocks", "page.md")
+    said = pytest_says({"page.md": page}, "--codeblocks", "page.md", whole=True)
     assert "Timeout (>2.0s) from pytest-timeout" in said and "page.md:4" in said
     assert "1 failed, 1 passed" in said
 
@@ -80,8 +84,8 @@ def test_a_snippet_that_waits_fails_too(pytest_says):
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
 def test_a_test_that_keeps_the_interpreters_lock_is_ended_with_its_process(pytest_says, workers):
     """No Python runs any more: not pytest-timeout's, and not this process's own signal handler."""
-    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + "def test_a():\n    keeps_the_lock()\n"}, workers, last=5)
-    assert "Timeout (0:00:05)!" in said and "in keeps_the_lock" in said
+    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + "def test_a():\n    keeps_the_lock()\n"}, workers, last=3)
+    assert "Timeout (0:00:03)!" in said and "in keeps_the_lock" in said
     assert workers == "-n0" or "crashed while running 'test_a.py::test_a'" in said
 
 
@@ -93,15 +97,15 @@ def test_what_hangs_after_the_test_is_ended_too(pytest_says, where):
         ),
         "as Python exits": "import atexit\natexit.register(keeps_the_lock)\ndef test_a():\n    pass\n",
     }[where]
-    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + text}, last=5)
-    assert "Timeout (0:00:05)!" in said and "in keeps_the_lock" in said
+    said = pytest_says({"test_a.py": KEEPS_THE_LOCK + text}, last=3)
+    assert "Timeout (0:00:03)!" in said and "in keeps_the_lock" in said
 
 
 def test_without_plugins_the_settings_are_no_mistake(pytest_says):
     """`nox -s gpu_tests` runs where pytest is alone."""
     plugins = ["timeout", "xdist", "codeblocks"]
     files = {"test_a.py": "import pytest\n@pytest.mark.gpu\ndef test_a():\n    pytest.skip('x')\n"}
-    said = pytest_says(files, *(f"-pno:{name}" for name in plugins), "-W", "error")
+    said = pytest_says(files, *(f"-pno:{name}" for name in plugins), "-W", "error", whole=True)
     assert "1 skipped" in said and "warning" not in said.lower(), said
 
 

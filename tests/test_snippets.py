@@ -1,5 +1,6 @@
 """Snippets that cannot rot: the guard over every page, and proof that each guard fails when it should."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -141,13 +142,14 @@ def test_the_guard_lets_good_pages_pass(tmp_path, name):
 # --- a failing snippet under pytest --------------------------------------------------------------------------------
 
 
-def run_pytest(folder: Path, *arguments: str) -> str:
+def run_pytest(folder: Path, *arguments: str, **environment: str) -> str:
     shutil.copy(ROOT / "conftest.py", folder)
     if not (folder / "hooks").exists():
         (folder / "hooks").symlink_to(ROOT / "hooks")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    claim(id, verdict)\n    gpu\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+    env = os.environ | environment
+    ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
     return ran.stdout + ran.stderr
 
 
@@ -225,7 +227,7 @@ def test_alone_passes_what_is_right(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["-n0", "-n1"])
-def test_evidence_may_not_be_skipped(tmp_path, monkeypatch, workers):
+def test_evidence_may_not_be_skipped(tmp_path, monkeypatch, light_pytest, workers):
     monkeypatch.delenv("CI", raising=False)
     (tmp_path / "test_evidence.py").write_text(
         "import pytest\n\n\n@pytest.mark.claim('A1.4', 'holds')\ndef test_a():\n    pytest.skip('no weights')\n\n\n"
@@ -233,26 +235,26 @@ def test_evidence_may_not_be_skipped(tmp_path, monkeypatch, workers):
         "def test_c():\n    pytest.skip('no browser')\n\n\n"
         "@pytest.mark.gpu\ndef test_d():\n    pytest.skip('no device')\n"
     )
-    said = run_pytest(tmp_path, workers)
+    said = run_pytest(tmp_path, workers, **light_pytest)
     assert "the evidence for claim A1.4 was not run: it may not be skipped (Skipped: no weights)" in said
     assert "the evidence for claim A1.5 was not run: it may not be skipped (Skipped: later)" in said
     assert "1 failed, 2 skipped, 1 error" in said
-    assert "2 skipped, 2 deselected" in run_pytest(tmp_path, "-k", "test_c or test_d")
+    assert "2 skipped, 2 deselected" in run_pytest(tmp_path, "-k", "test_c or test_d", **light_pytest)
     monkeypatch.setenv("CI", "true")
-    said = run_pytest(tmp_path, workers)
+    said = run_pytest(tmp_path, workers, **light_pytest)
     assert "in CI a skip is a failure (Skipped: no browser)" in said
     assert "2 failed, 1 skipped, 1 error" in said
 
 
-def test_in_ci_a_file_may_not_skip_itself_either(tmp_path, monkeypatch):
+def test_in_ci_a_file_may_not_skip_itself_either(tmp_path, monkeypatch, light_pytest):
     monkeypatch.delenv("CI", raising=False)
     (tmp_path / "test_whole.py").write_text(
         "import pytest\n\npytest.importorskip('no_such_package')\n\n\ndef test_a():\n    pass\n"
     )
-    assert "1 skipped" in run_pytest(tmp_path)
-    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu")
+    assert "1 skipped" in run_pytest(tmp_path, **light_pytest)
+    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu", **light_pytest)
     monkeypatch.setenv("CI", "true")
-    said = run_pytest(tmp_path)
+    said = run_pytest(tmp_path, **light_pytest)
     assert "test_whole.py: in CI a skip is a failure (Skipped: could not import 'no_such_package'" in said
     assert "1 error" in said
-    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu")
+    assert "1 skipped" in run_pytest(tmp_path, "-m", "gpu", **light_pytest)

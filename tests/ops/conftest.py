@@ -68,32 +68,6 @@ def addresses(x: torch.Tensor) -> torch.Tensor:
     return (x.data_ptr() + offsets * x.element_size()).flatten()
 
 
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch) -> None:
-    """Triton's interpreter replaces the functions of `tl` anew at every call of one kernel's step by another, which
-    takes half of its time. Once for a launch is enough."""
-    if "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-    languages = interpreter.tl, interpreter.tl.core
-
-    def patch_once(function):
-        sees = tuple(any(value is x for value in function.__globals__.values()) for x in languages)
-        if sees in done:
-            return None  # nobody asks for it: a step's call does not undo the patch
-        done.add(sees)
-        return patch(function)
-
-    def launch_patched(self, *args, **kwargs):
-        done.clear()
-        return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_patched)
-
-
 @pytest.fixture
 def watch(monkeypatch) -> Callable[[object], Watched]:
     """A function: this kernel, watched."""

@@ -55,7 +55,10 @@ def lines_of(file: Path, section: str | None) -> tuple[int, int]:
 
 def on_page_content(html, page, config, files):
     """Give the page its boxes and folds, break long names at their dots, keep punctuation with short formulas."""
-    return link_excerpts(hold_punctuation(break_titles(fold_drawings(name_boxes(html)))))
+    html = fold_drawings(name_boxes(html))
+    if not page.file.src_uri.startswith(("reference/", "notebooks/")):  # there, a block is an example, or a cell
+        html = fold_makings(html)
+    return link_excerpts(hold_punctuation(break_titles(html)))
 
 
 def link_excerpts(html: str) -> str:
@@ -85,6 +88,16 @@ def fold_drawings(html: str) -> str:
     """Fold the code that drew a figure under it."""
     return _DRAWN.sub(
         r'\1<details class="drawn" data-search-exclude><summary>The code that drew this</summary>\2</details>', html
+    )
+
+
+_MADE = re.compile(r'(?<!</summary>)<div class="language-python highlight">.*?</pre></div>', re.S)
+
+
+def fold_makings(html: str) -> str:
+    """Fold the code that made a table: what is headed neither as running alone nor as an excerpt ran at the build."""
+    return _MADE.sub(
+        r'<details class="drawn" data-search-exclude><summary>The code that made this</summary>\g<0></details>', html
     )
 
 

@@ -525,6 +525,14 @@ def test_the_code_of_a_figure_is_folded_and_other_code_is_not():
     assert "<details" not in shell.fold_drawings(f"<p></p>{code}")
 
 
+def test_the_code_of_a_table_is_folded_and_labelled_code_is_not():
+    code = '<div class="language-python {}highlight"><pre><code>x</code></pre></div>'
+    made = shell.fold_makings(f"<p></p>{code.format('')}\n{code.format('alone ')}\n{code.format('excerpt no-copy ')}")
+    assert made.count("<details") == 1 and made.startswith('<p></p><details class="drawn"')
+    drawn = shell.fold_drawings(f"<figure></figure>\n{code.format('')}")
+    assert shell.fold_makings(drawn) == drawn
+
+
 def test_a_comma_stays_with_its_short_formula():
     short, long = (
         f'<span class="arithmatex">\\({formula}\\)</span>' for formula in ("N", "s_{01} > s_{02} = s_{20} > s_{21}")

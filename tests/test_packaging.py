@@ -101,12 +101,11 @@ def test_the_sdist_runs_its_own_tests(sdist):
     source = {"PYTHONPATH": str(sdist / "src"), "CI": "", "PYTHONDONTWRITEBYTECODE": "1"}
     code = "import nondual, sys; sys.exit(not nondual.__file__.startswith(sys.argv[1]))"
     run(sys.executable, "-c", code, sdist, folder=sdist, **source)
-    pytest_there = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    listed = run(*pytest_there, "--collect-only", "tests", folder=sdist, limit=240, **source)
-    assert re.search(r"\n\d{3,} tests collected", listed), listed[-2000:]
-    chosen = ["tests/ops/test_masks.py", "tests/test_commands.py", "tests/test_ledger.py", "tests/test_tasks.py"]
-    passed = run(*pytest_there, *chosen, folder=sdist, limit=240, **source)
-    assert re.search(r"\d+ passed", passed) and "failed" not in passed, passed[-2000:]
+    chosen = ["test_masks.py", "test_commands.py", "test_ledger.py", "test_tasks.py"]
+    pytest_there = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "-k", " or ".join(chosen))
+    passed = run(*pytest_there, folder=sdist, limit=400, **source)
+    said = re.search(r"\n(?:=+ )?(\d+) passed,.*? (\d+) deselected", passed)
+    assert said and int(said[1]) > 50 and int(said[2]) > 1000 and "failed" not in passed, passed[-2000:]
 
 
 def test_a_wheel_built_from_the_sdist_is_the_same(sdist, wheel, tmp_path):

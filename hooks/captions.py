@@ -38,7 +38,7 @@ SPELLED = {word: value for value, word in enumerate([*UNITS, *TEENS], 3)}
 SPELLED |= {word: 10 * value for value, word in enumerate(TENS, 2)}
 AFTER_TENS = {"one": 1, "two": 2} | {word: SPELLED[word] for word in UNITS}
 SPELLED |= {f"{tens}-{unit}": SPELLED[tens] + value for tens in TENS for unit, value in AFTER_TENS.items()}
-WORD = re.compile(rf"\b(?:{'|'.join(sorted(SPELLED, key=len, reverse=True))})\b", re.IGNORECASE)
+WORD = re.compile(rf"\b(?:{'|'.join(sorted(SPELLED, key=len, reverse=True))})\b(?!-\w+th\b)", re.IGNORECASE)
 ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,

@@ -81,6 +81,7 @@ RIGHT = {
     "an assert of less than nothing": "assert slope < -1.5\n" + SHOW.format('"It falls by 1.5 a step."'),
     "a word in a loop": "for seed in range(3): run(seed)\n" + SHOW.format('"Three seeds agree."'),
     "small words": SHOW.format('"One head of two looks back; a half does not."'),
+    "a small fraction": SHOW.format('"By less than a ten-millionth."'),
     "names with digits": SHOW.format('"SmolLM2 in float32, GPT-4, Mamba-2 and commit d61d034."'),
     "a tag and a link": SHOW.format("'<a href=\"x-3.html#a4\">h</a> and [t](p-17.md), &#160;<br>.'"),
     "an index of a computed value": SHOW.format("f\"{held[3]} at {run['n 17']} of {told(3, 'a')}\""),

@@ -284,29 +284,31 @@ def test_inputs_that_do_not_fit_are_named():
 # --- the claims ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.claim("A4.12", "does not hold")
-def test_the_content_sets_the_step_and_what_is_written_and_read_but_not_A():
-    """Seen from outside: two states put into the block tell the transition of a step. It follows the content, by one
-    number for each channel: the logarithms of a channel's transitions stand to each other as the entries of A."""
+@pytest.mark.claim("A4.12", "holds if")
+def test_the_transition_follows_the_content_and_the_continuous_A_does_not():
+    """Both readings of the printed A, seen from outside: two states put into the block tell the transition of a step.
+
+    As the discrete transition exp(Δ_t A) it follows the content, and so do B and C. As the continuous A it does not:
+    whatever is read, the logarithms of a channel's transitions stand to each other as the entries of the parameter A,
+    so that the content chooses one number for each channel, the step Δ_t.
+    """
     torch.manual_seed(0)
     mixer = Mamba(6, d_state=5).double()
+    A = -mixer.A_log.detach().exp()
     x = torch.randn(2, 40, 6, dtype=torch.float64)
-    ratios, transitions = [], []
+    transitions = []
     for t in range(40):
         after = []
         for fill in (0.0, 1.0):
             cache = mixer.new_cache(2)
             cache.state = torch.full_like(cache.state, fill)
             mixer.step(x[:, t], cache)
-            after.append(cache.state)
-        transition = (after[1] - after[0]).log()  # (B, D, S): Δ_t A
-        transitions.append(transition)
-        ratios.append(transition / transition[..., :1])
+            after.append(cache.state.detach())
+        transitions.append((after[1] - after[0]).log())  # (B, D, S): Δ_t A
     transitions = torch.stack(transitions)
     assert (transitions.std((0, 1)) > 1e-3 * transitions.abs().mean((0, 1))).all(), "the transition follows the content"
-    torch.testing.assert_close(
-        torch.stack(ratios), torch.arange(1.0, 6).double().expand(40, 2, 12, 5), rtol=1e-6, atol=0
-    )
+    steps = transitions / A
+    torch.testing.assert_close(steps, steps[..., :1].expand_as(steps), rtol=1e-6, atol=0)  # A itself does not
     u = torch.randn(1, 9, 12, dtype=torch.float64)
     for one, other in zip(mixer.select(u), mixer.select(-u)):
         assert ((one - other).abs().amax(-1) > 1e-6).all(), "Δ, B and C are made from the content"
@@ -331,11 +333,12 @@ def test_the_recurrence_as_printed_is_linear_and_knows_no_time():
     assert not torch.allclose(selective(2 * u), 2 * selective(u), rtol=0.1)
 
 
-@pytest.mark.timeout(400)  # it trains two small models
+@pytest.mark.timeout(600)  # it trains 22 small models, some two seconds each on a quiet machine
 @pytest.mark.claim("A4.13", "holds if")
 def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_stays():
-    """Every input keeps a weight, and finer steps come to the integral at the rate of theory. But the weight fades, in
-    float32 to nothing; and of two twins only the selective one holds what matters past the length it was trained at."""
+    """Every input keeps a weight, and finer steps come to the integral at the rate of theory. But N numbers tell no
+    more than N apart; the weight fades, in float32 to nothing; and of two twins, tuned alike, only the selective one
+    holds what matters past the length it was trained at."""
     torch.manual_seed(0)
     mixer = Mamba(4, d_state=4).double()
     u = torch.randn(1, 300, 8, dtype=torch.float64)
@@ -343,6 +346,8 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
     A = -mixer.A_log.exp()
     M = selective_scan_matrix(delta, A, B, C, None, mixer.dt_proj.bias, True)
     assert (M[0, :, torch.tril(torch.ones(300, 300)).bool()] != 0).all(), "nothing in the past is without weight"
+    M = selective_scan_matrix(torch.zeros_like(delta), A, -A, A, None, mixer.dt_proj.bias, True)
+    torch.testing.assert_close(M[..., 1:, 1:], M[..., :-1, :-1])  # nothing selected: by age alone
 
     far = torch.zeros(1, 400, 1)
     far[0, 0] = 1
@@ -350,8 +355,8 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
     assert selective_scan(far, steps, -one, one, one)[1] == 0, "in float32 the far past is gone"
     assert selective_scan(far.double(), steps.double(), -one.double(), one.double(), one.double())[1] > 0
 
-    def error(n, rule, at):  # a bump at 1, of width σ, through h' = -a h + u, to time T
-        a, sigma, T = 2.0, 0.2, 3.0
+    def error(n, rule, at):  # a bump at 1, of width σ, through h' = -a h + u, to a time when it still pushes
+        a, sigma, T = 2.0, 0.2, 1.2
         t = T / n * (torch.arange(n).double() + at)
         bump = torch.exp(-((t - 1) ** 2) / (2 * sigma**2)).view(1, n, 1)
         one = torch.ones(1, 1).double()
@@ -363,13 +368,43 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
         exact *= math.erf((T - 1 - a * sigma**2) / root) + math.erf((1 + a * sigma**2) / root)
         return abs(h.item() - exact)
 
-    for rule, at, order in (("zoh-euler", 1.0, 1), ("zoh", 1.0, 1), ("zoh", 0.5, 2)):
-        slope = math.log2(error(400, rule, at) / error(1600, rule, at)) / 2
+    for rule, at, order in (("zoh-euler", 0.0, 1), ("zoh-euler", 1.0, 1), ("zoh", 1.0, 1), ("zoh", 0.5, 2)):
+        slope = math.log2(error(200, rule, at) / error(800, rule, at)) / 2
         assert abs(slope - order) < 0.1, (rule, at, slope)
 
-    right = {mixer: selective_copying_learned(mixer) for mixer in (Mamba, TimeInvariant)}
-    assert right[Mamba][32] > 0.97 and right[Mamba][64] > 0.95 and right[Mamba][128] > 0.8
-    assert right[TimeInvariant][32] < 0.93 and right[TimeInvariant][64] < 0.75 and right[TimeInvariant][128] < 0.5
+    check_that_n_numbers_hold_no_more_than_n()
+
+    tried = {(m, r): sum(copying(m, r, s)[0] for s in (0, 1)) for m in (Mamba, TimeInvariant) for r in RATES}
+    best = {m: min(RATES, key=lambda r, m=m: tried[m, r]) for m in (Mamba, TimeInvariant)}  # at the trained length
+    right = {m: torch.tensor([copying(m, best[m], s)[1] for s in range(2, 7)]) for m in (Mamba, TimeInvariant)}
+    gap = right[Mamba] - right[TimeInvariant]  # (seeds, lengths): same seed, same examples
+    low = gap.mean(0) - 2.78 * gap.std(0) / 5**0.5  # Student's t: 95 % for four degrees of freedom
+    assert (right[Mamba][:, 0] > 0.95).all() and (right[Mamba][:, 1] > 0.75).all(), (best, right)
+    assert low[1] > 0 and low[2] > 0, (best, right, low)
+
+
+def check_that_n_numbers_hold_no_more_than_n(N=4):
+    """The steps that a text chose, one channel: N values are told again from the N states, of N + 1 not all can be."""
+    torch.manual_seed(0)
+    delta, B = torch.rand(1, N + 1, 1).double() + 0.5, torch.randn(1, N + 1, N).double()
+    A = -torch.arange(1.0, N + 1).double()[None]
+
+    def state(u):  # (any number of pasts, length) -> (pasts, N)
+        length = u.shape[1]
+        given = (x[:, -length:].expand(len(u), -1, -1) for x in (delta, B))
+        step, into = given
+        return selective_scan(u[..., None], step, A, into, into)[1][:, 0]
+
+    into = state(torch.eye(N).double()).T  # (N, values): from the past to the state
+    assert torch.linalg.matrix_rank(into) == N
+    values = torch.randn(1, N).double()
+    torch.testing.assert_close(torch.linalg.solve(into, state(values)[0]), values[0])  # N can be recovered
+    into = state(torch.eye(N + 1).double()).T
+    assert torch.linalg.matrix_rank(into) == N
+    unseen = torch.linalg.svd(into).Vh[-1:]  # a past of length 1 that leaves a state of zero
+    values = torch.randn(1, N + 1).double()
+    assert unseen.norm() > 0.99
+    torch.testing.assert_close(state(values + 5 * unseen), state(values))  # two pasts, one state: nobody can say which
 
 
 class TimeInvariant(Mamba):
@@ -388,49 +423,89 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def selective_copying_learned(mixer, steps=500, width=24):
-    """The share of letters named right at several lengths, after training at 32."""
-    torch.manual_seed(0)
-    draw = torch.Generator().manual_seed(0)  # the same examples for both
+RATES = (0.01, 0.02, 0.04)
+
+
+def copying(mixer, rate, seed, length=16, steps=250, width=24):
+    """Trained to copy two letters out of 16 places: the loss on new examples of that length, and the share of letters
+    named right there, at twice and at four times the length."""
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)  # the same examples for both
     blocks = [Residual(nn.RMSNorm(width), mixer(width, d_state=8)) for _ in range(2)]
     model = nn.Sequential(nn.Embedding(8, width), *blocks, nn.RMSNorm(width), nn.Linear(width, 6))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in range(steps):
-        ids, answers = selective_copying(32, 32, tokens=3, vocabulary=6, generator=draw)
-        loss = F.cross_entropy(model(ids)[:, -3:].mT, answers)
+        ids, answers = selective_copying(32, length, tokens=2, vocabulary=6, generator=draw)
+        loss = F.cross_entropy(model(ids)[:, -2:].mT, answers)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    right = {}
+    losses, right = [], []
     with torch.no_grad():
-        for length in (32, 64, 128):
-            ids, answers = selective_copying(500, length, tokens=3, vocabulary=6)
-            right[length] = (model(ids)[:, -3:].argmax(-1) == answers).float().mean().item()
-    return right
+        for longer in (1, 2, 4):
+            fresh = torch.Generator().manual_seed(1000)
+            ids, answers = selective_copying(500, longer * length, tokens=2, vocabulary=6, generator=fresh)
+            logits = model(ids)[:, -2:]
+            losses.append(F.cross_entropy(logits.mT, answers).item())
+            right.append((logits.argmax(-1) == answers).float().mean().item())
+    return losses[0], right
 
 
-@pytest.mark.claim("A4.14", "does not hold")
-def test_the_block_has_a_matrix_with_queries_and_keys_that_nobody_computes():
-    """Written down, it gives the block's output; where a channel's states share one rate it is C Bᵀ under a mask."""
+@pytest.mark.claim("A4.14", "holds if")
+def test_no_table_is_made_and_yet_c_and_b_do_what_a_query_and_a_key_do(largest):
+    """No tensor of a layer has L x L numbers, forward or backward. But its output is a matrix times its inputs, and the
+    entries are C_t · (decays) B_s Δ_s: C_t made from the position that reads, B_s and Δ_s from the one that is read."""
     torch.manual_seed(0)
-    mixer = Mamba(6, d_state=5).double()
-    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    L, mixer = 2048, Mamba(6, d_state=5)
+    x = torch.randn(1, L, 6, requires_grad=True)
+    assert largest(lambda: mixer(x).sum().backward()) < L * L / 10, "the matrix is made nowhere"
+
+    L, K, mixer = 30, 4, mixer.double()
+    x = torch.randn(2, L, 6, dtype=torch.float64)
     seen = []
     select = mixer.select
-    mixer.select = lambda u: seen.append((u, select(u))) or seen[0][1]
+    mixer.select = lambda u: seen.append((u, select(u))) or seen[-1][1]
     out = mixer(x)
     u, (delta, B, C) = seen[0]
-    M = selective_scan_matrix(delta, -mixer.A_log.exp(), B, C, mixer.D, mixer.dt_proj.bias, True)
+    A = -mixer.A_log.exp()
+
+    def matrix(delta, B, C, skip=None):
+        return selective_scan_matrix(delta, A, B, C, skip, mixer.dt_proj.bias, True)
+
+    # Its output is the matrix times the inputs.
+    M = matrix(delta, B, C, mixer.D)
     assert torch.equal(M, M.tril())
     by_matrix = torch.einsum("bdts,bsd->btd", M, u) * F.silu(mixer.in_proj(x).chunk(2, -1)[1])
     torch.testing.assert_close(mixer.out_proj(by_matrix), out)
 
+    # Who makes what: at p, Δ, B and C come of the token at p and, by the short convolution, of the K - 1 before it.
+    p = 11
+    other = x.clone()
+    other[:, p] = torch.randn(2, 6, dtype=torch.float64)
+    mixer(other)
+    elsewhere = [t for t in range(L) if not p <= t < p + K]
+    for before, after in zip((delta, B, C), seen[-1][1]):
+        moved = (before != after).any(-1)  # (B, L)
+        assert moved[:, p : p + K].all() and not moved[:, elsewhere].any()
+
+    # A query moves its row, a key its column, each alone; a step weighs a column, and fades what passes over it.
+    M = matrix(delta, B, C)
+    lower = torch.ones(L, L, dtype=torch.bool).tril()
+    row, column, past = (torch.zeros(L, L, dtype=torch.bool) for _ in range(3))
+    row[p], column[:, p], past[p:, : p + 1] = True, True, True
+    put = lambda old, new: torch.cat([old[:, :p], new[:, p : p + 1], old[:, p + 1 :]], 1)  # noqa: E731
+    delta_, B_, C_ = seen[-1][1]
+    for swapped, reached in (((delta, B, put(C, C_)), row), ((delta, put(B, B_), C), column)):
+        assert torch.equal((matrix(*swapped) != M).all(0).all(0), reached & lower)
+    assert torch.equal((matrix(put(delta, delta_), B, C) != M).all(0).all(0), past & lower)
+
+    # Where a channel's states share one rate, the decays come out of the sum: queries times keys, under one mask.
     step = F.softplus(delta + mixer.dt_proj.bias)
     time = step.cumsum(1)
     fade = torch.exp(-(time[:, :, None] - time[:, None]).clamp(min=0)).movedim(-1, 1).tril()  # (B, D, t, s)
-    linear = (C @ B.mT)[:, None] * fade * step.mT[:, :, None]  # query · key, faded; the step weighs the value
+    linear = (C @ B.mT)[:, None] * fade * step.mT[:, :, None]  # the step weighs the value
     shared = selective_scan_matrix(step, -torch.ones(12, 5).double(), B, C)
     torch.testing.assert_close(shared, linear)

@@ -158,17 +158,17 @@ def bump(t):
     return torch.exp(-((t - CENTRE) ** 2) / (2 * WIDTH**2))
 
 
-def exact_state(A, B):
-    """The state at END of one that started from rest at 0, by completing the square.
+def exact_state(A, B, end=END):
+    """The state at `end`, T, of one that started from rest at 0, by completing the square.
 
     ∫ exp(λ (T - s)) bump(s) ds = σ √(π/2) exp(λ (T - μ) + λ²σ²/2) [erf((s - μ + λσ²) / (σ√2))] from 0 to T
     """
     values, vectors = torch.linalg.eig(A)
     weights = torch.linalg.solve(vectors, B.to(vectors))[:, 0]
     to, start = (
-        torch.from_numpy(special.erf(((t - CENTRE + values * WIDTH**2) / (WIDTH * 2**0.5)).numpy())) for t in (END, 0)
+        torch.from_numpy(special.erf(((t - CENTRE + values * WIDTH**2) / (WIDTH * 2**0.5)).numpy())) for t in (end, 0)
     )
-    grown = torch.exp(values * (END - CENTRE) + values**2 * WIDTH**2 / 2)
+    grown = torch.exp(values * (end - CENTRE) + values**2 * WIDTH**2 / 2)
     return (vectors @ (weights * WIDTH * math.sqrt(math.pi / 2) * grown * (to - start))).real
 
 
@@ -221,6 +221,30 @@ def test_the_order_of_convergence_is_what_theory_says(rule, where):
     x, y = -steps.double().log(), errors.log()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
     assert abs(slope.item() - ORDERS[rule, where]) < 0.1, (slope.item(), errors.tolist())
+
+
+@pytest.mark.parametrize("end, order", [(1.2, 1), (END, None)])
+def test_mambas_step_errs_by_half_a_step_of_the_push_that_is_left(end, order):
+    """Ā = exp(Δ A) and B̄ = Δ B, told the push at the end of each step: this is a sum Δ Σ f(t) over the ends of the
+    steps, f(s) = exp(A (T - s)) B push(s), and by Euler and Maclaurin's formula it is off by Δ/2 (f(T) - f(0)), to
+    second order. So it is of first order while the push lasts; when it is over f is 0 at both ends, and next to
+    nothing is left of the error. Told at the start of the step it is of first order in either case."""
+    A, B = OSCILLATOR
+
+    def state(steps, at):
+        step = end / steps
+        told = bump(step * (torch.arange(steps, dtype=torch.float64) + at))
+        return run(told[None, :, None], discretize(step, A, B)[0], step * B)[1][0]
+
+    exact = exact_state(A, B, end)
+    errors = {at: torch.stack([(state(n, at) - exact).norm() for n in (100, 200, 400, 800)]) for at in (0, 1)}
+    assert ((errors[0][:-1] / errors[0][1:]).log2() - 1).abs().max() < 0.1, errors
+    if order:
+        left = (B[:, 0] * bump(torch.tensor(end).double()) / 2 * end / 800).norm()  # exp(A 0) B push(T) Δ/2
+        assert ((errors[1][:-1] / errors[1][1:]).log2() - order).abs().max() < 0.1, errors
+        assert abs(errors[1][-1] / left - 1) < 0.05, (errors, left)
+    else:
+        assert errors[1].max() < 1e-7 < errors[0].min() / 1000, errors
 
 
 def test_zero_order_hold_is_exact_for_a_held_input():

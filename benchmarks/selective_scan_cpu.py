@@ -95,6 +95,19 @@ def one(engine: str, length: int, backward: bool) -> dict:
     return {"seconds": min(times), "peak_mib": peak}
 
 
+def floor(length: int) -> float:
+    """Seconds of one torch.add of tensors like u and delta into one like y: the least time to move their numbers."""
+    import torch
+
+    u, delta = inputs(length, False)[:2]
+    y, times = torch.empty_like(u), []
+    while len(times) < 200 and sum(times) < SECONDS:
+        start = time.process_time()
+        torch.add(u, delta, out=y)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 def compared(length: int, backward: bool, names: tuple[str, ...], rounds: int) -> dict:
     """How many times as long as ours each takes, the runs taking turns: ratios of the rounds."""
     runs, given = engines(), inputs(length, backward)
@@ -139,6 +152,10 @@ def main(options: list[str]) -> None:
             case["milliseconds"] = [round(1000 * x, 1) for x in seconds]
             case["growth"] = [round(x, 2) for x in growth(lengths, seconds)]
             case |= {"memory_slope": round(slope(lengths, peaks), 2), "time_slope": round(slope(lengths, seconds), 2)}
+            if engine == "ours" and not backward:
+                least = [alone(floor, n) for n in lengths]
+                case["floor_ms"] = [round(1000 * x, 2) for x in least]
+                case["floor_growth"] = [round(x, 2) for x in growth(lengths, least)]
             curves.append(case)
             print(case, flush=True)
     write(

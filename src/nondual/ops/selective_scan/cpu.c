@@ -337,17 +337,13 @@ static void enter_chunk(const struct scan *s, int64_t batch, struct room *r, int
   else memset(r->reset, 0, steps);
 }
 
-/* A chunk's Δ and Δ u, and B and C where the block before had others. The rows of u and delta that lie `ahead` steps on
-   are prefetched: they are too far apart in memory for the processor to foresee them. */
-static void read_chunk(
-    const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps, int64_t ahead) {
+/* A chunk's Δ and Δ u, and B and C where the block before had others. */
+static void read_chunk(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
   for (int64_t v = 0; v < k.vectors; v++) {
     vec most = {0}, raw;
     for (int64_t t = 0; t < steps; t++) {
       int64_t row = start + t, channel = k.first + v * LANES;
-      const real *u = s->u + k.batch * s->u_b + channel, *d = s->delta + k.batch * s->delta_b + channel;
-      __builtin_prefetch(u + (row + ahead) * s->u_l, 0, 2);
-      __builtin_prefetch(d + (row + ahead) * s->delta_l, 0, 2);
+      const real *u = s->u + k.batch * s->u_b + channel;
       vec delta = step_length(s, k, v, row, &raw);
       r->at[v][t] = (struct step){.delta = delta, .x = delta * load(u + row * s->u_l, lanes_of(k, v))};
       most = greater(absolute(delta), most);
@@ -373,12 +369,36 @@ INLINE int is_plain(const struct scan *s, const struct room *r, int64_t n, int64
   return plain;
 }
 
+/* Rows that will be read or written soon. They lie too far apart in memory for the processor to foresee them, so they
+   are prefetched, a few at each step: all of them at once would wait for memory while nothing is computed. */
+struct rows { const real *from; int64_t stride, count; };
+struct ahead { struct rows of[4]; int64_t count; };
+
+/* `count` rows of one vector of channels from row `first` of a tensor on. */
+INLINE void add_rows(struct ahead *ahead, const real *tensor, int64_t stride, int64_t first, int64_t count) {
+  ahead->of[ahead->count++] = (struct rows){tensor + first * stride, stride, count};
+}
+
+/* The share of a pass, which are counted from 0. A vector of channels goes through a chunk at least once for every
+   TOGETHER states, and those passes have equal shares; where there are more passes, the last ones have none. */
+INLINE struct ahead share_of(const struct ahead *all, int64_t states, int64_t pass) {
+  int64_t passes = (states + TOGETHER - 1) / TOGETHER, each = (all->count + passes - 1) / passes;
+  struct ahead share = {.count = 0};
+  for (int64_t i = pass * each; i < (pass + 1) * each && i < all->count; i++) share.of[share.count++] = all->of[i];
+  return share;
+}
+
+INLINE void prefetch(const struct ahead *ahead, int64_t t) {
+  for (int64_t i = 0; i < ahead->count; i++)
+    if (t < ahead->of[i].count) __builtin_prefetch(ahead->of[i].from + t * ahead->of[i].stride, 0, 2);
+}
+
 /* --- forward ----------------------------------------------------------------------------------------------------- */
 
 /* `count` states of one vector of channels, from n on, through one chunk: as many together as the processor can keep in
    flight at once. The last four arguments are constants where it is inlined. */
-INLINE void scan_chunk(
-    struct room *r, int64_t n, int64_t v, int64_t steps, int count, int near, int b_timed, int c_timed) {
+INLINE void scan_chunk(struct room *r, const struct ahead *ahead, int64_t n, int64_t v, int64_t steps, int count,
+                       int near, int b_timed, int c_timed) {
   const int64_t i = n * VECTORS + v;
   const real *B_t = r->B_t + n * STEPS, *C_t = r->C_t + n * STEPS;
   struct pair A2[TOGETHER];
@@ -386,6 +406,7 @@ INLINE void scan_chunk(
   for (int j = 0; j < count; j++) A2[j] = r->A2[i + j * VECTORS], h[j] = r->h[i + j * VECTORS];
   /* --8<-- [start:forward] */
   for (int64_t t = 0; t < steps; t++) {
+    prefetch(ahead, t);
     vec y = r->at[v][t].y, delta = r->at[v][t].delta, x = r->at[v][t].x;
     if (r->reset[t])
       for (int j = 0; j < count; j++) h[j] = splat(0);
@@ -403,16 +424,32 @@ INLINE void scan_chunk(
   for (int j = 0; j < count; j++) r->h[i + j * VECTORS] = h[j];
 }
 
+/* What the forward pass writes after this chunk's computation, and what it reads for the next chunk. */
+static struct ahead forward_ahead(const struct scan *s, struct block k, int64_t v, int64_t start, int64_t steps) {
+  int64_t channel = k.first + v * LANES, next = start + STEPS, left = s->length - next;
+  int64_t rows = left < STEPS ? left : STEPS;
+  struct ahead all = {.count = 0};
+  add_rows(&all, s->y + k.batch * s->length * s->channels + channel, s->channels, start, steps);
+  if (left <= 0) return all;
+  add_rows(&all, s->u + k.batch * s->u_b + channel, s->u_l, next, rows);
+  add_rows(&all, s->delta + k.batch * s->delta_b + channel, s->delta_l, next, rows);
+  if (s->z) add_rows(&all, s->z + k.batch * s->z_b + channel, s->z_l, next, rows);
+  return all;
+}
+
 static void forward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
   if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
-  read_chunk(s, k, r, start, steps, STEPS);
-  for (int64_t v = 0; v < k.vectors; v++)
-    for (int64_t n = 0, count; n < s->states; n += count) {
+  read_chunk(s, k, r, start, steps);
+  for (int64_t v = 0; v < k.vectors; v++) {
+    struct ahead all = forward_ahead(s, k, v, start, steps);
+    for (int64_t n = 0, count, pass = 0; n < s->states; n += count, pass++) {
+      struct ahead share = share_of(&all, s->states, pass);
       int plain = is_plain(s, r, n, v);
       count = plain ? TOGETHER : 1;
-      if (plain) scan_chunk(r, n, v, steps, TOGETHER, 1, 1, 1);
-      else scan_chunk(r, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0);
+      if (plain) scan_chunk(r, &share, n, v, steps, TOGETHER, 1, 1, 1);
+      else scan_chunk(r, &share, n, v, steps, 1, 0, s->b_unit != 0, s->c_unit != 0);
     }
+  }
   for (int64_t v = 0; v < k.vectors; v++)
     for (int64_t t = 0; t < steps; t++) {
       int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;
@@ -512,9 +549,22 @@ INLINE void scan_chunk_back(struct room *r, int64_t n, int64_t v, int64_t lanes,
   }
 }
 
+/* What the backward pass reads for the chunk before this one. */
+static struct ahead backward_ahead(const struct scan *s, struct block k, int64_t v, int64_t start) {
+  int64_t channel = k.first + v * LANES;
+  struct ahead all = {.count = 0};
+  add_rows(&all, s->u + k.batch * s->u_b + channel, s->u_l, start - STEPS, STEPS);
+  add_rows(&all, s->delta + k.batch * s->delta_b + channel, s->delta_l, start - STEPS, STEPS);
+  return all;
+}
+
 static void backward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
   read_states(s, k, start ? kept_at(s, k, start / STEPS) : s->state ? s->state + place(s, k) : NULL, r->h);
-  read_chunk(s, k, r, start, steps, -STEPS);
+  for (int64_t v = 0; start && v < k.vectors; v++) {
+    struct ahead all = backward_ahead(s, k, v, start);
+    for (int64_t t = 0; t < STEPS; t++) prefetch(&all, t);
+  }
+  read_chunk(s, k, r, start, steps);
   for (int64_t v = 0; v < k.vectors; v++)
     for (int64_t t = 0; t < steps; t++) {
       int64_t channel = k.first + v * LANES, lanes = lanes_of(k, v), row = start + t;

@@ -310,7 +310,7 @@ def test_no_tensor_of_n_times_n_is_ever_made_by_any_engine(largest, monkeypatch,
     cases += [{"causal": True, **grouped, "more": -300}, {"window": 16, **grouped}, {"window": 16, "more": 300}]
     cases += [{"width": (16, 24)}, {"gaps": True}, {"return_lse": True}, {"impl": "reference", **grouped, "more": 300}]
     (short, long), *ours = peaks(in_a_process_of_its_own, cases)
-    assert long > 12 * short and long > 2 * 4096**2 * 4 / 2**20
+    assert long > 8 * short and long > 2 * 4096**2 * 4 / 2**20  # a process holds some MiB besides its table
     for case, (short, long) in zip(cases[1:], ours, strict=True):
         assert long < 6 * short + 4, f"{case}: {short:.1f} and {long:.1f} MiB"
 
@@ -334,7 +334,7 @@ def test_memory_is_linear_and_the_speed_up_is_below_two_here_and_above_four_ther
     wide = {"width": (64, 64), "heads": (1, 1)}
     cases = [{"textbook": True, **wide}, wide, {"causal": True, **wide}, {"impl": "reference", **wide}]
     (short, long), *ours = peaks(in_a_process_of_its_own, cases)
-    assert long > 12 * short
+    assert long > 8 * short  # twice what a linear memory would allow
     for case, (short, long) in zip(cases[1:], ours, strict=True):
         assert long < 6 * short + 1, f"{case}: {short:.1f} and {long:.1f} MiB"
     assert saved(textbook, 1024, 64) > 3 * saved(textbook, 512, 64)

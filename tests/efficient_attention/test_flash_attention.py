@@ -329,7 +329,7 @@ def saved(f, n, d):
 
 
 @pytest.mark.claim("A4.4", "holds if")
-def test_memory_is_linear_and_the_speed_up_is_below_two_here_and_above_four_there(in_a_process_of_its_own):
+def test_memory_is_linear_and_the_gain_in_speed_is_below_two_here_and_above_four_there(in_a_process_of_its_own):
     """Memory measured now, and memory and time as the benchmark measured them on a CPU."""
     wide = {"width": (64, 64), "heads": (1, 1)}
     cases = [{"textbook": True, **wide}, wide, {"causal": True, **wide}, {"impl": "reference", **wide}]
@@ -351,13 +351,16 @@ def test_memory_is_linear_and_the_speed_up_is_below_two_here_and_above_four_ther
     ratios = {kind: cases["auto", *kind]["times_as_fast"] for kind in kinds}
     assert all(ratio[0] < 2 for ratio in ratios.values()), "at the shortest length it is below two"
     assert all(ratios[False, causal][-1] > 4 for causal in (False, True)), "forward, at the longest, above four"
-    assert any(2 <= ratio <= 4 for rows in ratios.values() for ratio in rows)
+    assert all(ratio > 1 for rows in ratios.values() for ratio in rows), "faster at every length"
+    assert all(2 <= ratio <= 4 for ratio in ratios[True, False][2:]), "forward and backward, from 1,024 on: within"
     for kind in kinds:  # "auto" is torch's fused kernel here, but for what the call itself takes
         fused = cases["fused", *kind]
         assert cases["auto", *kind]["peak_mib"][-1] < 1.1 * fused["peak_mib"][-1]
         assert ratios[kind][-1] > 0.7 * fused["times_as_fast"][-1]
-    tiles = cases["reference", True, False]
-    assert max(tiles["times_as_fast"]) < 1, "the same tiles without a kernel hold as little, and are slower"
+    tiles = {kind: cases["reference", *kind]["times_as_fast"] for kind in kinds}  # the same without a compiled kernel
+    assert all(tile[0] < 1 for tile in tiles.values()), "slower at the shortest length"
+    assert all((tiles[kind][-1] > 1) == (kind != (True, False)) for kind in kinds), "faster at the longest, but for one"
+    assert max(tiles[True, False]) < 1
 
 
 @pytest.mark.claim("A4.5", "holds if")
@@ -385,12 +388,19 @@ def test_it_moves_and_holds_far_fewer_numbers_and_multiplies_no_fewer():
     assert count.scores == n * n
     assert (count.loaded + count.stored) < table / 5
     forward = count.loaded + count.stored
+    for width in (64, 128):  # a constant factor, which comes near 2 * 128 / D from below as N grows
+        factors = []
+        for length in (512, 1024, 2048):
+            few, q1, k1, v1 = reference.Count(), *torch.randn(3, 1, 1, length, width)
+            reference.flash_attention(q1, k1, v1, tile=(128, 128), count=few)
+            factors.append((4 * length * length + 4 * length * width) / (few.loaded + few.stored))
+        assert factors == sorted(factors) and 0.85 * 256 / width < factors[-1] < 256 / width
     out.sum().backward()
     table = 7 * n * n + 8 * n * d  # P is read for dV; dP written; P and dP read, dS written; dS read for dQ and for dK
     assert (count.loaded + count.stored - forward) < table / 2
 
 
-@pytest.mark.claim("A4.18", "holds if")
+@pytest.mark.claim("A4.18", "holds")
 def test_forward_is_one_kernel_that_stores_its_result_alone_and_backward_is_three(monkeypatch):
     """Launches and numbers stored are counted here; shared memory is what the compiler reported for four chips."""
     given = inspect.signature(kernels.forward_kernel.fn).parameters

@@ -20,7 +20,7 @@ from nondual.efficient_attention.s4d import (
     s4d_lin,
     scan,
 )
-from nondual.ops.selective_scan.reference import discretize
+from nondual.ops.discretize import discretize
 
 WAYS = [recurrence, chunked, convolution, scan]
 INITS = [s4d_legs, s4d_inv, s4d_lin]

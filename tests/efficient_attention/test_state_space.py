@@ -8,7 +8,7 @@ from scipy import integrate, signal, special
 
 from nondual.efficient_attention.hippo import legt
 from nondual.efficient_attention.state_space import RULES, discretize, run
-from nondual.ops.selective_scan.reference import discretize as discretize_diagonal
+from nondual.ops.discretize import discretize as discretize_diagonal
 
 
 def draw(*shape, seed=0):

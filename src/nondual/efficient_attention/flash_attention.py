@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from nondual.ops.flash_attention import Engine, flash_attention
+from nondual.ops.flash_attention import Impl, flash_attention
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FlashAttention:
 
     window: int | None = None
     scale: float | None = None
-    impl: Engine = "auto"
+    impl: Impl = "auto"
 
     def __call__(
         self,

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from nondual.efficient_attention.hippo import legs
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
+from nondual.ops.discretize import discretize
 from nondual.ops.linear_recurrence import linear_recurrence
-from nondual.ops.selective_scan.reference import discretize
 
 RULES = ("zoh", "bilinear")
 CHUNK = 64  # steps of a chunk in `chunked`

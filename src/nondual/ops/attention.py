@@ -4,14 +4,14 @@ Source: Vaswani et al. 2017 (1706.03762), section 3.2.1, equation 1; grouped key
 (2305.13245). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width,
 Dv width of the values.
 
-Two engines. "reference" forms the scores in float32 or better, under autocast too, and can return the weights. "sdpa"
-is torch's fused scaled_dot_product_attention, which never forms them. "auto" takes "reference" where the weights are
-asked for, for forward-mode derivatives and under the transforms of torch.func (grad, vjp, jacrev, vmap, and so
-gradients for each sample), and "sdpa" for all else.
+Two engines, in the table `ENGINES` at the end of this file. "reference" forms the scores in float32 or better, under
+autocast too, and can return the weights. "sdpa" is torch's fused scaled_dot_product_attention, which never forms them.
+"auto" takes "reference" where the weights are asked for, for forward-mode derivatives and under the transforms of
+torch.func (grad, vjp, jacrev, vmap, and so gradients for each sample), and "sdpa" for all else.
 """
 
 import math
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,10 @@ from torch import Tensor
 from nondual.ops import masks
 from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_tensors
-from nondual.ops.impl import choose, has_tangent, refuses_transforms
+from nondual.ops.dtypes import accumulation_dtype, at_least_float32
+from nondual.ops.impl import Engine, Limit, Preference, choose, has_tangent, refuses_transforms
 
-Engine = Literal["auto", "reference", "sdpa"]
+Impl = Literal["auto", "reference", "sdpa"]
 
 
 @overload
@@ -38,7 +39,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_weights: Literal[False] = False,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Tensor: ...
 
 
@@ -53,7 +54,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_weights: Literal[True],
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -68,7 +69,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_weights: bool,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -82,7 +83,7 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     return_weights: bool = False,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Float[Tensor, "b h n dv"] | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n m"]]:
     """Each query's weighted mean of the values, weighted by the softmax of its scores with the keys.
 
@@ -126,18 +127,14 @@ def attention(
         if q.dtype != torch.float64:
             (mask,) = as_autocast_does(mask)
         _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
-    if return_weights and impl == "sdpa":
-        raise ValueError("impl='sdpa' never forms the weights; with return_weights=True use impl='reference' or 'auto'")
-    if impl == "sdpa" and has_tangent(q, k, v, mask):
-        raise RuntimeError("impl='sdpa' has no forward-mode derivative; use impl='reference' or 'auto'")
-    weighs = return_weights or refuses_transforms(q, k, v, mask) is not None
-    engine = choose(impl, {"reference": _reference, "sdpa": _sdpa}, auto="reference" if weighs else "sdpa")
+    engine = choose(impl, ENGINES, Inputs(q, k, v, mask, return_weights))
     n, m = q.shape[2], k.shape[2]
     if n == 1:  # a single query is the last one: it sees everything (`causal and n != 1` may be a SymBool)
         causal = False
     if causal and (mask is not None or n != m):  # what an engine calls causal is square and alone
         mask, causal = _both(mask, masks.causal(n, m, device=q.device)), False
-    out, weights = engine(q, k, v, mask, causal, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out, weights = engine.run(q, k, v, mask, causal, scale, dropout)
     return (out, weights) if return_weights else out
 
 
@@ -165,7 +162,7 @@ def masked_softmax(
             "mask must be boolean (True where allowed) or floating point (added to the scores), "
             f"got {mask.dtype}; convert it with mask.bool()"
         )
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = at_least_float32(scores)
     if mask is not None:
         wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
     if wide.shape[-1] == 0:
@@ -179,7 +176,7 @@ def masked_softmax(
 # --8<-- [start:reference]
 def _reference(q, k, v, mask, causal, scale, dropout):
     """The equation, line by line, in float32 or better."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulation_dtype(q.dtype)
     share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads to each key head
     k, v = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
     if causal:
@@ -251,3 +248,42 @@ def _check_mask(mask: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> No
             f"mask must be (N, M) = {shape[2:]} or broadcast to (B, H, N, M) = {shape}, got {tuple(mask.shape)}; "
             "a padding mask (B, M) becomes mask[:, None, None, :]"
         )
+
+
+# --- engines, and what they refuse -----------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What the choice of an engine depends on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    return_weights: bool
+
+
+def _forms_no_weights(given: Inputs) -> str | None:
+    if given.return_weights:
+        return "impl='sdpa' never forms the weights; with return_weights=True use impl='reference' or 'auto'"
+    return None
+
+
+def _no_forward_mode(given: Inputs) -> str | None:
+    if has_tangent(*given[:4]):
+        return "impl='sdpa' has no forward-mode derivative; use impl='reference' or 'auto'"
+    return None
+
+
+ENGINES = {
+    "sdpa": Engine(
+        _sdpa,
+        "torch's fused scaled_dot_product_attention",
+        limits=(
+            Limit("without the weights", _forms_no_weights),
+            Limit("no forward-mode derivative", _no_forward_mode, RuntimeError),
+        ),
+        auto=Preference("no transform of torch.func", lambda given: refuses_transforms(*given[:4]) is None),
+    ),
+    "reference": Engine(_reference, "the equation line by line, with weights in float32 or better"),
+}

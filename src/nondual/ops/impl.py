@@ -1,10 +1,13 @@
 """How an engine is chosen: the name of an operation is its mathematics, `impl` is what computes it.
 
-Only "auto" chooses. An engine asked for by name runs or raises, saying why; it is never replaced in silence.
+Each operation has a table, `ENGINES`: name -> Engine, in the order in which "auto" prefers them. An engine is a
+function and its limits; each limit is written once. "auto" takes the first engine that refuses nothing and that is
+meant for these inputs. An engine asked for by name runs, or raises the sentence of the limit that refuses; it is never
+replaced silently. The tables of engines in the documentation are made from the same lines.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +18,77 @@ NO_TRITON = "impl='triton' needs triton: pip install 'nondual[triton]'"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # what Triton's kernels take
 
 
-def choose(impl: str, engines: dict[str, Callable[..., Any]], auto: str) -> Callable[..., Any]:
-    """The engine that `impl` names, or the one named `auto` where `impl` is "auto".
+class Limit(NamedTuple):
+    """One thing that an engine cannot do.
+
+    Attributes:
+        takes: what the engine takes, for the documentation: "float16, bfloat16 or float32".
+        refuses: given an operation's inputs, the sentence that says why the engine cannot take them, or None.
+        error: what is raised with that sentence where the engine was asked for by name.
+    """
+
+    takes: str
+    refuses: Callable[[Any], str | None]
+    error: type[Exception] = ValueError
+
+
+class Preference(NamedTuple):
+    """When "auto" takes an engine that could run: in words for the documentation, and as a question to the inputs."""
+
+    when: str
+    holds: Callable[[Any], bool]
+
+
+class Engine(NamedTuple):
+    """One way to compute an operation.
+
+    Attributes:
+        run: the function.
+        does: what it is, in a line, for the documentation.
+        limits: what it refuses; asked in this order.
+        auto: when "auto" takes it; None: wherever it refuses nothing.
+    """
+
+    run: Callable[..., Any]
+    does: str
+    limits: tuple[Limit, ...] = ()
+    auto: Preference | None = None
+
+
+def refusal(engine: Engine, inputs: object) -> Exception | None:
+    """The error that the engine raises for these inputs, or None where it can compute them."""
+    for limit in engine.limits:
+        if why := limit.refuses(inputs):
+            return limit.error(why)
+    return None
+
+
+def choose(impl: str, engines: Mapping[str, Engine], inputs: object, otherwise: Engine | None = None) -> Engine:
+    """The engine that `impl` names, or the one that "auto" takes for these inputs.
+
+    Args:
+        impl: "auto" or a key of `engines`.
+        engines: in the order of preference.
+        inputs: what the limits and preferences are asked about.
+        otherwise: what "auto" takes where no engine can; it cannot be asked for by name. Left out, the last of
+            `engines` must have no limits.
 
     Raises:
         ValueError: `impl` names no engine of this operation.
+        Exception: what a limit of the engine asked for by name says.
     """
-    name = auto if impl == "auto" else impl
-    if name not in engines:
-        raise ValueError(f"impl must be one of {['auto', *engines]}, got {impl!r}")
-    return engines[name]
+    if impl == "auto":
+        for engine in engines.values():
+            if (engine.auto is None or engine.auto.holds(inputs)) and refusal(engine, inputs) is None:
+                return engine
+        if otherwise is None:
+            raise AssertionError("an operation has an engine without limits")
+        return otherwise
+    if impl not in engines:
+        raise ValueError(f"impl must be one of {['auto', *reversed(engines)]}, got {impl!r}")
+    if error := refusal(engines[impl], inputs):
+        raise error
+    return engines[impl]
 
 
 def kernels_refuse(name: str, x: Tensor, interpreted: bool) -> str | None:

@@ -3,7 +3,7 @@
 Source: Blelloch 1990, "Prefix sums and their applications", sections 1.4 and 1.4.1; the scan by odd and even places is
 that of Ladner and Fischer 1980. Symbols: B batch, L steps; a, b and h elementwise in whatever follows.
 
-Two engines:
+Two engines, in the table `ENGINES` below:
 
 - "sequential": a loop over time. L steps, and no more arithmetic than the formula.
 - "parallel": an associative scan. About twice the arithmetic, in 2 log₂ L rounds of whole tensors.
@@ -20,14 +20,15 @@ operator (forward-mode derivatives, the transforms of torch.func) gets the engin
 of memory for all that autograd saves. ONNX has no such operator: an exported model does the scan by doubling.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
 from nondual.ops.checks import check_tensors
-from nondual.ops.impl import choose, refuses_transforms
+from nondual.ops.dtypes import accumulation_dtype
+from nondual.ops.impl import Engine, Preference, choose, refuses_transforms
 
 FEW = 2**10
 """How many numbers one step may hold on a CPU for "auto" to mean "parallel"."""
@@ -64,22 +65,18 @@ def linear_recurrence(
     dtype = torch.promote_types(a.dtype, b.dtype)
     start = b.new_zeros(b.shape[:1] + b.shape[2:]) if state is None else state
     dtype = torch.promote_types(dtype, torch.complex64) if start.is_complex() else dtype
-    wide = torch.promote_types(torch.promote_types(dtype, torch.float32), start.dtype)
+    wide = accumulation_dtype(dtype, start.dtype)
     a, b, start = a.to(wide), b.to(wide), start.to(wide)
-    auto = "sequential"
-    if impl == "auto":  # asked only then, so that a program compiled for a named engine serves every size
-        few = start.numel() * (1 + start.is_complex()) <= FEW
-        auto = "parallel" if b.device.type == "cuda" or few else "sequential"
-    engine = choose(impl, {"sequential": sequential, "parallel": parallel}, auto)
+    engine = choose(impl, ENGINES, Inputs(a, b, start))
     if b.shape[1] == 0:
         return b.to(dtype).clone(), start.clone()
     a = a.expand(-1, b.shape[1], *a.shape[2:])
     if torch.onnx.is_in_onnx_export():
         h = doubling(a, b, start)
     elif refuses_transforms(a, b, start):
-        h = engine(a, b, start)
+        h = engine.run(a, b, start)
     else:
-        h = _states(a, b, start, engine is parallel)
+        h = _states(a, b, start, engine is ENGINES["parallel"])
     return h.to(dtype), h[:, -1].clone()  # a copy: a view would change with h, and keep all of it in memory
 
 
@@ -153,6 +150,29 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     length = odd.shape[1]
     joined = torch.stack([even[:, :length], odd], 2).flatten(1, 2)
     return joined if even.shape[1] == length else torch.cat([joined, even[:, length:]], 1)
+
+
+class Inputs(NamedTuple):
+    """What an engine takes, all of one dtype."""
+
+    a: Tensor
+    b: Tensor
+    state: Tensor
+
+
+def _rounds_are_cheap(given: Inputs) -> bool:
+    """Asked by "auto" alone, so that a program compiled for a named engine serves every size."""
+    return given.b.device.type == "cuda" or given.state.numel() * (1 + given.state.is_complex()) <= FEW
+
+
+ENGINES = {
+    "parallel": Engine(
+        parallel,
+        "an associative scan, in 2 log₂ L rounds",
+        auto=Preference(f"on a GPU; on a CPU where a step has at most {FEW:,} numbers", _rounds_are_cheap),
+    ),
+    "sequential": Engine(sequential, "a loop over time"),
+}
 
 
 def doubling(a: Tensor, b: Tensor, state: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Source: Dao et al. 2022 (2205.14135); Dao 2023 (2307.08691); splitting the keys 
 ("Flash-Decoding"). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head
 width.
 
-Three engines:
+Three engines, in the table `ENGINES` at the end of this file:
 
 - "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating
   dtype.
@@ -23,9 +23,7 @@ these engines refuse, it forms the weights in plain torch, and then memory grows
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +34,15 @@ from nondual.ops import masks
 from nondual.ops.attention import attention, check_qkv, masked_softmax
 from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_tensors
+from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.flash_attention import reference
 from nondual.ops.flash_attention.tiles import attention_by_tiles
 from nondual.ops.impl import (
     KERNEL_DTYPES,
     NO_TRITON,
+    Engine,
+    Limit,
+    Preference,
     choose,
     has_tangent,
     kernels_refuse,
@@ -49,7 +51,7 @@ from nondual.ops.impl import (
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
 
-Engine = Literal["auto", "reference", "sdpa", "triton"]
+Impl = Literal["auto", "reference", "sdpa", "triton"]
 
 
 @overload
@@ -62,7 +64,7 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Tensor: ...
 
 
@@ -76,7 +78,7 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -90,7 +92,7 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -103,7 +105,7 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> Float[Tensor, "b h n dv"] | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
     """Each query's weighted mean of the values, as `nondual.ops.attention.attention` gives it, in memory linear in N.
 
@@ -149,43 +151,49 @@ def flash_attention(
         raise ValueError("v must have a width of 1 or more, got 0")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
-    if return_lse and impl == "sdpa":
-        raise ValueError("impl='sdpa' keeps its log-sum-exp; with return_lse=True use 'reference', 'triton' or 'auto'")
-    triton = partial(_triton, return_lse=return_lse)
-    engines: dict[str, Callable] = {"reference": reference.flash_attention, "sdpa": _sdpa, "triton": triton}
-    engine = choose(impl, engines, auto=_auto(q, v, return_lse))
     causal = causal or window is not None
     if window is not None and not torch.compiler.is_exporting() and window >= m:  # it reaches past the first key
         window = None  # exported, one program serves lengths on either side
     if n == 1 and window is None:  # the last query sees every key
         causal = False
-    refused = refuses_transforms(q, k, v)
-    if impl == "sdpa" and window is None and (not causal or n == m) and not has_tangent(q, k, v):
-        refused = None  # torch's own operator, not ours: it has rules for all but forward mode
-    if refused and impl != "auto":
-        raise RuntimeError(f"impl={impl!r} of flash_attention {refused}; use impl='auto', which forms the weights")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out, lse = (_plain if refused else engine)(q, k, v, causal=causal, window=window, scale=scale)
+    given = Inputs(q, k, v, causal, window, scale, return_lse)
+    out, lse = choose(impl, ENGINES, given, otherwise=WEIGHTS).run(given)
     return (out, lse) if return_lse else out
 
 
-def _auto(q: Tensor, v: Tensor, return_lse: bool) -> str:
-    """The engine that "auto" means: the rule at the top of this file."""
-    if q.device.type == "cuda" and _triton_refuses(q, v) is None:
-        try:
-            from nondual.ops.flash_attention import triton
+class Inputs(NamedTuple):
+    """What passed the door, as the engines take it: q, k and v fit together."""
 
-            if kernels_refuse("q", q, triton.INTERPRETED) is None:
-                return "triton"
-        except ImportError:
-            pass
-    return "reference" if return_lse else "sdpa"
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, G, M, D)
+    v: Tensor  # (B, G, M, Dv)
+    causal: bool  # True wherever there is a window
+    window: int | None  # shorter than M, unless a program is exported
+    scale: float
+    return_lse: bool
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+# --- engines: (out, lse) each, lse None where it is not to be had ----------------------------------------------------
+
+
+def _reference(given: Inputs) -> tuple[Tensor, Tensor | None]:
+    q, k, v, causal, window, scale, _ = given
+    return reference.flash_attention(q, k, v, causal=causal, window=window, scale=scale)
+
+
+def _triton(given: Inputs) -> tuple[Tensor, Tensor | None]:
+    from nondual.ops.flash_attention import triton
+
+    q, k, v, causal, window, scale, return_lse = given
+    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
+
+
+def _sdpa(given: Inputs) -> tuple[Tensor, Tensor | None]:
     """torch's fused kernels, which do not return the log-sum-exp."""
+    q, k, v, causal, window, scale, _ = given
     n, m = q.shape[2], k.shape[2]
-    if window is None and (not causal or n == m):
+    if _in_one_call(given):
         width = v.shape[-1]
         if q.device.type == "cpu":
             q, k, v = _as_the_fused_kernel_wants(q, k, v)
@@ -199,6 +207,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, 
     return attention_by_tiles(q, k, v, window or 0, float(scale)), None
 
 
+def _in_one_call(given: Inputs) -> bool:
+    """Whether torch's kernels know this case by themselves: no mask is needed."""
+    return given.window is None and (not given.causal or given.q.shape[2] == given.k.shape[2])
+
+
 def _as_the_fused_kernel_wants(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """q, k and v of one width, rows without gaps. Handed anything else on a CPU, torch forms the weights, (N, M).
 
@@ -209,9 +222,10 @@ def _as_the_fused_kernel_wants(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float):
+def _weights(given: Inputs) -> tuple[Tensor, Tensor | None]:
     """The weights formed in plain torch, which every transform of torch can follow."""
-    n, m, wide = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    q, k, v, causal, window, scale, _ = given
+    n, m, wide = q.shape[2], k.shape[2], accumulation_dtype(q.dtype)
     share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads to each key head
     k, v = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
     allowed = masks.sliding_window(n, m, window=window or m, device=q.device) if causal and m else None
@@ -225,26 +239,95 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None,
     return out, scores.logsumexp(-1).masked_fill(empty, -torch.inf)
 
 
-def _triton_refuses(q: Tensor, v: Tensor) -> str | None:
-    """Why the kernels cannot hold these, or None where they can."""
-    if q.dtype not in KERNEL_DTYPES:
-        return f"q must be float16, bfloat16 or float32 for impl='triton', got {q.dtype}; impl='reference' takes any"
-    for name, x in (("q", q), ("v", v)):
+# --- what they refuse ------------------------------------------------------------------------------------------------
+
+
+def _keeps_lse(given: Inputs) -> str | None:
+    if given.return_lse:
+        return "impl='sdpa' keeps its log-sum-exp; with return_lse=True use 'reference', 'triton' or 'auto'"
+    return None
+
+
+def _dtype_of_kernels(given: Inputs) -> str | None:
+    dtype = given.q.dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"q must be float16, bfloat16 or float32 for impl='triton', got {dtype}; impl='reference' takes any"
+    return None
+
+
+def _too_wide(given: Inputs) -> str | None:
+    for name, x in (("q", given.q), ("v", given.v)):
         if x.shape[-1] > WIDEST:
             width = x.shape[-1]
             return f"{name} must be at most {WIDEST} wide for impl='triton', got {width}; impl='reference' takes any"
     return None
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float, return_lse: bool):
-    """Our kernels, where they can run."""
-    refused = _triton_refuses(q, v)
-    if refused:
-        raise ValueError(refused)
+def _no_triton(_: Inputs) -> str | None:
     try:
-        from nondual.ops.flash_attention import triton
+        from nondual.ops.flash_attention import triton  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{NO_TRITON} ({error})") from error
-    if why := kernels_refuse("q", q, triton.INTERPRETED):
-        raise ValueError(why)
-    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
+        return f"{NO_TRITON} ({error})"
+    return None
+
+
+def _nowhere_to_run(given: Inputs) -> str | None:
+    from nondual.ops.flash_attention import triton
+
+    return kernels_refuse("q", given.q, triton.INTERPRETED)
+
+
+def _transformed(given: Inputs) -> str | None:
+    return refuses_transforms(given.q, given.k, given.v)
+
+
+def _refuses_transforms(impl: str):
+    """The limit of an engine that is an operator of ours."""
+
+    def refuses(given: Inputs) -> str | None:
+        if why := _transformed(given):
+            return f"impl={impl!r} of flash_attention {why}; use impl='auto', which forms the weights"
+        return None
+
+    return Limit("no forward-mode derivative, no transform of torch.func", refuses, RuntimeError)
+
+
+def _refuses_transforms_of_tiles(given: Inputs) -> str | None:
+    """torch's own operator has rules for all but forward mode; ours, which walks the tiles, has none."""
+    if _in_one_call(given) and not has_tangent(given.q, given.k, given.v):
+        return None
+    return _refuses_transforms("sdpa").refuses(given)
+
+
+ENGINES = {
+    "triton": Engine(
+        _triton,
+        "our kernels",
+        limits=(
+            Limit("float16, bfloat16, float32", _dtype_of_kernels),
+            Limit(f"heads up to {WIDEST} wide", _too_wide),
+            Limit("triton installed", _no_triton, RuntimeError),
+            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            _refuses_transforms("triton"),
+        ),
+        auto=Preference("on a GPU", lambda given: given.q.device.type == "cuda"),
+    ),
+    "sdpa": Engine(
+        _sdpa,
+        "torch's scaled_dot_product_attention, one tile of queries at a time where it would need a mask",
+        limits=(
+            Limit("without the log-sum-exp", _keeps_lse),
+            Limit(
+                "no forward-mode derivative; with a window, or causal with N ≠ M, no transform of torch.func",
+                _refuses_transforms_of_tiles,
+                RuntimeError,
+            ),
+        ),
+        auto=Preference("no transform of torch.func", lambda given: _transformed(given) is None),
+    ),
+    "reference": Engine(
+        _reference, "the papers' algorithm, tile by tile in plain torch", limits=(_refuses_transforms("reference"),)
+    ),
+}
+WEIGHTS = Engine(_weights, "the weights formed in plain torch, in memory that grows with N · M")
+"""What "auto" takes under the transforms of torch.func and for forward-mode derivatives."""

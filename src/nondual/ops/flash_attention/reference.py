@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops.autocast import autocast_off, without_autocast
+from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.impl import refuses_transforms
 
 
@@ -150,7 +151,7 @@ def forward(
     count: Count | None = None, trace: Callable[[Step], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: for each tile of queries, past all tiles of keys: O, L, and what rounding took from L."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulation_dtype(q.dtype)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     lse, rest = (torch.empty(q.shape[:3], dtype=wide, device=q.device) for _ in range(2))
     for queries in tiles(range(visible.n), tile[0]):  # 3: for each Q_i
@@ -259,7 +260,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, causal, window, scale, tile_q, tile_kv):
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulation_dtype(q.dtype)
     return q.new_empty(*q.shape[:3], v.shape[-1]), *(q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from nondual.ops.autocast import autocast_off
+from nondual.ops.dtypes import accumulation_dtype
 
 TILE = 128  # queries
 
@@ -94,7 +95,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv from d_out (B, H, N, Dv), summed in float32 or better, in the shapes and dtypes of q, k and v."""
     n, m = q.shape[2], k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulation_dtype(q.dtype)
     dq = q.new_zeros(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     mask, groups = tile_mask(m, window, min(n, TILE), dk), k.shape[1]

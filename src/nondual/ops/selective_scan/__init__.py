@@ -6,7 +6,7 @@ Source: Gu and Dao 2023 (2312.00752), equations 1 to 4 and Algorithm 2. The argu
 package, with time before channels: (B, L, D) where that has (B, D, L). Symbols: B batch, L steps, D channels, N states
 of a channel, G groups of channels that share B and C.
 
-Three engines:
+Three engines, in the table `ENGINES` at the end of this file:
 
 - "reference": step by step in plain torch. Any floating dtype, both discretisations, differentiable twice.
 - "cpu": a compiled loop over time, forward and backward, in memory linear in L; where there is no C compiler the same
@@ -28,13 +28,23 @@ from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
-from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, choose, kernels_refuse, refuses_transforms
+from nondual.ops.discretize import Discretization
+from nondual.ops.impl import (
+    KERNEL_DTYPES,
+    NO_TRITON,
+    Engine,
+    Limit,
+    Preference,
+    choose,
+    kernels_refuse,
+    refuses_transforms,
+)
 from nondual.ops.selective_scan import reference
+from nondual.ops.selective_scan.inputs import Inputs
 from nondual.ops.selective_scan.matrix import selective_scan_matrix as selective_scan_matrix
-from nondual.ops.selective_scan.reference import Discretization
 
-CPU_DTYPES = (*KERNEL_DTYPES, torch.float64)
-Engine = Literal["auto", "reference", "cpu", "triton"]
+MOST_STATES = 256  # that the kernels take
+Impl = Literal["auto", "reference", "cpu", "triton"]
 DISCRETIZATIONS = get_args(Discretization)
 
 
@@ -52,7 +62,7 @@ def selective_scan(
     *,
     reset: Bool[Tensor, "b l"] | None = None,
     discretization: Discretization = "zoh-euler",
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]]:
     """The outputs of every step and the state after the last, which the next call may go on from.
 
@@ -102,14 +112,11 @@ def selective_scan(
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization must be one of {list(DISCRETIZATIONS)}, got {discretization!r}")
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
-    given = (u, delta, A, B, C, D, z, delta_bias, state, reset)
-    engines = {"reference": reference.selective_scan, "cpu": _cpu, "triton": _triton}
-    engine = choose(impl, engines, auto=_auto(u, A, discretization, given))
-    if (refused := REFUSES.get(impl)) and (why := refused(u, A, discretization, given)):
-        raise why
+    given = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
+    engine = choose(impl, ENGINES, given)
     if u.numel() == 0:  # nothing to launch
-        engine = reference.selective_scan
-    return engine(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
+        engine = ENGINES["reference"]
+    return engine.run(given)
 
 
 def selective_scan_step(
@@ -125,7 +132,7 @@ def selective_scan_step(
     state: Float[Tensor, "b d n"] | None = None,
     *,
     discretization: Discretization = "zoh-euler",
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d n"]]:
     """One step of `selective_scan`, for decoding: time and memory do not depend on how many steps came before.
 
@@ -172,73 +179,6 @@ def selective_scan_step(
     return y.squeeze(1), state
 
 
-# --- engines, and what they refuse -----------------------------------------------------------------------------------
-
-
-def _auto(u: Tensor, A: Tensor, discretization: Discretization, given: tuple[Tensor | None, ...] = ()) -> str:
-    """The engine that "auto" means: the rule at the top of this file."""
-    if u.device.type == "cuda" and _refuses_triton(u, A, discretization, given) is None:
-        return "triton"
-    if u.device.type == "cpu" and _refuses_cpu(u, A, discretization, given) is None:
-        return "cpu"
-    return "reference"
-
-
-def _refuses_cpu(u: Tensor, A: Tensor, discretization: str, given: tuple[Tensor | None, ...]) -> Exception | None:
-    """What "cpu" raises for these arguments, or None where it can compute them."""
-    if discretization != "zoh-euler":
-        return ValueError(_NO_ZOH.format("cpu", discretization))
-    if u.device.type not in ("cpu", "meta"):
-        return ValueError(f"u must be on the CPU for impl='cpu', got {u.device}; impl='auto' chooses")
-    if u.dtype not in CPU_DTYPES:
-        return ValueError(
-            f"u must be float16, bfloat16, float32 or float64 for impl='cpu', got {u.dtype}; impl='reference' takes any"
-        )
-    if why := refuses_transforms(*given):
-        return RuntimeError(f"selective_scan(impl='cpu') {why}; impl='reference' and impl='auto' can do it")
-    return None
-
-
-def _refuses_triton(u: Tensor, A: Tensor, discretization: str, given: tuple[Tensor | None, ...]) -> Exception | None:
-    """What "triton" raises for these arguments, or None where it can compute them."""
-    if discretization != "zoh-euler":
-        return ValueError(_NO_ZOH.format("triton", discretization))
-    if u.dtype not in KERNEL_DTYPES:
-        return ValueError(
-            f"u must be float16, bfloat16 or float32 for impl='triton', got {u.dtype}; impl='reference' takes any"
-        )
-    try:
-        from nondual.ops.selective_scan import triton
-    except ImportError as error:
-        return RuntimeError(f"{NO_TRITON} ({error})")
-    if A.shape[1] > triton.MOST_STATES:
-        return ValueError(
-            f"A must have at most {triton.MOST_STATES} states for impl='triton', got N = {A.shape[1]}; "
-            "impl='reference' takes any"
-        )
-    if why := kernels_refuse("u", u, triton.INTERPRETED):
-        return ValueError(why)
-    if why := refuses_transforms(*given):
-        return RuntimeError(f"selective_scan(impl='triton') {why}; impl='reference' and impl='auto' can do it")
-    return None
-
-
-_NO_ZOH = "discretization must be 'zoh-euler' for impl='{}', got '{}'; impl='reference' has both"
-REFUSES = {"cpu": _refuses_cpu, "triton": _refuses_triton}
-
-
-def _cpu(*arguments):
-    from nondual.ops.selective_scan import cpu
-
-    return cpu.selective_scan(*arguments[:-1])
-
-
-def _triton(*arguments):
-    from nondual.ops.selective_scan import triton
-
-    return triton.selective_scan(*arguments[:-1])
-
-
 def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
     """Refuse what does not fit together: what was expected, what was got."""
     if u.ndim != 3:
@@ -272,3 +212,111 @@ def _check(u, delta, A, B, C, D, z, delta_bias, state, reset) -> None:
     parts = {"B": B, "C": C}
     timed = {"u": u, "delta": delta, "z": z} | {name: x for name, x in parts.items() if x.ndim != 2}
     check_kinds(timed, {"A": A, **parts, "D": D, "delta_bias": delta_bias, "state": state}, reset)
+
+
+# --- engines, and what they refuse -----------------------------------------------------------------------------------
+
+
+def _reference(given: Inputs) -> tuple[Tensor, Tensor]:
+    return reference.selective_scan(*given)
+
+
+def _cpu(given: Inputs) -> tuple[Tensor, Tensor]:
+    from nondual.ops.selective_scan import cpu
+
+    return cpu.selective_scan(*given[:-1])
+
+
+def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+    from nondual.ops.selective_scan import triton
+
+    return triton.selective_scan(*given[:-1])
+
+
+def _on_the_cpu(given: Inputs) -> str | None:
+    if given.u.device.type not in ("cpu", "meta"):
+        return f"u must be on the CPU for impl='cpu', got {given.u.device}; impl='auto' chooses"
+    return None
+
+
+def _no_triton(_: Inputs) -> str | None:
+    try:
+        from nondual.ops.selective_scan import triton  # noqa: F401
+    except ImportError as error:
+        return f"{NO_TRITON} ({error})"
+    return None
+
+
+def _too_many_states(given: Inputs) -> str | None:
+    states = given.A.shape[1]
+    if states > MOST_STATES:
+        return (
+            f"A must have at most {MOST_STATES} states for impl='triton', got N = {states}; impl='reference' takes any"
+        )
+    return None
+
+
+def _nowhere_to_run(given: Inputs) -> str | None:
+    from nondual.ops.selective_scan import triton
+
+    return kernels_refuse("u", given.u, triton.INTERPRETED)
+
+
+def _dtypes(impl: str, *dtypes: torch.dtype) -> Limit:
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def refuses(given: Inputs) -> str | None:
+        if given.u.dtype in dtypes:
+            return None
+        names = f"{', '.join(first)} or {last}"
+        return f"u must be {names} for impl={impl!r}, got {given.u.dtype}; impl='reference' takes any"
+
+    return Limit(", ".join((*first, last)), refuses)
+
+
+def _zoh_euler_alone(impl: str) -> Limit:
+    def refuses(given: Inputs) -> str | None:
+        rule = given.discretization
+        if rule == "zoh-euler":
+            return None
+        return f"discretization must be 'zoh-euler' for impl={impl!r}, got {rule!r}; impl='reference' has both"
+
+    return Limit("zoh-euler", refuses)
+
+
+def _no_transforms(impl: str) -> Limit:
+    def refuses(given: Inputs) -> str | None:
+        if why := refuses_transforms(*given.tensors()):
+            return f"selective_scan(impl={impl!r}) {why}; impl='reference' and impl='auto' can do it"
+        return None
+
+    return Limit("no forward-mode derivative, no transform of torch.func", refuses, RuntimeError)
+
+
+ENGINES = {
+    "triton": Engine(
+        _triton,
+        "our kernels",
+        limits=(
+            _zoh_euler_alone("triton"),
+            _dtypes("triton", *KERNEL_DTYPES),
+            Limit("triton installed", _no_triton, RuntimeError),
+            Limit(f"up to {MOST_STATES} states", _too_many_states),
+            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            _no_transforms("triton"),
+        ),
+        auto=Preference("on a GPU", lambda given: given.u.device.type == "cuda"),
+    ),
+    "cpu": Engine(
+        _cpu,
+        "a compiled loop over time; without a C compiler the same in plain torch, slower",
+        limits=(
+            _zoh_euler_alone("cpu"),
+            Limit("a CPU", _on_the_cpu),
+            _dtypes("cpu", *KERNEL_DTYPES, torch.float64),
+            _no_transforms("cpu"),
+        ),
+        auto=Preference("on a CPU", lambda given: given.u.device.type == "cpu"),
+    ),
+    "reference": Engine(_reference, "step by step in plain torch, differentiable any number of times"),
+}

@@ -36,8 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nondual.ops.discretize import step_length
+from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.impl import refuses_transforms
-from nondual.ops.selective_scan.reference import step_length
 from nondual.store import cache_folder
 
 Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
@@ -535,7 +536,7 @@ def _between(kept: Tensor, u: Tensor, A: Tensor) -> Tensor:
 
 def _wide(like: Tensor, *tensors: *Given) -> tuple[*Given]:
     """All numbers in float32, or in float64 where `like` is."""
-    wide = torch.promote_types(like.dtype, torch.float32)
+    wide = accumulation_dtype(like.dtype)
     given = cast("tuple[Tensor | None, ...]", tensors)
     cast_up = (x if x is None or x.dtype in (torch.bool, wide) else _copy(x, wide) for x in given)
     return cast("tuple[*Given]", tuple(cast_up))
@@ -556,7 +557,7 @@ def _forward(
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, bias, state, reset, softplus):
     y, last, kept = _sizes(u, A)
-    wide = torch.promote_types(u.dtype, torch.float32)
+    wide = accumulation_dtype(u.dtype)
     return u.new_empty(y), u.new_empty(last, dtype=wide), u.new_empty(kept, dtype=wide)
 
 

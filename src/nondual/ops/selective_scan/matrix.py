@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.checks import check_tensors
-from nondual.ops.selective_scan.reference import step_length
+from nondual.ops.discretize import step_length
+from nondual.ops.dtypes import accumulation_dtype
 
 
 # --8<-- [start:matrix]
@@ -49,7 +50,7 @@ def selective_scan_matrix(
         TypeError: what is not a tensor.
     """
     check_tensors({"delta": delta, "A": A, "B": B, "C": C}, {"D": D, "delta_bias": delta_bias, "reset": reset})
-    wide = torch.promote_types(delta.dtype, torch.float32)
+    wide = accumulation_dtype(delta.dtype)
     A, B, C = (x.to(wide) for x in (A, B, C))
     delta = step_length(delta.to(wide), delta_bias, delta_softplus)
     length = delta.shape[1]

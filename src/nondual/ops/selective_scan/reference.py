@@ -15,13 +15,12 @@ Where we differ from the paper: x is u here, and D the skip, as in the released 
 too; memory grows with B·L·D·N in the backward.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Discretization = Literal["zoh-euler", "zoh"]
+from nondual.ops.discretize import Discretization, discretize, step_length
+from nondual.ops.dtypes import accumulation_dtype
 
 
 def selective_scan(
@@ -57,7 +56,7 @@ def selective_scan(
     Returns:
         y (B, L, D) in u's dtype, and the last state (B, D, N) in float32 (float64 for float64), in memory of its own.
     """
-    dtype, wide = u.dtype, torch.promote_types(u.dtype, torch.float32)
+    dtype, wide = u.dtype, accumulation_dtype(u.dtype)
     u, delta, A, B, C = (x.to(wide) for x in (u, delta, A, B, C))
     D, z, delta_bias, state = (None if x is None else x.to(wide) for x in (D, z, delta_bias, state))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if state is None else state
@@ -79,45 +78,6 @@ def selective_scan(
     if z is not None:
         y = y * F.silu(z)
     return y.to(dtype), h
-
-
-# --8<-- [start:discretize]
-def discretize(
-    delta: Tensor, A: Tensor, B: Tensor, rule: Discretization | Literal["bilinear"] = "zoh-euler"
-) -> tuple[Tensor, Tensor]:
-    """Ā and B̄ of one step of length delta, for a diagonal A, real or complex; the shapes broadcast.
-
-    Args:
-        delta: Δ.
-        A: the diagonal.
-        B: what the input is multiplied by.
-        rule: "zoh" holds the input still for the step and is then exact;
-            "zoh-euler" takes Δ B for the input, which is exact to first order in Δ;
-            "bilinear" is the trapezoidal rule.
-    """
-    step = delta * A
-    if rule == "bilinear":  # (1 - ΔA/2)⁻¹ (1 + ΔA/2) and (1 - ΔA/2)⁻¹ ΔB
-        return (1 + step / 2) / (1 - step / 2), delta * B / (1 - step / 2)
-    return torch.exp(step), delta * B * (phi(step) if rule == "zoh" else 1)
-
-
-def phi(x: Tensor) -> Tensor:
-    """(eˣ - 1) / x, and 1 at 0, with all its derivatives: near 0 by its series."""
-    near = x.abs() < 0.1
-    far = torch.where(near, torch.ones_like(x), x)
-    series = torch.ones_like(x)
-    for k in range(12, 1, -1):  # Horner: 1 + x/2 (1 + x/3 (1 + x/4 (…)))
-        series = 1 + torch.where(near, x, torch.zeros_like(x)) / k * series
-    return torch.where(near, series, torch.expm1(far) / far)
-
-
-# --8<-- [end:discretize]
-
-
-def step_length(delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> Tensor:
-    """The step lengths Δ: delta, its bias (D,) added, and the softplus of that if asked for."""
-    delta = delta if bias is None else delta + bias
-    return F.softplus(delta) if softplus else delta
 
 
 def _at(x: Tensor, u: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ Source: Dao and Gu 2024 (2405.21060), sections 3, 6 and Listing 1. It is the sel
 and states of a head, which turns it into products of matrices. Symbols: B batch, L steps, H heads, P channels of a
 head, N states, G groups of heads that share B and C.
 
-Three engines:
+Three engines, in the table `ENGINES` at the end of this file:
 
 - "reference": step by step in plain torch. Any floating dtype, differentiable any number of times and in forward mode.
 - "chunked": by blocks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
@@ -18,7 +18,6 @@ Three engines:
 for forward-mode derivatives and under the transforms of torch.func, which "triton" refuses.
 """
 
-from functools import partial
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -26,12 +25,22 @@ from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
-from nondual.ops.impl import KERNEL_DTYPES, NO_TRITON, choose, kernels_refuse, refuses_transforms
+from nondual.ops.impl import (
+    KERNEL_DTYPES,
+    NO_TRITON,
+    Engine,
+    Limit,
+    Preference,
+    choose,
+    kernels_refuse,
+    refuses_transforms,
+)
 from nondual.ops.ssd import chunked, reference
+from nondual.ops.ssd.inputs import Inputs
 from nondual.ops.ssd.matrix import ssd_matrix as ssd_matrix
 
 WIDEST, MOST_STATES = 256, 256  # the widest head and the most states that the kernels take
-Engine = Literal["auto", "reference", "chunked", "triton"]
+Impl = Literal["auto", "reference", "chunked", "triton"]
 KERNEL_CHUNKS = (16, 32, 64, 128, 256)
 
 
@@ -49,7 +58,7 @@ def ssd(
     *,
     reset: Bool[Tensor, "b l"] | None = None,
     chunk: int | None = None,
-    impl: Engine = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The outputs of every step and the state after the last, which the next call may go on from.
 
@@ -99,18 +108,11 @@ def ssd(
     x, delta, B, C, z = as_autocast_does(x, delta, B, C, z)
     _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk)
     B, C = (v.unsqueeze(2) if v.ndim == 3 else v for v in (B, C))  # (B, L, G, N) from here on
-    given = (x, delta, A, B, C, D, z, delta_bias, state, reset)
-    engines = {
-        "reference": reference.ssd,
-        "chunked": partial(chunked.ssd, chunk=chunk or chunked.CHUNK),
-        "triton": partial(_triton, chunk=chunk),
-    }
-    engine = choose(impl, engines, auto=_auto(x, B, chunk, given))
-    if impl == "triton" and (why := _refuses_triton(x, B, chunk, given)):
-        raise why
+    given = Inputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
+    engine = choose(impl, ENGINES, given)
     if x.numel() == 0:  # nothing to launch
-        engine = reference.ssd
-    return engine(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset)
+        engine = ENGINES["reference"]
+    return engine.run(given)
 
 
 def ssd_step(
@@ -159,43 +161,6 @@ def ssd_step(
     return y.squeeze(1), state
 
 
-def _auto(x: Tensor, B: Tensor, chunk: int | None, given: tuple[Tensor | None, ...] = ()) -> str:
-    """The engine that "auto" means: the rule at the top of this file."""
-    return "triton" if x.device.type == "cuda" and _refuses_triton(x, B, chunk, given) is None else "chunked"
-
-
-def _refuses_triton(x: Tensor, B: Tensor, chunk: int | None, given: tuple[Tensor | None, ...]) -> Exception | None:
-    """What "triton" raises for these arguments, or None where it can compute them."""
-    if x.dtype not in KERNEL_DTYPES:
-        return ValueError(
-            f"x must be float16, bfloat16 or float32 for impl='triton', got {x.dtype}; impl='chunked' takes any"
-        )
-    if x.shape[3] > WIDEST or B.shape[3] > MOST_STATES:
-        return ValueError(
-            f"P must be at most {WIDEST} and N at most {MOST_STATES} for impl='triton', got {x.shape[3]} and "
-            f"{B.shape[3]}; impl='chunked' takes any"
-        )
-    if chunk not in (None, *KERNEL_CHUNKS):
-        return ValueError(
-            f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {chunk}; impl='chunked' takes any"
-        )
-    try:
-        from nondual.ops.ssd import triton
-    except ImportError as error:
-        return RuntimeError(f"{NO_TRITON} ({error})")
-    if why := kernels_refuse("x", x, triton.INTERPRETED):
-        return ValueError(why)
-    if why := refuses_transforms(*given):
-        return RuntimeError(f"ssd(impl='triton') {why}; impl='chunked' and impl='auto' can do it")
-    return None
-
-
-def _triton(*arguments, chunk: int | None):
-    from nondual.ops.ssd import triton
-
-    return triton.ssd(*arguments, chunk=chunk)
-
-
 def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
     """Refuse what does not fit together: what was expected, what was got."""
     if x.ndim != 4:
@@ -227,3 +192,86 @@ def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
         raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
     timed = {"x": x, "delta": delta, "B": B, "C": C, "z": z}
     check_kinds(timed, {"A": A, "D": D, "delta_bias": delta_bias, "state": state}, reset)
+
+
+# --- engines, and what they refuse -----------------------------------------------------------------------------------
+
+
+def _reference(given: Inputs) -> tuple[Tensor, Tensor]:
+    return reference.ssd(*given[:-1])
+
+
+def _chunked(given: Inputs) -> tuple[Tensor, Tensor]:
+    return chunked.ssd(*given[:-1], chunk=given.chunk or chunked.CHUNK)
+
+
+def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+    from nondual.ops.ssd import triton
+
+    return triton.ssd(*given)
+
+
+def _dtype_of_kernels(given: Inputs) -> str | None:
+    dtype = given.x.dtype
+    if dtype not in KERNEL_DTYPES:
+        return f"x must be float16, bfloat16 or float32 for impl='triton', got {dtype}; impl='chunked' takes any"
+    return None
+
+
+def _too_wide(given: Inputs) -> str | None:
+    width, states = given.x.shape[3], given.B.shape[3]
+    if width > WIDEST or states > MOST_STATES:
+        return (
+            f"P must be at most {WIDEST} and N at most {MOST_STATES} for impl='triton', got {width} and {states}; "
+            "impl='chunked' takes any"
+        )
+    return None
+
+
+def _other_chunk(given: Inputs) -> str | None:
+    if given.chunk not in (None, *KERNEL_CHUNKS):
+        return (
+            f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {given.chunk}; impl='chunked' takes any"
+        )
+    return None
+
+
+def _no_triton(_: Inputs) -> str | None:
+    try:
+        from nondual.ops.ssd import triton  # noqa: F401
+    except ImportError as error:
+        return f"{NO_TRITON} ({error})"
+    return None
+
+
+def _nowhere_to_run(given: Inputs) -> str | None:
+    from nondual.ops.ssd import triton
+
+    return kernels_refuse("x", given.x, triton.INTERPRETED)
+
+
+def _transformed(given: Inputs) -> str | None:
+    if why := refuses_transforms(*given.tensors()):
+        return f"ssd(impl='triton') {why}; impl='chunked' and impl='auto' can do it"
+    return None
+
+
+ENGINES = {
+    "triton": Engine(
+        _triton,
+        "our kernels",
+        limits=(
+            Limit("float16, bfloat16, float32", _dtype_of_kernels),
+            Limit(f"P up to {WIDEST}, N up to {MOST_STATES}", _too_wide),
+            Limit(f"chunks of {', '.join(map(str, KERNEL_CHUNKS))}", _other_chunk),
+            Limit("triton installed", _no_triton, RuntimeError),
+            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            Limit("no forward-mode derivative, no transform of torch.func", _transformed, RuntimeError),
+        ),
+        auto=Preference("on a GPU", lambda given: given.x.device.type == "cuda"),
+    ),
+    "chunked": Engine(_chunked, "by chunks in plain torch, in time and memory linear in L"),
+    "reference": Engine(
+        _reference, "step by step in plain torch", auto=Preference("never; `ssd_step` uses it", lambda _: False)
+    ),
+}

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from nondual.ops.autocast import autocast_off
+from nondual.ops.discretize import step_length
 from nondual.ops.impl import refuses_transforms
 from nondual.ops.linear_recurrence import doubling
-from nondual.ops.selective_scan.reference import step_length
 from nondual.ops.ssd.reference import skip_and_gate, wide
 
 CHUNK = 64

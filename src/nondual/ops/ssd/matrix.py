@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.checks import check_tensors
-from nondual.ops.selective_scan.reference import step_length
+from nondual.ops.discretize import step_length
+from nondual.ops.dtypes import accumulation_dtype
 
 
 # --8<-- [start:matrix]
@@ -48,7 +49,7 @@ def ssd_matrix(
         TypeError: what is not a tensor.
     """
     check_tensors({"delta": delta, "A": A, "B": B, "C": C}, {"D": D, "delta_bias": delta_bias, "reset": reset})
-    wide = torch.promote_types(delta.dtype, torch.float32)
+    wide = accumulation_dtype(delta.dtype)
     heads, length = delta.shape[2], delta.shape[1]
     B, C = (v.to(wide) if v.ndim == 4 else v.to(wide).unsqueeze(2) for v in (B, C))
     B, C = (v.repeat_interleave(heads // v.shape[2], dim=2) for v in (B, C))

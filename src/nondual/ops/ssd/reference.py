@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nondual.ops.selective_scan.reference import step_length
+from nondual.ops.discretize import step_length
+from nondual.ops.dtypes import accumulation_dtype
 
 Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 
@@ -75,7 +76,7 @@ def ssd(
 
 def wide(x: Tensor, *rest: *Given) -> tuple[Tensor, *Given]:
     """All of them in float32, or in float64 where x is, as states and sums are."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x.dtype)
     given = cast("tuple[Tensor | None, ...]", (x, *rest))
     return cast("tuple[Tensor, *Given]", tuple(None if v is None else v.to(dtype) for v in given))
 

@@ -353,6 +353,7 @@ def test_memory_is_linear_and_the_gain_in_speed_is_below_two_here_and_above_four
     assert all(ratios[False, causal][-1] > 4 for causal in (False, True)), "forward, at the longest, above four"
     assert all(ratio > 1 for rows in ratios.values() for ratio in rows), "faster at every length"
     assert all(2 <= ratio <= 4 for ratio in ratios[True, False][2:]), "forward and backward, from 1,024 on: within"
+    assert all(cases["auto", backward, True]["low"][-1] > 4 for backward in (False, True)), "with causality, every round"
     for kind in kinds:  # "auto" is torch's fused kernel here, but for what the call itself takes
         fused = cases["fused", *kind]
         assert cases["auto", *kind]["peak_mib"][-1] < 1.1 * fused["peak_mib"][-1]
@@ -378,6 +379,8 @@ def test_it_moves_and_holds_far_fewer_numbers_and_multiplies_no_fewer():
 
     assert counted(textbook) == (4 * n * n * d, 8 * n * n * d)
     assert counted(tiled) == (4 * n * n * d, 10 * n * n * d)
+    hidden, _ = counted(lambda *qkv: tiled(*qkv, causal=True))
+    assert 2 * n * n * d < hidden < 2.2 * n * n * d, "with causality, tiles that the mask hides are skipped"
     assert saved(textbook, n, d) >= n * n + 3 * n * d
     assert saved(tiled, n, d) == 4 * n * d + 2 * n, "q, k, v, the output, and two numbers a row"
 

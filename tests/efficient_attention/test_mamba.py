@@ -336,9 +336,10 @@ def test_the_recurrence_as_printed_is_linear_and_knows_no_time():
 @pytest.mark.timeout(600)  # it trains 22 small models, some two seconds each on a quiet machine
 @pytest.mark.claim("A4.13", "holds if")
 def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_stays():
-    """Every input keeps a weight, and finer steps come to the integral at the rate of theory. But N numbers tell no
-    more than N apart; the weight fades, in float32 to nothing; and of two twins, tuned alike, only the selective one
-    holds what matters past the length it was trained at."""
+    """Every input keeps a weight, and finer steps come to the integral at the rate of theory. Of real values N numbers
+    tell no more than N apart, and of digits one number holds many. In float32 an input whose decay has grown large is
+    lost, and one after which the steps are zero is kept. Of two twins, tuned alike, only the selective one holds what
+    matters past the length it was trained at."""
     torch.manual_seed(0)
     mixer = Mamba(4, d_state=4).double()
     u = torch.randn(1, 300, 8, dtype=torch.float64)
@@ -353,6 +354,12 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
     far[0, 0] = 1
     one, steps = torch.ones(1, 1), torch.ones(1, 400, 1)
     assert selective_scan(far, steps, -one, one, one)[1] == 0, "in float32 the far past is gone"
+    assert selective_scan(far, far, -one, one, one)[1] == 1, "where the later steps are zero it is kept"
+    digits = torch.randint(10, (12,)).tolist()
+    tenth, ones = torch.full((1, 1), -math.log(10), dtype=torch.float64), torch.ones(1, 12, 1).double()
+    _, h = selective_scan(torch.tensor(digits).view(1, 12, 1).double(), ones, tenth, one.double(), one.double())
+    held = f"{round(h.item() * 10**11):012d}"
+    assert [int(d) for d in reversed(held)] == digits, "one number tells twelve digits, the latest first"
     assert selective_scan(far.double(), steps.double(), -one.double(), one.double(), one.double())[1] > 0
 
     def error(n, rule, at):  # a bump at 1, of width σ, through h' = -a h + u, to a time when it still pushes

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import DTYPES, Error, errors, everywhere, incoming, laid, needs_the_interpreter
+from harness import check as check_errors
 
 from nondual.ops import flash_attention as door
 from nondual.ops import masks
@@ -21,12 +23,7 @@ from nondual.ops.flash_attention import tiles as by_tiles
 from nondual.ops.flash_attention import triton as kernels
 
 SRC = Path(__file__).parents[2] / "src"
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = [*(["cpu"] if kernels.INTERPRETED else []), CUDA]
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 MASKS = {"full": {}, "causal": {"causal": True}, "window 1": {"window": 1}, "window 23": {"window": 23}}
-
-everywhere = pytest.mark.parametrize("device", DEVICES)
 
 
 def test_the_kernels_can_run_here():
@@ -60,43 +57,27 @@ def textbook(q, k, v, mask, scale=None):
     return masked_softmax(scores, mask) @ v
 
 
-def incoming(out, seed=1):
-    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype).to(out.device)
-
-
-def errors(inputs, options, impl="triton", d_out=None, **more):
-    """Each output and gradient by name: our greatest error, that of plain PyTorch in the same dtype, and what no result
-    can promise to be below: half a unit in the last place of the greatest number, and eight of a float32 near 2, in
-    which sums of terms that may cancel are kept. (Plain PyTorch has no error at all where a row has one key.)"""
+def compared(inputs, options, impl="triton", d_out=None, **more) -> dict[str, Error]:
+    """The errors of the output and of each gradient, by name. (Plain PyTorch has none where a row has one key.)"""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     mask = allowed(inputs[0].shape[2], inputs[1].shape[2], inputs[0].device, **options)
-    truth, plain = textbook(*exact, mask, **more), textbook(*inputs, mask, **more)
     ours = flash_attention(*inputs, **options, **more, impl=impl)
-    assert ours.dtype == inputs[0].dtype and ours.shape == truth.shape
+    assert ours.dtype == inputs[0].dtype
     d_out = incoming(ours) if d_out is None else d_out
-    found = {"out": (ours, plain, truth)}
-    grads = [
-        torch.autograd.grad(out, of, d_out.to(out.dtype))
-        for out, of in ((ours, inputs), (plain, inputs), (truth, exact))
-    ]
-    found |= dict(zip(("dq", "dk", "dv"), zip(*grads)))
-    result = {}
-    for name, (a, b, t) in found.items():
-        assert a.isfinite().all(), f"{name} is not finite"
-        a, b, t = (x.detach() for x in (a, b, t))
-        if t.numel():
-            top = t.abs().max()
-            last_place = top * torch.finfo(a.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps * top.clamp(min=2)
-            result[name] = tuple(float(x) for x in ((a - t).abs().max(), (b - t).abs().max(), last_place))
-    return result
+
+    def results(out, of):
+        grads = torch.autograd.grad(out, of, d_out.to(out.dtype))
+        return {"out": out, **dict(zip(("dq", "dk", "dv"), grads))}
+
+    return errors(
+        results(ours, inputs),
+        results(textbook(*inputs, mask, **more), inputs),
+        results(textbook(*exact, mask, **more), exact),
+    )
 
 
 def check(inputs, options, **more):
-    """At most twice the error of plain PyTorch, three times for gradients."""
-    for name, (ours, plain, last_place) in errors(inputs, options, **more).items():
-        assert ours <= (2 if name == "out" else 3) * plain + last_place, (
-            f"{name}: {ours:.1e}, plain PyTorch {plain:.1e}"
-        )
+    check_errors(compared(inputs, options, **more), outputs={"out"})
 
 
 # --- right ---------------------------------------------------------------------------------------------------------
@@ -298,18 +279,6 @@ def test_scores_of_ten_thousand_tied_or_nearly(device, op, impl, dtype, scale, t
 # --- any layout ----------------------------------------------------------------------------------------------------
 
 
-def laid(x, layout):
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "heads inside":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
-        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-    return x[:1, :1, :1, :1].expand(x.shape) if layout == "one number" else x[:, :1].expand(x.shape)
-
-
 @everywhere
 @pytest.mark.parametrize("layout", ["transposed", "heads inside", "sliced", "strided", "one number", "one head"])
 def test_any_layout_of_inputs_and_of_the_incoming_gradient(device, layout):
@@ -328,7 +297,7 @@ def test_each_tensor_in_layouts_of_its_own(device, impl, which):
     given["dy"] = torch.randn(2, 4, 17, 20, generator=torch.Generator().manual_seed(2)).to(device)
     expected = None
     for layout in ("plain", "transposed", "heads inside", "sliced", "strided"):
-        case = given if layout == "plain" else given | {which: laid(given[which], layout)}
+        case = given | {which: laid(given[which], layout)}
         inputs = [case[name].detach().requires_grad_() for name in "qkv"]
         out = flash_attention(*inputs, **options, impl=impl)
         got = [out, *torch.autograd.grad(out, inputs, case["dy"])]
@@ -455,12 +424,7 @@ def test_runs_are_equal_to_the_bit(device):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def interpreted(test):
-    """A test that looks into the interpreter: there is none on a GPU, where this is compute-sanitizer's work."""
-    return test if kernels.INTERPRETED else None
-
-
-@interpreted
+@needs_the_interpreter
 @pytest.mark.parametrize("mask", ["full", "causal", "window 23"])
 @pytest.mark.parametrize("n, m, d, dv", [(37, 61, 24, 19), (61, 37, 16, 16)])
 def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeypatch, watch):
@@ -478,7 +442,7 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeyp
     assert all(kernel.launches == 1 for kernel in watched.values())
 
 
-@interpreted
+@needs_the_interpreter
 def test_a_fault_in_memory_would_be_seen(watch):
     x = torch.zeros(1, 1, 5, 16)
     delta = torch.zeros(1, 1, 5)
@@ -575,11 +539,10 @@ def test_decoding_with_more_queries_than_the_cache_is_long_is_empty_above(device
 @pytest.mark.parametrize("layout", ["plain", "heads inside", "transposed", "strided", "one head"])
 def test_opcheck(device, layout):
     """What the operators say of their results while compiling is true: shapes, strides, dtypes, in every layout."""
-    lay = (lambda x: x) if layout == "plain" else (lambda x: laid(x, layout))
-    q, k, v = (lay(x.detach()).requires_grad_() for x in made(9, 13, 16, h=2, g=1, device=device))
+    q, k, v = (laid(x.detach(), layout).requires_grad_() for x in made(9, 13, 16, h=2, g=1, device=device))
     torch.library.opcheck(torch.ops.nondual.flash_attention.default, (q, k, v, True, 0, 0.25))
     out, top, total = kernels.launch_forward(*(x.detach() for x in (q, k, v)), True, 0, 0.25)
-    d_out = lay(torch.randn(out.shape, device=device))
+    d_out = laid(torch.randn(out.shape, device=device), layout)
     given = [x.detach() for x in (d_out, total, q, k, v, out, top, total)]
     torch.library.opcheck(torch.ops.nondual.flash_attention_backward.default, (*given, True, 0, 0.25))
     torch.library.opcheck(torch.ops.nondual.attention_by_tiles.default, (q, k, v, 5, 0.25))

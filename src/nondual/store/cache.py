@@ -1,4 +1,4 @@
-"""The folder in which things are kept between runs: compiled code, weights and texts.
+"""The cache folder: where compiled code, weights and texts are kept between runs.
 
 It is NONDUAL_CACHE; where that is not set, `nondual` under XDG_CACHE_HOME; where that is not set either, `nondual`
 under ~/.cache. A user without a home folder gets a private folder among the temporary files.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """The folder, as an absolute path. It is not made here.
+    """The cache folder, as an absolute path. This function does not create it.
 
     Raises:
         PermissionError: this user has no home folder, and the folder for temporary files that would stand in for it
@@ -26,16 +26,16 @@ def cache_folder() -> Path:
         return Path(base) / "nondual"
     try:
         return Path.home() / ".cache" / "nondual"
-    except RuntimeError:  # no HOME, and a user id that no account has
+    except RuntimeError:  # HOME is not set, and the user id belongs to no account
         return _temporary()
 
 
 def _temporary() -> Path:
-    """A folder among the temporary files that only this user can write to: code is loaded from it."""
+    """A folder among the temporary files that only this user can write to, since compiled code is loaded from it."""
     folder = Path(tempfile.gettempdir()) / f"nondual-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()  # not stat: a link could be turned elsewhere later
+    found = folder.lstat()  # not stat: a link could be pointed elsewhere after this check
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(f"{folder} must belong to you and to you alone: set NONDUAL_CACHE to another folder")
     return folder

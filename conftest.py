@@ -76,7 +76,7 @@ def correct(snippets: list[pytest.Item]) -> None:
         return
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "hooks"))
     try:
-        from fences import fences
+        from snippets.reading import fences
     finally:
         del sys.path[0]
     for page in {item.path for item in snippets}:

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import captions
-import fences
 import pytest
+from snippets import captions, reading
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*fences.pages(ROOT), *captions.notebooks(ROOT)]
+PAGES = [*reading.pages(ROOT), *captions.notebooks(ROOT)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -18,7 +17,7 @@ def test_every_number_in_a_figures_words_is_computed_or_asserted(page):
 
 
 def test_the_figures_are_found():
-    read = [fence for page in fences.pages(ROOT) for fence in fences.fences(page) if "figures.s" in fence.code]
+    read = [fence for page in reading.pages(ROOT) for fence in reading.fences(page) if "figures.s" in fence.code]
     assert len([fence for fence in read if fence.kind == "figure"]) >= 10
     assert captions.notebooks(ROOT)
 

@@ -5,14 +5,14 @@ import re
 import tomllib
 from pathlib import Path
 
-import fences
+from snippets.reading import fences
 
 ROOT = Path(__file__).parent.parent
 
 
 def commands(page: str) -> list[str]:
     """The lines of a page's console fences."""
-    found = [fence for fence in fences.fences(ROOT / page) if fence.info == "console"]
+    found = [fence for fence in fences(ROOT / page) if fence.info == "console"]
     return [line for fence in found for line in fence.code.splitlines() if line.strip()]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ledger import load
-from ledger_page import PATHS
+from ledger.claims import load
+from ledger.essay_map import PATHS
 from torch.nn.functional import scaled_dot_product_attention
 
 from nondual.efficient_attention.flash_attention import FlashAttention

@@ -4,9 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import ledger
-import ledger_page
 import pytest
+from ledger import agreement, essay_map, evidence, table
+from ledger import claims as ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,17 +34,17 @@ def test_every_claim_of_the_essays_is_listed():
 
 
 def test_the_ledger_the_pages_and_the_tests_agree():
-    found = ledger.faults(ROOT)
+    found = agreement.faults(ROOT)
     assert not found, "\n" + "\n".join(found)
 
 
 def test_the_map_has_every_path_that_the_essay_names():
-    rows = ledger_page.map_rows(ROOT)
+    rows = essay_map.map_rows(ROOT)
     assert len(rows) == 13
     for row in rows:
         for kind in ("module", "test"):
             assert row[kind] is None or (ROOT / row[kind]).exists()
-    html = ledger_page.map_html(ROOT, lambda uri: uri)
+    html = essay_map.map_html(ROOT, lambda uri: uri)
     assert html.count('<tr role="row"><td') == 14 and "The essay names 14 files: 13 of code and one text." in html
     last = html[html.rindex('<tr role="row">') :].replace("<wbr>", "")
     assert "27-altered-state/info/meditation/non-dualism/02_kashmir_shaivism.md" in last and "not code" in last
@@ -126,7 +126,7 @@ def project(tmp_path):
 
 
 def test_a_project_in_agreement_has_no_fault(project):
-    assert ledger.faults(project) == []
+    assert agreement.faults(project) == []
 
 
 @pytest.fixture
@@ -144,12 +144,12 @@ def measuring(project):
 
 
 def test_a_measurement_that_is_named_beside_a_run_of_the_library_has_no_fault(measuring):
-    assert ledger.faults(measuring) == []
-    assert ledger.scan(measuring)["tests/test_self_attention.py::test_no_direction"].reads == {"time.json"}
+    assert agreement.faults(measuring) == []
+    assert evidence.scan(measuring)["tests/test_self_attention.py::test_no_direction"].reads == {"time.json"}
 
 
 def test_the_page_says_what_a_measurement_is_and_how_to_take_it_again(measuring):
-    html = ledger_page.ledger_html(ledger.load(measuring), lambda uri: uri, measuring / "docs/measured")
+    html = table.ledger_html(ledger.load(measuring), lambda uri: uri, measuring / "docs/measured")
     row = html[html.index('id="A1.4"') : html.index('id="A1.6"')]
     assert "Not ruled out: one <code>processor</code>, one seed" in row
     assert "<code>time.json</code>: A processor, commit 0123456789ab, 2026-01-02." in row
@@ -323,7 +323,7 @@ def test_a_disagreement_is_named(project, name):
     text = (project / file).read_text()
     assert old in text
     (project / file).write_text(text.replace(old, new, 1))
-    found = ledger.faults(project)
+    found = agreement.faults(project)
     assert any(fault in one for one in found), found
 
 
@@ -335,9 +335,10 @@ def test_a_page_in_disagreement_stops_the_build(project, caplog):
     (project / "docs/index.md").write_text("# Home\n")
     (project / "docs/ledger.md").write_text("# Ledger\n\n<!-- ledger -->\n")
     (project / "docs/map.md").write_text("# Map\n\n<!-- map -->\n")
+    (project / "docs/glossary.yml").write_text("[]\n")
     (project / "mkdocs.yml").write_text(
-        "site_name: x\nplugins: []\nmarkdown_extensions: [admonition, attr_list]\nvalidation: {anchors: warn}\n"
-        f"hooks: [{ROOT / 'hooks/ledger.py'}, {ROOT / 'hooks/ledger_page.py'}]\n"
+        "site_name: x\nplugins: [search]\nmarkdown_extensions: [admonition, attr_list]\nvalidation: {anchors: warn}\n"
+        f"hooks: [{ROOT / 'hooks/build.py'}]\n"
     )
 
     def site():

@@ -7,9 +7,9 @@ import runpy
 import subprocess
 from pathlib import Path
 
-import ledger
 import pytest
 import yaml
+from ledger.claims import load
 
 ROOT = Path(__file__).parent.parent
 NAMES = runpy.run_path(str(ROOT / "benchmarks/__main__.py"), run_name="names")["NAMES"]
@@ -70,7 +70,7 @@ def uses(name: str, root: Path) -> list[str]:
     """The pages, notebooks, claims and tests that use a measured file."""
     read = [*(root / "docs").rglob("*.md"), *(root / "docs").rglob("*.ipynb"), root / "README.md"]
     read += [file for file in (root / "tests").rglob("test_*.py")]
-    claims = [claim.id for claim in ledger.load(root) if name in claim.measured]
+    claims = [claim.id for claim in load(root) if name in claim.measured]
     waiting = root / "docs/measured/TODO.md"
     return claims + [
         file.relative_to(root).as_posix()

@@ -16,13 +16,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-import glossary
-import ledger
-import ledger_page
-import notebooks
 import pytest
-import search_folding
-import shell
+from ledger.claims import Claim
+from ledger.table import verdicts_html
+from pages import blocks, glossary, notebooks, search
 
 ROOT = Path(__file__).parent.parent
 SITE = Path(os.environ.get("SITE_DIR", ROOT / "site"))
@@ -610,32 +607,34 @@ def test_a_sound_page_passes(browser, serve, small):
 
 def test_a_box_is_headed_by_its_word():
     box = '<div class="admonition claim">\n<p class="admonition-title">{}</p>\n</div>'
-    assert '<span class="kind">Claim</span></p>' in shell.name_boxes(box.format("Claim"))
-    assert '<span class="kind">Claim</span> <span class="title">A1.4</span></p>' in shell.name_boxes(box.format("A1.4"))
+    assert '<span class="kind">Claim</span></p>' in blocks.name_boxes(box.format("Claim"))
+    assert '<span class="kind">Claim</span> <span class="title">A1.4</span></p>' in blocks.name_boxes(
+        box.format("A1.4")
+    )
     other = '<details class="mkdocstrings-source"><summary>Source code</summary></details>'
-    assert shell.name_boxes(other) == other
+    assert blocks.name_boxes(other) == other
 
 
 def test_the_code_of_a_figure_is_folded_and_other_code_is_not():
     code = '<div class="language-python highlight"><pre><code>x</code></pre></div>'
-    assert shell.fold_drawings(f"<figure></figure>\n{code}\n{code}").count("<details") == 1
-    assert "<details" not in shell.fold_drawings(f"<p></p>{code}")
+    assert blocks.fold_drawings(f"<figure></figure>\n{code}\n{code}").count("<details") == 1
+    assert "<details" not in blocks.fold_drawings(f"<p></p>{code}")
 
 
 def test_the_code_of_a_table_is_folded_and_labelled_code_is_not():
     code = '<div class="language-python {}highlight"><pre><code>x</code></pre></div>'
-    made = shell.fold_makings(f"<p></p>{code.format('')}\n{code.format('alone ')}\n{code.format('excerpt no-copy ')}")
+    made = blocks.fold_makings(f"<p></p>{code.format('')}\n{code.format('alone ')}\n{code.format('excerpt no-copy ')}")
     assert made.count("<details") == 1 and made.startswith('<p></p><details class="drawn"')
-    drawn = shell.fold_drawings(f"<figure></figure>\n{code.format('')}")
-    assert shell.fold_makings(drawn) == drawn
+    drawn = blocks.fold_drawings(f"<figure></figure>\n{code.format('')}")
+    assert blocks.fold_makings(drawn) == drawn
 
 
 def test_a_comma_stays_with_its_short_formula():
     short, long = (
         f'<span class="arithmatex">\\({formula}\\)</span>' for formula in ("N", "s_{01} > s_{02} = s_{20} > s_{21}")
     )
-    assert shell.hold_punctuation(f"of {short}, and") == f'of <span class="held">{short},</span> and'
-    assert shell.hold_punctuation(f"of {short} and {long}.") == f"of {short} and {long}."
+    assert blocks.hold_punctuation(f"of {short}, and") == f'of <span class="held">{short},</span> and'
+    assert blocks.hold_punctuation(f"of {short} and {long}.") == f"of {short} and {long}."
 
 
 def test_a_term_is_marked_once_a_section_and_never_in_a_heading_or_a_link():
@@ -671,9 +670,9 @@ def test_the_glossary_page_lists_every_term():
 
 def test_a_block_of_code_says_whether_it_runs_alone():
     snippet = "text\n\n    ```python\n    x = 1\n    ```\n"
-    assert '    ``` { .python .alone title="Runs alone" }\n    x = 1' in shell.label_code(snippet, ROOT)
+    assert '    ``` { .python .alone title="Runs alone" }\n    x = 1' in blocks.label_code(snippet, ROOT)
     figure = '```python exec="on"\nx\n```\n\n```text\nx\n```\n'
-    assert shell.label_code(figure, ROOT) == figure
+    assert blocks.label_code(figure, ROOT) == figure
 
 
 def test_an_excerpt_names_its_file_and_lines_and_leads_there(tmp_path):
@@ -681,11 +680,11 @@ def test_an_excerpt_names_its_file_and_lines_and_leads_there(tmp_path):
     file = tmp_path / "src" / "a_b.py"
     file.write_text("import x\n# --8<-- [start:part]\none\ntwo\n# --8<-- [end:part]\n", encoding="utf-8")
     fence = '```py\n--8<-- "src/a_b.py:part"\n```\n'
-    labelled = shell.label_code(fence, tmp_path)
+    labelled = blocks.label_code(fence, tmp_path)
     assert labelled.startswith('``` { .python .excerpt .no-copy title="From src/a_b.py, lines 3–4" }\n--8<-- "src/')
-    html = shell.link_excerpts('<span class="filename">From src/a_b.py, lines 3–4</span>')
+    html = blocks.link_excerpts('<span class="filename">From src/a_b.py, lines 3–4</span>')
     assert 'src/a_b.py#L3-L4">src/<wbr>a_<wbr>b.py</a>, lines 3–4: an excerpt' in html
-    assert "lines 1–5" in shell.label_code(fence.replace(":part", ""), tmp_path)
+    assert "lines 1–5" in blocks.label_code(fence.replace(":part", ""), tmp_path)
 
 
 def test_the_verdicts_of_a_chapter_are_listed_by_kind():
@@ -696,16 +695,14 @@ def test_the_verdicts_of_a_chapter_are_listed_by_kind():
         ("A1.3", "holds", "essay/x.md"),
         ("A2.1", None, None),
     ]
-    claims = [ledger.Claim(name, "", "", "holds", verdict, chapter=chapter) for name, verdict, chapter in many]
-    shown = ledger_page.verdicts_html(claims, ["essay/x.md"], str)
+    claims = [Claim(name, "", "", "holds", verdict, chapter=chapter) for name, verdict, chapter in many]
+    shown = verdicts_html(claims, ["essay/x.md"], str)
     assert re.sub("<.*?>", "", shown) == "holds A1.1, A1.3 does not hold A1.2"
     assert '<a href="essay/x.md#verdict-A1.3">A1.3</a>' in shown
-    assert re.sub("<.*?>", "", ledger_page.verdicts_html(claims, ["essay/x.md", "except", "A1.1"], str)).startswith(
-        "holds A1.3 "
-    )
-    assert ledger_page.verdicts_html(claims, ["A2.1"], str) == ""  # a claim that is not reached yet has none
+    assert re.sub("<.*?>", "", verdicts_html(claims, ["essay/x.md", "except", "A1.1"], str)).startswith("holds A1.3 ")
+    assert verdicts_html(claims, ["A2.1"], str) == ""  # a claim that is not reached yet has none
     with pytest.raises(ValueError, match=r"A9\.9"):
-        ledger_page.verdicts_html(claims, ["A9.9"], str)
+        verdicts_html(claims, ["A9.9"], str)
 
 
 def test_every_block_of_code_on_a_page_is_of_a_kind(pages):
@@ -719,7 +716,7 @@ def test_every_block_of_code_on_a_page_is_of_a_kind(pages):
 
 
 def test_marked_words_fold_to_plain_letters():
-    assert search_folding.folded_words("Saṃskāra, plain, pratyabhijñā प्रकाश") == ["pratyabhijna", "samskara"]
+    assert search.folded_words("Saṃskāra, plain, pratyabhijñā प्रकाश") == ["pratyabhijna", "samskara"]
 
 
 def test_a_notebook_keeps_its_formulas_and_mends_its_quotes():

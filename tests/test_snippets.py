@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fences
 import pytest
 from pytest_codeblocks.main import extract_from_file
+from snippets import alone, judging, reading
 
 ROOT = Path(__file__).parent.parent
-PAGES = fences.pages(ROOT)
+PAGES = reading.pages(ROOT)
 OUTPUT = "<!--pytest-codeblocks:expected-output-->"
 
 
@@ -24,14 +24,14 @@ def page_id(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_every_fence_of_a_page_is_one_that_runs(page):
-    found = fences.faults(page)
+    found = judging.faults(page)
     assert not found, "\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_pytest_collects_exactly_the_snippets_that_we_count(page):
     collected = [block for block in extract_from_file(page) if block.syntax in ("python", "sh", "bash")]
-    counted = [fence for fence in fences.fences(page) if fence.kind == "snippet"]
+    counted = [fence for fence in reading.fences(page) if fence.kind == "snippet"]
     assert [block.lineno for block in collected] == [fence.line for fence in counted]
     for block, fence in zip(collected, counted):  # but for empty lines, which conftest.py puts back
         assert block.code.split() == fence.code.split(), fence.where
@@ -40,7 +40,7 @@ def test_pytest_collects_exactly_the_snippets_that_we_count(page):
 
 
 def test_the_readme_has_a_snippet():
-    assert any(fence.kind == "snippet" for fence in fences.fences(ROOT / "README.md"))
+    assert any(fence.kind == "snippet" for fence in reading.fences(ROOT / "README.md"))
 
 
 # --- the guard, on pages with one fault each -----------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_the_guard_names_file_and_line(tmp_path, name):
     text, line, word = FAULTS[name]
     page = tmp_path / "page.md"
     page.write_text(text)
-    found = fences.faults(page)
+    found = judging.faults(page)
     assert any(fault.startswith(f"{page}:{line}: ") and word in fault for fault in found), found
 
 
@@ -134,9 +134,9 @@ GOOD = {
 def test_the_guard_lets_good_pages_pass(tmp_path, name):
     page = tmp_path / "page.md"
     page.write_text(GOOD[name])
-    assert fences.faults(page) == []
+    assert judging.faults(page) == []
     collected = [block.lineno for block in extract_from_file(page) if block.syntax == "python"]
-    assert collected == [fence.line for fence in fences.fences(page) if fence.kind == "snippet"]
+    assert collected == [fence.line for fence in reading.fences(page) if fence.kind == "snippet"]
 
 
 # --- a failing snippet under pytest --------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_alone_names_what_went_wrong(tmp_path, capsys):
         '```python exec="on"\nprint(1 / 0)\n```\n\n'  # 31: a figure that fails
         "```python\nexec('print(3)')\n```\n"  # 35: prints, unseen by the eye
     )
-    assert fences.main([str(page)]) == 1
+    assert alone.main([str(page)]) == 1
     said = capsys.readouterr().out
     assert f"{page}:13: NameError: name 'x' is not defined" in said
     assert f"{page}:16: shows\n    2\n  and prints\n    1\n" in said
@@ -219,7 +219,7 @@ def test_alone_names_what_went_wrong(tmp_path, capsys):
 def test_alone_passes_what_is_right(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"```python\nprint('ṛ')\n```\n\n{OUTPUT}\n\n```\nṛ\n```\n")
-    assert fences.main([str(page)]) == 0
+    assert alone.main([str(page)]) == 0
     assert capsys.readouterr().out == "1 fences run alone: 1 passed, 0 failed\n"
 
 

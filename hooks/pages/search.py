@@ -13,9 +13,8 @@ _DELIMITER = re.compile(r"\\[()\[\]]")
 _TAG = re.compile(r"<[^>]+>")
 
 
-def on_post_build(config):
-    """Append to each entry of the search index the plain form of every marked word it holds."""
-    path = Path(config.site_dir, "search", "search_index.json")
+def fold(path: Path) -> None:
+    """Append to each entry of the search index, a file, the plain form of every marked word that it holds."""
     index = json.loads(path.read_text(encoding="utf-8"))
     for entry in index["docs"]:
         entry["text"] = _DELIMITER.sub("", entry["text"])

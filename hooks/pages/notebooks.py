@@ -8,21 +8,20 @@ import posixpath
 import re
 
 from bs4 import BeautifulSoup
-from mkdocs.utils import get_relative_url
+
+from pages.links import Link
 
 PARTS = ".jp-RenderedMarkdown, .jp-Cell-inputArea .highlight-ipynb, .jp-OutputArea-output"
 _MATHS = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$([^\s$](?:[^$\n]*[^\s$])?)\$", re.S)
 
 
-def on_page_content(html, page, config, files):
-    """Rewrite the page of a notebook; leave every other page alone."""
-    if not page.file.src_uri.endswith(".ipynb"):
-        return html
+def as_page(html: str, uri: str, link: Link) -> str:
+    """The page of a notebook, whose path under docs is `uri`."""
     soup = BeautifulSoup(html, "html.parser")
     blocks = [block(part) for part in soup.select(PARTS)]
-    source = posixpath.basename(page.file.src_uri)
+    source = posixpath.basename(uri)
     blocks.insert(1, f'<p class="download"><a href="{source}" download>Download this notebook</a></p>')
-    return linked("\n".join(blocks), page, files)
+    return linked("\n".join(blocks), uri, link)
 
 
 def block(part) -> str:
@@ -62,16 +61,14 @@ def curled(text: str) -> str:
     return "".join(parts)
 
 
-def linked(html: str, page, files) -> str:
-    """Links to a page's source, `../essay/x.md#y`, as links to the page."""
+def linked(html: str, uri: str, link: Link) -> str:
+    """Links to a page's source, `../essay/x.md#y`, as links to the page. ValueError for one that is not there."""
 
-    def link(match: re.Match) -> str:
+    def address(match: re.Match) -> str:
         path, _, anchor = match[1].partition("#")
-        target = files.get_file_from_path(
-            posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), path))
-        )
+        target = link(posixpath.normpath(posixpath.join(posixpath.dirname(uri), path)))
         if target is None:
-            raise ValueError(f"{page.file.src_uri}: a link to {path}, which is not there.")
-        return f'href="{get_relative_url(target.url, page.file.url)}{"#" * bool(anchor)}{anchor}"'
+            raise ValueError(f"{uri}: a link to {path}, which is not there.")
+        return f'href="{target}{"#" * bool(anchor)}{anchor}"'
 
-    return re.sub(r'href="([^":]+\.(?:md|ipynb)(?:#[^"]*)?)"(?! download)', link, html)
+    return re.sub(r'href="([^":]+\.(?:md|ipynb)(?:#[^"]*)?)"(?! download)', address, html)

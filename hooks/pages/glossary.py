@@ -12,17 +12,9 @@ from pathlib import Path
 import yaml
 
 PLACE = re.compile(r"<!-- glossary: (?P<which>[\w ]+) -->")  # the field, or "traditions" for the terms without one
-_TERMS: list[dict] = []
 _SECTION = re.compile(r"(?=<h2\b)")
 _UNMARKED = re.compile(r"<h[1-6]\b.*?</h[1-6]>|<summary>.*?</summary>|<a\b.*?</a>", re.S)
 _ABBR = re.compile(r"<abbr\b[^>]*>(.*?)</abbr>", re.S)
-
-
-def on_config(config):
-    """Read the list anew, so that a served site follows it."""
-    _TERMS[:] = terms(Path(config.docs_dir))
-    config.watch.append(str(Path(config.docs_dir) / "glossary.yml"))
-    return config
 
 
 def terms(docs: Path) -> list[dict]:
@@ -30,11 +22,11 @@ def terms(docs: Path) -> list[dict]:
     return yaml.safe_load((docs / "glossary.yml").read_text(encoding="utf-8"))
 
 
-def on_page_markdown(markdown, page, config, files):
+def with_terms(markdown: str, terms: list[dict]) -> str:
     """The glossary page gets the lists; every other page gets the tooltips."""
     if PLACE.search(markdown):
-        return PLACE.sub(lambda m: as_list([e for e in _TERMS if e.get("field", "traditions") == m["which"]]), markdown)
-    return markdown + "\n\n" + as_tooltips(_TERMS) + "\n"
+        return PLACE.sub(lambda m: as_list([e for e in terms if e.get("field", "traditions") == m["which"]]), markdown)
+    return markdown + "\n\n" + as_tooltips(terms) + "\n"
 
 
 def marks(entry: dict) -> list[str]:
@@ -73,11 +65,6 @@ def folded(text: str) -> str:
 def anchor(term: str) -> str:
     """The term's address on the glossary page: `pratyabhijna`, `rang-grol`."""
     return re.sub(r"\W+", "-", folded(term))
-
-
-def on_page_content(html, page, config, files):
-    """Keep the first mark of each term."""
-    return thinned(html, _TERMS)
 
 
 def thinned(html: str, terms: list[dict]) -> str:

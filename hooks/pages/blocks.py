@@ -2,11 +2,8 @@
 module's name may break over two lines, and a comma that stays with its formula. And over each block of code, whether it
 runs alone or is an excerpt from the library, and from which lines."""
 
-import os
 import re
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # what the pages run is small: more threads only wait for each other
 
 KINDS = ("claim", "measured", "verdict", "limit", "exercise", "source")
 
@@ -23,11 +20,6 @@ _EXCERPT = re.compile(
 )
 _FROM = re.compile(r'<span class="filename">From (?P<file>src/[\w/.]+), lines (?P<first>\d+)–(?P<last>\d+)</span>')
 _SOURCE = "https://github.com/nondual/nondual/blob/main"
-
-
-def on_page_markdown(markdown, page, config, files):
-    """Say over each block of code which kind it is."""
-    return label_code(markdown, Path(config.docs_dir).parent)
 
 
 def label_code(markdown: str, root: Path) -> str:
@@ -53,10 +45,15 @@ def lines_of(file: Path, section: str | None) -> tuple[int, int]:
     return start + 1, end - 1
 
 
-def on_page_content(html, page, config, files):
-    """Give the page its boxes and folds, break long names at their dots, keep punctuation with short formulas."""
+def finish(html: str, *, cells: bool = False) -> str:
+    """Give the page its boxes and folds, break long names at their dots, keep punctuation with short formulas.
+
+    Args:
+        html: the page's content.
+        cells: whether its blocks of code are a notebook's cells or a reference's examples, which are not folded.
+    """
     html = fold_drawings(name_boxes(html))
-    if not page.file.src_uri.startswith(("reference/", "notebooks/")):  # there, a block is an example, or a cell
+    if not cells:
         html = fold_makings(html)
     return link_excerpts(hold_punctuation(break_titles(html)))
 
@@ -121,11 +118,6 @@ def hold_punctuation(html: str) -> str:
 _SEARCH = 'data-md-component="search" role="dialog"'
 
 
-def on_post_page(output, page, config):
+def name_search(page: str) -> str:
     """Tell a screen reader what the search dialog is; the theme leaves it nameless."""
-    return output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
-
-
-def on_post_template(output_content, template_name, config):
-    """The same for 404.html, which is no page."""
-    return output_content.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
+    return page.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')

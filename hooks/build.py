@@ -1,0 +1,102 @@
+"""The one file that knows MkDocs: which step is done at which moment of its build.
+
+The steps themselves are functions of texts and files, in ledger/, pages/ and drawing/, so that another builder of the
+site needs another file like this one and no more.
+"""
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+# What the pages run is small: more threads only wait for each other. This is read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = "Agg"
+
+import markdown_exec
+from drawing.notebooks import folder
+from drawing.pages import draw_pages, normal
+from ledger.agreement import faults
+from ledger.claims import published
+from mkdocs.exceptions import PluginError
+from pages import blocks, llms, search
+from pages.page import finish, prepare
+
+log = logging.getLogger("mkdocs.hooks.nondual")
+ANEW = bool(os.environ.get("CI") or os.environ.get("NONDUAL_DRAW_ANEW"))  # a clean build takes nothing from the stores
+
+
+def root_of(config) -> Path:
+    return Path(config.docs_dir).parent
+
+
+def on_config(config):
+    """Let the notebooks' plugin keep what it executes until the library, or what runs it, changes."""
+    if notebooks := config.plugins.get("mkdocs-jupyter"):
+        notebooks.config["cache"] = not ANEW
+        notebooks.config["cache_dir"] = str(folder(root_of(config)))
+    return config
+
+
+def on_pre_build(config):
+    """Stop here if ledger and pages disagree, or a figure's code fails; draw the figures for the pages to come.
+
+    (That the tests agree with the ledger, and pass, is for the tests to say.)
+    """
+    root = root_of(config)
+    if found := faults(root, tests=False):
+        raise PluginError("ledger:\n  " + "\n  ".join(found))
+    try:
+        drawn = draw_pages(root, anew=ANEW, say=log.info)
+    except ValueError as error:
+        raise PluginError(f"figures:\n\n{error}") from None
+    # markdown-exec writes the block of a figure and its code; what the code printed is there already.
+    markdown_exec.formatters["python"] = functools.partial(
+        markdown_exec.base_format, language="python", run=lambda code, **options: drawn[normal(code)]
+    )
+
+
+def on_page_markdown(markdown, page, config, files):
+    return prepare(markdown, page.file.src_uri, root_of(config))
+
+
+def on_page_content(html, page, config, files):
+    html = finish(html, page.file.src_uri, root_of(config))
+    if not page.meta.get("description"):
+        page.meta["description"] = llms.first_paragraph(html) or config.site_description
+    return html
+
+
+def on_post_page(output, page, config):
+    return blocks.name_search(output)
+
+
+def on_post_template(output_content, template_name, config):
+    """404.html, which is no page, has the search dialog too."""
+    return blocks.name_search(output_content)
+
+
+_navigation = []
+
+
+def on_nav(nav, config, files):
+    """Keep the pages in the order in which a reader meets them."""
+    _navigation[:] = nav.pages
+    return nav
+
+
+def on_post_build(config):
+    """Write what is there for machines: claims.json, the search index with plain letters, llms.txt."""
+    site = Path(config.site_dir)
+    (site / "claims.json").write_text(published(root_of(config)), encoding="utf-8")
+    search.fold(site / "search" / "search_index.json")
+    entries = [
+        llms.Entry(
+            page.ancestors[-1].title if page.ancestors else "Pages",
+            llms.plain(page.title or config.site_name),
+            page.canonical_url,
+            page.meta["description"],
+        )
+        for page in _navigation
+    ]
+    (site / "llms.txt").write_text(llms.listed(config.site_name, config.site_description, entries), encoding="utf-8")

@@ -1,0 +1,37 @@
+"""All that is done to one page: to its Markdown before it is converted, and to its HTML after that.
+
+Both are functions of the text and of the files of the project. Whichever program builds the site calls them.
+"""
+
+from pathlib import Path
+
+from ledger.essay_map import with_map
+from ledger.stated import with_anchors
+from ledger.table import with_tables
+
+from pages import blocks, engines, glossary, notebooks
+from pages.links import linker
+
+
+def prepare(markdown: str, uri: str, root: Path) -> str:
+    """The page's Markdown with what is generated in it, and with headings over its blocks of code.
+
+    Args:
+        markdown: its text.
+        uri: its path under docs.
+        root: the root of the project.
+    """
+    link = linker(uri, root / "docs")
+    markdown = with_anchors(markdown, uri)
+    markdown = with_map(with_tables(markdown, root, link), root, link)
+    markdown = engines.with_tables(markdown)
+    markdown = blocks.label_code(markdown, root)
+    return glossary.with_terms(markdown, glossary.terms(root / "docs"))
+
+
+def finish(html: str, uri: str, root: Path) -> str:
+    """The page's content as it is shown."""
+    if uri.endswith(".ipynb"):
+        html = notebooks.as_page(html, uri, linker(uri, root / "docs"))
+    html = blocks.finish(html, cells=uri.startswith(("reference/", "notebooks/")))
+    return glossary.thinned(html, glossary.terms(root / "docs"))

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.record import MEASURED, alternate, ratio, write
+from nondual.data import shakespeare
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.mamba import MambaLM, choose
 from nondual.positional_encoding import LearnedPositions
-from nondual.pretrained import shakespeare
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import FeedForward, TransformerLayer
 

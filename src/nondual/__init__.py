@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         transformer,
     )
     from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
+    from nondual.data import shakespeare
     from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.efficient_attention.mamba import Mamba, MambaCache
     from nondual.efficient_attention.mamba2 import Mamba2
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from nondual.ops.selective_scan import selective_scan, selective_scan_step
     from nondual.ops.ssd import ssd, ssd_step
     from nondual.positional_encoding import LearnedPositions
-    from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, shakespeare, smollm2
+    from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
     from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
 
@@ -123,7 +124,7 @@ _HOME = {
     "load_mamba": "pretrained",
     "load_mamba2": "pretrained",
     "minilm": "pretrained",
-    "shakespeare": "pretrained",
+    "shakespeare": "data",
     "smollm2": "pretrained",
     "KVCache": "self_attention",
     "MultiHeadAttention": "self_attention",

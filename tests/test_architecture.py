@@ -103,11 +103,18 @@ def test_no_two_modules_import_each_other():
         visit(name, ())
 
 
+def of_triton(name: str) -> bool:
+    """Whether a module is Triton's side of an operation: ops.ssd.triton and every module in it."""
+    return "triton" in name.split(".")
+
+
 def test_a_kernel_imports_torch_and_triton_alone():
-    for name in MODULES:
-        if name.endswith(".triton"):
-            for other, line in imports(name):
-                assert other.split(".")[0] in {"torch", "triton", "math"}, f"{name}:{line} imports {other}"
+    """And its own package, and what every kernel's host side shares."""
+    for name in filter(of_triton, MODULES):
+        package = name[: name.index(".triton") + len(".triton")]
+        for other, line in imports(name):
+            known = other.split(".")[0] in {"torch", "triton", "math"} or other == "nondual.ops.kernels"
+            assert known or other.startswith(f"{package}."), f"{name}:{line} imports {other}"
 
 
 # --- importing -----------------------------------------------------------------------------------------------------
@@ -132,7 +139,7 @@ def python(code: str, **more: str) -> str:
 
 
 def test_everything_imports_without_triton_and_without_a_gpu():
-    names = [name for name in MODULES if not name.endswith(".triton")]
+    names = [name for name in MODULES if not of_triton(name)]
     code = BLOCK_TRITON + f"import importlib\nfor name in {names}:\n    importlib.import_module(name)\n"
     python(code + "assert 'triton' not in sys.modules\n", CUDA_VISIBLE_DEVICES="")
 
@@ -211,6 +218,9 @@ def test_a_chapter_shares_its_stem_with_a_module_and_a_test():
 
 @pytest.mark.parametrize("name", [name for name, file in MODULES.items() if file.stem != "__init__"])
 def test_a_module_has_a_test_of_its_stem(name):
-    file = MODULES[name]  # ops/flash_attention/triton.py is tested in test_triton.py or in test_flash_attention.py
-    names = (f"test_{file.stem}.py", f"test_{file.parent.name}.py", TESTED_IN.get(file.stem, ""))
+    file = MODULES[name]  # ops/ssd/matrix.py is tested in test_matrix.py or in test_ssd.py
+    names = [f"test_{file.stem}.py", f"test_{file.parent.name}.py", TESTED_IN.get(file.stem, "")]
+    if of_triton(name):  # ops/ssd/triton/forward.py
+        operation = next(parent for parent in file.parents if parent.name != "triton").name
+        names += [f"test_{operation}.py", f"test_{operation}_triton.py"]
     assert any(path.name in names for path in (ROOT / "tests").rglob("test_*.py")), f"there is no {names[0]}"

@@ -16,6 +16,7 @@ from nondual.ops import masks
 from nondual.ops.flash_attention import flash_attention, reference
 from nondual.ops.flash_attention import tiles as by_tiles
 from nondual.ops.flash_attention import triton as kernels
+from nondual.ops.flash_attention.triton import launch
 from nondual.pretrained import minilm
 from nondual.self_attention import KVCache, MultiHeadAttention
 
@@ -195,11 +196,11 @@ class Watched:
         self.name, self.kernel, self.launched = name, kernel, launched
 
     def __getitem__(self, grid):
-        def launch(*given, **constants):
-            self.launched.append((self.name, max(x.numel() for x in given if isinstance(x, torch.Tensor))))
-            return self.kernel[grid](*given, **constants)
+        def start(**given):
+            self.launched.append((self.name, max(x.numel() for x in given.values() if isinstance(x, torch.Tensor))))
+            return self.kernel[grid](**given)
 
-        return launch
+        return start
 
 
 def watch_launches(monkeypatch):
@@ -207,7 +208,7 @@ def watch_launches(monkeypatch):
     launched = []
     for name in KERNELS:
         attribute = f"{name}_kernel"
-        monkeypatch.setattr(kernels, attribute, Watched(name, getattr(kernels, attribute), launched))
+        monkeypatch.setattr(launch, attribute, Watched(name, getattr(launch, attribute), launched))
     return launched
 
 

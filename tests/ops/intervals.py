@@ -238,7 +238,7 @@ def cases():
     """Launches whose tensors have more elements than 32 bits can count."""
     import torch
 
-    from nondual.ops.flash_attention import triton as flash
+    from nondual.ops.flash_attention.triton import launch as flash
     from nondual.ops.selective_scan import triton as scan
     from nondual.ops.ssd import triton as ssd
 

@@ -13,7 +13,7 @@ import torch
 
 from nondual.ops import masks
 from nondual.ops.flash_attention import reference
-from nondual.ops.flash_attention import triton as flash
+from nondual.ops.flash_attention.triton import backward, forward, launch, primitives
 from nondual.ops.selective_scan import triton as scan
 from nondual.ops.ssd import triton as ssd
 
@@ -94,6 +94,9 @@ class Language:
 
     def range(self, start, stop, step=1):
         return (Whole(i) for i in range(start, stop, step))
+
+    def static_range(self, start, stop):
+        return range(start, stop)
 
     def debug_barrier(self):
         self.events.append(("barrier",))
@@ -188,15 +191,17 @@ def flash_cases():
 STEP = (("lo", "hi", "MASKED"), (ANYTHING,) * 3)
 
 
-@pytest.mark.parametrize("kernel, step", [("forward_kernel", "attend"), ("dq_kernel", "gather_dq")])
-def test_tiles_of_keys(kernel, step):
+@pytest.mark.parametrize(
+    "module, kernel, step", [(forward, "forward_kernel", "attend"), (backward, "dq_kernel", "gather_dq")]
+)
+def test_tiles_of_keys(module, kernel, step):
     """Forward, and backward for dq: a tile of queries passes the keys."""
     recorded = {step: (STEP[0], (ANYTHING,) * 3 if step == "attend" else ANYTHING)}
     for (n, m, causal, window), (block_q, block_kv) in product(flash_cases(), TILES):
         seen, visited = seen_by(n, m, causal, window), []
         for program in range(-(-n // block_q)):
             events = visits(
-                flash, kernel, program, recorded, ("key_bounds", "attend_all"), n=n, m=m, heads=1, window=window,
+                module, kernel, program, recorded, ("key_bounds", "attend_all"), n=n, m=m, heads=1, window=window,
                 SHARE=1, CAUSAL=causal, WINDOWED=window > 0, BLOCK_Q=block_q, BLOCK_KV=block_kv,
             )  # fmt: skip
             i = -(-n // block_q) - 1 - program  # the last tile first
@@ -213,7 +218,7 @@ def test_tiles_of_queries():
         seen, visited = seen_by(n, m, causal, window), []
         for program in range(-(-m // block_kv)):
             events = visits(
-                flash, "dkdv_kernel", program, recorded, ("query_bounds",), n=n, m=m, groups=1, window=window,
+                backward, "dkdv_kernel", program, recorded, ("query_bounds",), n=n, m=m, groups=1, window=window,
                 SHARE=1, CAUSAL=causal, WINDOWED=window > 0, BLOCK_Q=block_q, BLOCK_KV=block_kv,
             )  # fmt: skip
             for _, lo, hi, masked in events:
@@ -228,7 +233,7 @@ def test_the_mask_within_a_tile():
     """`visible`, which the masked tiles go by, is the mask of `nondual.ops.masks`, and nothing beyond the last key."""
     for n, m, causal, window in flash_cases():
         q, kv = torch.arange(n)[:, None], torch.arange(m + 3)[None]
-        seen = flash.visible.fn(q, kv, m, m - n, window, causal, window > 0).expand(n, m + 3)
+        seen = primitives.visible.fn(q, kv, m, m - n, window, causal, window > 0).expand(n, m + 3)
         assert torch.equal(seen[:, :m], seen_by(n, m, causal, window)) and not seen[:, m:].any(), (n, m, causal, window)
 
 
@@ -250,24 +255,24 @@ def test_tiles_of_split_keys(monkeypatch):
 
             return launch
 
-    real = flash.decode_kernel
+    real = launch.decode_kernel
     for (n, m, causal, window), block_kv, splits in product(flash_cases(), (1, 2, 3, 4), (1, 2, 3, 7)):
         if n > 4:  # decoding has few queries
             continue
         q, kv = torch.empty(1, 1, n, 1, device="meta"), torch.empty(1, 1, m, 1, device="meta")
         with monkeypatch.context() as patch:
-            patch.setattr(flash, "decode_kernel", Recorder())
+            patch.setattr(launch, "decode_kernel", Recorder())
             tiles = {"BLOCK_Q": 16, "BLOCK_KV": block_kv}
-            patch.setattr(flash, "configuration", lambda *_, tiles=tiles: dict(tiles))
+            patch.setattr(launch, "configuration", lambda *_, tiles=tiles: dict(tiles))
             with pytest.raises(Launched):
-                flash.launch_decode(q, kv, kv, causal, window, 1.0, splits)
+                launch.launch_decode(q, kv, kv, causal, window, 1.0, splits)
         seen, visited = seen_by(n, m, causal, window), []
         numbers = {x: launched[x] for x in ("n", "m", "groups", "window", "first", "length", "splits")}
         assert launched["programs"] == launched["splits"] <= splits
         assert numbers["first"] % block_kv == numbers["length"] % block_kv == 0
         for program in range(launched["programs"]):
             events = visits(
-                flash, "decode_kernel", program, recorded, ("key_bounds", "attend_all"), **numbers, SHARE=1,
+                forward, "decode_kernel", program, recorded, ("key_bounds", "attend_all"), **numbers, SHARE=1,
                 CAUSAL=causal, WINDOWED=window > 0, BLOCK_Q=16, BLOCK_KV=block_kv,
             )  # fmt: skip
             passed = [
@@ -403,7 +408,7 @@ def test_splits_of_decoding_follow_the_rule():
     """Few queries and 512 visible keys or more; parts of 256 keys or more; at most 128 parts."""
     for n, heads, groups, m, window in product((1, 4, 9), (8, 16), (1, 8), (511, 512, 513, 5000, 10**6), (0, 300, 600)):
         q, k = torch.empty(1, heads, n, 1, device="meta"), torch.empty(1, groups, m, 1, device="meta")
-        splits, seen = flash.splits_of(q, k, window), min(m, window + n - 1) if window else m
+        splits, seen = launch.splits_of(q, k, window), min(m, window + n - 1) if window else m
         assert (splits > 0) == (n * (heads // groups) <= 64 and seen >= 512)
         if splits:
             assert 1 <= splits <= 128 and splits * 256 <= seen

@@ -21,6 +21,8 @@ from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention, reference
 from nondual.ops.flash_attention import tiles as by_tiles
 from nondual.ops.flash_attention import triton as kernels
+from nondual.ops.flash_attention.triton import launch
+from nondual.ops.kernels import chip_of, strides
 
 SRC = Path(__file__).parents[2] / "src"
 MASKS = {"full": {}, "causal": {"causal": True}, "window 1": {"window": 1}, "window 23": {"window": 23}}
@@ -354,7 +356,7 @@ def test_offsets_beyond_two_to_the_31(device, axis, monkeypatch):
 @pytest.mark.parametrize("n, m", [(97, 97), (31, 257)])
 def test_tiles_out_of_sight_are_never_visited(device, n, m):
     """NaN in every key, value and query that no visited tile may hold changes nothing: out, lse, dq, dk, dv."""
-    chip = kernels.chip_of(torch.device(device))
+    chip = chip_of(torch.device(device))
     names = ("BLOCK_Q", "BLOCK_KV")
     far = max(
         kernels.configuration(x, chip, 16, 16, torch.float32)[n] for x in ("forward", "dkdv", "dq") for n in names
@@ -402,7 +404,7 @@ def test_any_tiles_give_the_same(device, tiles, monkeypatch):
             "num_stages": 1,
         }
 
-    monkeypatch.setattr(kernels, "configuration", other)
+    monkeypatch.setattr(launch, "configuration", other)
     for options in ({"causal": True}, {"window": 19}):
         check(made(67, 83, 16, h=1, g=1, device=device), options)
 
@@ -431,8 +433,8 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(mask, n, m, d, dv, monkeyp
     """The tensors lie inside larger ones, whose other elements count as outside."""
     watched = {}
     for name in ("forward", "decode", "combine", "delta", "dq", "dkdv"):
-        watched[name] = watch(getattr(kernels, f"{name}_kernel"))
-        monkeypatch.setattr(kernels, f"{name}_kernel", watched[name])
+        watched[name] = watch(getattr(launch, f"{name}_kernel"))
+        monkeypatch.setattr(launch, f"{name}_kernel", watched[name])
     q, k, v = (laid(x.detach(), "sliced").requires_grad_() for x in made(n, m, d, dv, h=2, g=1))
     out = flash_attention(q, k, v, **MASKS[mask], impl="triton")
     torch.autograd.grad(out, (q, k, v), laid(incoming(out), "sliced"))
@@ -448,15 +450,17 @@ def test_a_fault_in_memory_would_be_seen(watch):
     delta = torch.zeros(1, 1, 5)
     watched = watch(kernels.delta_kernel)
     sizes = {"DV": 16, "BLOCK_DV": 16, "BLOCK_Q": 16}
-    watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 5, 1, **sizes)
+    given = {"p_out": x, "p_do": x, "p_dtotal": delta, "p_delta": delta, **strides("bhn", o=x, g=x), "heads": 1}
+    watched[(1,)](**given, n=5, **sizes)
     with pytest.raises(Exception, match="read outside"):
-        watched[(1,)](x, x, delta, delta, 80, 80, 16, 80, 80, 16, 6, 1, **sizes)
+        watched[(1,)](**given, n=6, **sizes)
     watched = watch(kernels.forward_kernel)
     one_row = torch.zeros(1, 1, 1, 16).expand(x.shape)
-    strides = [*x.stride()[:3] * 3, *one_row.stride()[:3]]
+    given = {"p_q": x, "p_k": x, "p_v": x, "p_out": one_row, "p_top": delta, "p_total": delta.clone()}
+    given |= strides("bhn", q=x, k=x, v=x, o=one_row)
     sizes |= {"D": 16, "BLOCK_D": 16, "BLOCK_KV": 16, "SHARE": 1, "CAUSAL": False, "WINDOWED": False}
     with pytest.raises(AssertionError, match="a race"):
-        watched[(1,)](x, x, x, one_row, delta, delta.clone(), *strides, 5, 5, 1, 0, 0.25, **sizes)
+        watched[(1,)](**given, n=5, m=5, heads=1, window=0, scale=0.25, **sizes)
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------
@@ -997,7 +1001,8 @@ except ValueError as error:
 
 
 def test_without_triton_its_engine_is_refused(monkeypatch):
-    monkeypatch.delitem(sys.modules, "nondual.ops.flash_attention.triton")
+    for name in [name for name in sys.modules if name.startswith("nondual.ops.flash_attention.triton")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(door, "triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match="needs triton"):

@@ -32,22 +32,11 @@ def report():
 
 
 LAUNCH = """
+import harness
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from nondual.ops.flash_attention.triton import launch as flash
 
-class Chip:
-    'Knows what to compile for, and cannot launch.'
-    get_current_device = get_current_stream = lambda self, *_: 0
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-
-driver.set_active(Chip())
-JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
-    self.fn.__name__, "wgmma.mma_async" in self.warmup(*a, grid=grid, **k).asm["ptx"]
-)
-from nondual.ops.flash_attention import triton as flash
-
+harness.compile_instead_of_launching(lambda name, code: print(name, "wgmma.mma_async" in code["ptx"]))
 flash.chip_of = lambda device: "sm_90"
 for b, h, g, n, m, d, dv in ((2, 4, 2, 37, 61, 64, 64), (1, 1, 1, 1, 1, 1, 1)):
     q, k, v = (torch.zeros(b, *x, dtype=torch.bfloat16) for x in ((h, n, d), (g, m, d), (g, m, dv)))

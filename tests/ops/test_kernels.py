@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nondual.ops.kernels import block_size, chip_of, contiguous_rows, multiprocessors
+from nondual.ops.kernels import block_size, chip_of, contiguous_rows, multiprocessors, strides
 
 
 def test_a_block_is_the_next_power_of_two_and_at_least_16():
@@ -17,6 +17,12 @@ def test_rows_are_copied_only_where_their_numbers_lie_apart():
     apart = x.mT
     rows = contiguous_rows(apart)
     assert rows.is_contiguous() and torch.equal(rows, apart)
+
+
+def test_strides_by_the_names_that_kernels_give_them():
+    q, dk = torch.empty(2, 3, 4, 5), torch.empty(2, 3, 4, 5).transpose(1, 2)
+    assert strides("bhn", q=q, dk=dk) == {"s_qb": 60, "s_qh": 20, "s_qn": 5, "s_dkb": 60, "s_dkh": 5, "s_dkn": 20}
+    assert strides("b", q=q) == {"s_qb": 60} and strides("bh") == {}
 
 
 @pytest.mark.parametrize(

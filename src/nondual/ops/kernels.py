@@ -30,3 +30,14 @@ def chip_of(device: torch.device) -> str:
 def multiprocessors(device: torch.device, otherwise: int) -> int:
     """How many multiprocessors a CUDA device has; `otherwise` where the device is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else otherwise
+
+
+def strides(axes: str, **tensors: Tensor) -> dict[str, int]:
+    """The strides of tensors under the names that a kernel gives them.
+
+    Args:
+        axes: a letter for each of the first axes: strides("bhn", q=q, dk=dk) is {"s_qb": …, "s_qh": …, "s_qn": …,
+            "s_dkb": …, "s_dkh": …, "s_dkn": …}, to be given to a launch by `**`.
+        tensors: each with at least as many axes.
+    """
+    return {f"s_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}

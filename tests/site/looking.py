@@ -1,0 +1,104 @@
+"""A page as a browser shows it, and what is wrong with it: in its requests, its scripts, its layout and its colours."""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+AXE = Path(__file__).parent.parent / "assets" / "axe.min.js"
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
+
+# A page is loaded in the first and turned to the second, so that each width is the whole test of one palette.
+PALETTES = {"desktop": ("light", "dark"), "phone": ("dark", "light")}
+
+LOOK = r"""() => {
+  const faults = [];
+  for (const image of document.images) if (!image.naturalWidth) faults.push("missing image " + image.src);
+  for (const node of document.querySelectorAll(".katex-error")) faults.push("KaTeX: " + node.textContent);
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (/\\[(\[]|\$\$/.test(node.data) && !node.parentElement.closest("pre, code, script, style, .katex"))
+      faults.push("mathematics not set: " + node.data.trim().slice(0, 60));
+  }
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth > width) {
+    const sticksOut = (node) => node.getBoundingClientRect().right > width + 1;
+    const wide = [...document.querySelectorAll("body *")].filter(sticksOut).pop();
+    faults.push("scrolls sideways, for one: " + (wide ? wide.outerHTML.slice(0, 90) : "?"));
+  }
+  return faults;
+}"""
+
+# axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
+AXE_RUN = """(rules) => axe.run(document, {
+  resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
+}).then((found) => found.violations
+  .filter((v) => ["serious", "critical"].includes(v.impact))
+  .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
+OF_COLOUR = ["color-contrast", "link-in-text-block"]  # axe's rules that look at colours
+
+SCHEMES = {"light": "default", "dark": "slate"}
+SETTLED = """async (scheme) => {
+  const {body} = document, frame = () => new Promise(requestAnimationFrame), limit = performance.now() + 30_000;
+  while ("mdColorScheme" in body.dataset && body.dataset.mdColorScheme !== scheme && performance.now() < limit)
+    await frame();
+  await frame();  // what the new colours set in motion is there only now
+  await Promise.all(document.getAnimations().map((motion) => motion.finished.catch(() => 0)));
+  return body.dataset.mdColorScheme ?? scheme;
+}"""
+
+
+def turn(page, palette: str) -> None:
+    """Turn the page that is shown to a palette, as the reader's system would, and wait until its colours stand."""
+    page.emulate_media(color_scheme=palette)
+    assert page.evaluate(SETTLED, SCHEMES[palette]) == SCHEMES[palette], f"the page does not turn {palette}"
+
+
+def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",)) -> list[str]:
+    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, and what LOOK and axe see.
+
+    It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
+    """
+    faults, host = [], urlsplit(address).netloc
+
+    def on_request(request):
+        if urlsplit(request.url).scheme in ("http", "https") and urlsplit(request.url).netloc != host:
+            faults.append(f"asks another host: {request.url}")
+
+    def on_response(response):
+        if response.status >= 400:
+            faults.append(f"{response.status}: {response.url}")
+
+    def on_failure(request):
+        if "ERR_ABORTED" not in (request.failure or ""):
+            faults.append(f"failed: {request.url}")
+
+    heard = {
+        "request": on_request,
+        "response": on_response,
+        "requestfailed": on_failure,
+        "pageerror": lambda error: faults.append(f"script: {error}"),
+        "console": lambda message: faults.append(f"console: {message.text}") if message.type == "error" else None,
+    }
+    for event, listener in heard.items():
+        page.on(event, listener)
+    page.emulate_media(color_scheme=palettes[0])
+    page.goto(address)
+    page.evaluate("document.fonts.ready.then(() => 0)")
+    if axe:
+        page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
+    for palette in palettes:
+        turn(page, palette)
+        seen = page.evaluate(LOOK)
+        if axe:
+            seen += page.evaluate(AXE_RUN, None if palette == palettes[0] else OF_COLOUR)
+        faults += [f"{palette}: {fault}" for fault in seen]
+    for event, listener in heard.items():
+        page.remove_listener(event, listener)
+    return faults
+
+
+def still(browser, size: str):
+    """A window of this size, without motion."""
+    width, height = SIZES[size]
+    viewport = {"width": width, "height": height}
+    return browser.new_context(viewport=viewport, reduced_motion="reduce", service_workers="block")

@@ -1,0 +1,102 @@
+"""Every page of the built site in Chromium: loaded once at each of two widths, and looked at in both palettes."""
+
+from urllib.parse import urlsplit
+
+import pytest
+from documents import base_of
+from looking import PALETTES, SCHEMES, SIZES, faults_of, still, turn
+
+PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("size", SIZES)
+def test_every_page_reads_well(browser, site, pages, size, part):
+    context, faults = still(browser, size), {}
+    page = context.new_page()
+    for name in list(pages)[part::PARTS]:
+        found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
+        if found:
+            faults[name] = found
+    context.close()
+    assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
+
+
+COLOURS = """() => [...document.querySelectorAll("body, body *:not(.katex *)")].flatMap((node) =>
+  ["", "::before", "::after"].map((part) => {
+  const style = getComputedStyle(node, part || null);
+  const names = ["color", "backgroundColor", "backgroundImage", "fill", "stroke", "opacity", "filter", "boxShadow",
+    "borderTopColor", "borderBottomColor", "borderLeftColor", "outlineColor", "textDecorationColor", "colorScheme",
+    "display", "visibility"];
+  return [node.tagName + "." + node.className + part, ...names.map((name) => style[name])].join("; ");
+}))"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "name, size",
+    [("index.html", "phone"), ("essay/self_attention/index.html", "desktop"), ("ledger/index.html", "phone")],
+)
+def test_a_page_that_is_turned_has_the_colours_of_one_that_is_loaded(browser, site, name, size):
+    """So a page need not be loaded anew for its second palette."""
+    seen = {}
+    for first, second in (("light", "dark"), ("dark", "light")):
+        context = still(browser, size)
+        page = context.new_page()
+        page.emulate_media(color_scheme=first)
+        page.goto(site + name.removesuffix("index.html"))
+        page.evaluate("document.fonts.ready.then(() => 0)")
+        turn(page, first)
+        seen[first, "loaded"] = page.evaluate(COLOURS)
+        turn(page, second)
+        seen[second, "turned"] = page.evaluate(COLOURS)
+        context.close()
+    for palette in SCHEMES:
+        assert seen[palette, "turned"] == seen[palette, "loaded"]
+    assert seen["light", "loaded"] != seen["dark", "loaded"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("typed, marked", [("pratyabhijna", "pratyabhijñā"), ("samskara", "saṃskāra")])
+def test_search_finds_marked_words_by_plain_letters(home, pages, typed, marked):
+    home.keyboard.press("/")
+    home.locator(".md-search__input").press_sequentially(typed, delay=20)
+    first = home.locator(".md-search-result__item a").first
+    first.wait_for(state="visible")
+    target = urlsplit(first.get_attribute("href")).path.removeprefix(base_of(pages)).lstrip("/")
+    name = target + "index.html" if target in ("",) or target.endswith("/") else target
+    assert marked in pages[name].text.lower()
+
+
+@pytest.mark.browser
+def test_a_glossary_term_explains_itself(home, site, pages):
+    name = next(name for name, page in pages.items() if "<abbr title" in page.text)
+    home.goto(site + name)
+    term = home.locator("abbr").first
+    term.scroll_into_view_if_needed()
+    term.hover()
+    tip = home.locator(".md-tooltip2--active, .md-tooltip--active").first
+    tip.wait_for(state="visible")
+    assert len(tip.inner_text()) > 20
+
+
+@pytest.mark.browser
+def test_the_palette_turns_from_system_to_light_to_dark(home):
+    choices = home.locator("form[data-md-component=palette] input")
+    media = [choices.nth(i).get_attribute("data-md-color-media") for i in range(3)]
+    seen = []
+    for now in media:
+        home.wait_for_function("media => document.body.dataset.mdColorMedia === media", arg=now)
+        seen.append(home.evaluate("document.body.dataset.mdColorScheme"))
+        home.locator("form[data-md-component=palette] label:not([hidden])").click()
+    assert seen == ["default", "default", "slate"]
+
+
+@pytest.mark.browser
+def test_a_lost_reader_finds_the_way_home(home, site):
+    answer = home.goto(site + "no/such/page/")
+    assert answer.status == 404
+    assert home.locator("h1").inner_text() == "No such page"
+    home.locator(".md-content a", has_text="Home").click()
+    home.wait_for_url(site)

@@ -1,0 +1,65 @@
+"""The checks of a page in a browser fail when they should."""
+
+import pytest
+from looking import OF_COLOUR, PALETTES, faults_of
+
+NOWHERE = "http://nowhere.invalid/x.js"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "body, fault",
+    [
+        (f'<script src="{NOWHERE}"></script>', "asks another host"),
+        ('<script>fetch("http://nowhere.invalid/x").catch(() => 0)</script>', "asks another host"),
+        ("<script>console.error('x')</script>", "console: x"),
+        ("<script>undefined.x</script>", "script: "),
+        ('<script src="gone.js"></script>', "404: "),
+        ('<img alt="" src="data:image/png;base64,AAAA">', "missing image"),
+        ('<p class="katex-error">\\frac</p>', "KaTeX"),
+        ("<p>\\(x\\)</p>", "mathematics not set"),
+        ('<p style="width: 900px">wide</p>', "scrolls sideways"),
+        ('<p style="color: #999; background: #fff">faint</p>', "axe color-contrast"),
+        ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">', "axe image-alt"),
+    ],
+)
+def test_a_faulty_page_is_caught(browser, serve, small, body, fault):
+    with serve(small(body)) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        assert [found for found in faults_of(page, address, axe=True) if fault in found]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("palettes", PALETTES.values(), ids="-".join)
+@pytest.mark.parametrize(
+    "rule, body, fault",
+    [
+        ("p { color: #999; background: #fff }", "<p>faint</p>", "axe color-contrast"),
+        ("p { color: #000; background: #fff } a { color: #030; text-decoration: none }",
+         "<p>a long line of words and <a href='#top'>a link</a> within it</p>", "axe link-in-text-block"),
+        ("p { width: 900px }", "<p>wide</p>", "scrolls sideways"),
+        ("p { background: url(gone.png) }", "<p>bare</p>", "404: "),
+    ],
+)  # fmt: skip
+def test_a_fault_in_the_dark_alone_is_caught(browser, serve, small, rule, body, fault, palettes):
+    """Whether the page is loaded in the dark or turned to it; what is seen there is not said of the light."""
+    folder = small(f"<style>@media (prefers-color-scheme: dark) {{ {rule} }}</style>{body}")
+    with serve(folder) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        found = faults_of(page, address, axe=True, palettes=palettes)
+    assert [one for one in found if fault in one]
+    assert all(one.startswith("dark: ") for one in found if "axe" in one or "sideways" in one), found
+
+
+@pytest.mark.browser
+def test_axes_rules_of_colour_are_all_run_in_both_palettes(browser, serve, small):
+    """All that its own tag names, but for the stricter contrast of AAA, which is off; all others look at the page."""
+    with serve(small("")) as address, browser.new_page() as page:
+        faults_of(page, address, axe=True)
+        rules = page.evaluate("axe.getRules(['cat.color']).map((rule) => rule.ruleId)")
+    assert set(rules) - {"color-contrast-enhanced"} == set(OF_COLOUR)
+
+
+@pytest.mark.browser
+def test_a_sound_page_passes(browser, serve, small):
+    folder = small("<p>All is well, <code>\\(x\\)</code> too.</p>")
+    with serve(folder) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        assert faults_of(page, address, axe=True) == []

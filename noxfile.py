@@ -1,6 +1,6 @@
 """One command for each thing a reader or an author does. All share one environment, .nox/nondual.
 
-nox -s docs      build the site into site/ (strict)
+nox -s docs      build the site into site/ (strict); -- --anew draws every figure again
 nox -s serve     read it on http://127.0.0.1:8000
 nox -s tests     unit tests, every snippet, and the site's checks
 nox -s snippets  every fence alone, as `python file.py`
@@ -70,10 +70,11 @@ def recipe() -> str:
 def build(session: nox.Session, *, anew: bool = True) -> str:
     """Build the site, strictly; a broken link, a failing figure or a false verdict stops it.
 
+    Figures whose code, library and versions are as they were are taken from .cache, but not in CI.
     Without `anew` a site that was built from the files as they are is taken as it is.
     """
     python = environment(session)
-    run(session, python, "-m", "nondual.pretrained", minutes=20)  # the real weights, once, into the user's cache
+    run(session, python, "hooks/weights.py", minutes=20)  # those that the pages read, once, into the user's cache
     built = ROOT / ".nox" / "site"  # what the site was built from; not in site/, which is published
     sources = contents()
     if not anew and SITE.exists() and built.exists() and built.read_text() == sources:
@@ -81,6 +82,8 @@ def build(session: nox.Session, *, anew: bool = True) -> str:
         return python
     built.unlink(missing_ok=True)
     env = {"OMP_WAIT_POLICY": "passive"}  # torch's threads sleep while they wait, and do not hold up a busy machine
+    if "--anew" in session.posargs:
+        env["NONDUAL_DRAW_ANEW"] = "1"
     run(session, python, "-m", "mkdocs", "build", "--strict", "--site-dir", str(SITE), env=env, minutes=20)
     built.parent.mkdir(exist_ok=True)
     built.write_text(sources)
@@ -91,7 +94,8 @@ def contents() -> str:
     """A hash of every file of the project but what is made from them: pages, code, tests, measurements."""
     found = hashlib.sha256((recipe() + os.environ.get("SITE_URL", "")).encode())
     for folder, inner, names in os.walk(ROOT):
-        inner[:] = sorted(name for name in inner if name not in ("site", "dist", "__pycache__") and name[0] != ".")
+        made = ("site", "dist") if Path(folder) == ROOT else ()
+        inner[:] = sorted(name for name in inner if name not in (*made, "__pycache__") and name[0] != ".")
         for name in sorted(names):
             file = Path(folder, name)
             if file.is_file():
@@ -101,7 +105,7 @@ def contents() -> str:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site into site/."""
+    """Build the site into site/; `-- --anew` draws every figure again, as CI does."""
     build(session)
     session.log("Built. Read it with: nox -s serve")
 
@@ -127,6 +131,7 @@ def serve(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Unit tests, every snippet of README and docs, and the checks of the built site; `-- -n0` runs them in turn."""
     python = build(session, anew=False)
+    run(session, python, "-m", "nondual.pretrained", minutes=20)  # the tests read all of the weights and texts
     # The tests of a file stay together, for what they share; conftest.py sorts the files. Each worker loads torch.
     many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
     what = ["--codeblocks", "tests", "README.md", "docs"]
@@ -137,7 +142,7 @@ def tests(session: nox.Session) -> None:
 def snippets(session: nox.Session) -> None:
     """Every fence of README and docs as a file of its own, as a reader would run it."""
     python = environment(session)
-    run(session, python, "-m", "nondual.pretrained", minutes=20)
+    run(session, python, "hooks/weights.py", "--snippets", minutes=20)
     run(session, python, "hooks/fences.py", *session.posargs, minutes=30)
 
 
@@ -161,7 +166,7 @@ def gpu_tests(session: nox.Session) -> None:
 
 def on_gpu(file: Path) -> bool:
     """Whether a file has tests for a GPU. Only these are collected: the others import more than a bare machine has."""
-    marked = r"^[ \t]*@pytest\.mark\.gpu\b|^pytestmark\b.*\bgpu\b|\bmarks=.*\bgpu\b"
+    marked = r"^[ \t]*@pytest\.mark\.gpu\b|^pytestmark\b.*\bgpu\b|\bmarks=.*\bgpu\b|^@everywhere\b"
     return re.search(marked, file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 

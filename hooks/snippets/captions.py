@@ -13,13 +13,12 @@ Names with a digit in them are no numbers (float32, SmolLM2, GPT-4). The code is
 
 import ast
 import html
-import json
 import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from snippets.reading import ROOT, fences, pages, shown
+from snippets.reading import cells, fences, notebooks, pages, shown
 
 WORDS = "alt", "caption"  # the arguments that are read
 SHOW = "show", "steps"  # of nondual.figures; these must give both
@@ -48,11 +47,8 @@ def faults(page: str | Path) -> list[str]:
     """The numbers of a page or notebook that nothing in their figure's code backs, each as 'docs/x.md:12: …'."""
     page = Path(page)
     if page.suffix == ".ipynb":
-        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
-        codes = [("".join(cell["source"]), i) for i, cell in enumerate(cells) if cell["cell_type"] == "code"]
-        return [
-            f"{shown(page)}: cell {i}, line {line}: {fault}" for code, i in codes for line, fault in faults_of(code)
-        ]
+        found = ((i, line, fault) for i, code in cells(page) for line, fault in faults_of(code))
+        return [f"{shown(page)}: cell {i}, line {line}: {fault}" for i, line, fault in found]
     drawn = [fence for fence in fences(page) if fence.kind == "figure"]
     return [f"{shown(page)}:{fence.line + line}: {fault}" for fence in drawn for line, fault in faults_of(fence.code)]
 
@@ -60,7 +56,7 @@ def faults(page: str | Path) -> list[str]:
 def faults_of(code: str) -> list[tuple[int, str]]:
     """The same of one fence's code, with lines counted in it from 1. Code that is no Python has no words of ours."""
     try:
-        tree = ast.parse("\n".join("" if line.lstrip()[:1] in "%!" else line for line in code.splitlines()))
+        tree = ast.parse(code)
     except SyntaxError:
         return []
     out: list[tuple[int, str]] = []
@@ -210,8 +206,3 @@ def main(arguments: list[str]) -> int:
     found = [fault for page in chosen or [*pages(), *notebooks()] for fault in faults(page)]
     print("\n".join(found) or "every number in a figure's words is computed or asserted by its code")
     return 1 if found else 0
-
-
-def notebooks(root: Path = ROOT) -> list[Path]:
-    """Every notebook of the site."""
-    return sorted((root / "docs").rglob("*.ipynb"))

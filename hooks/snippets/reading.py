@@ -9,6 +9,7 @@ right:
     py                  source shown by inclusion: one or more `--8<--` lines and nothing else; tested where it lives
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,18 @@ def pages(root: Path = ROOT) -> list[Path]:
     """Every page whose fences a reader may paste."""
     front = [root / "README.md", root / "CONTRIBUTING.md"]
     return [page for page in front if page.exists()] + sorted((root / "docs").rglob("*.md"))
+
+
+def notebooks(root: Path = ROOT) -> list[Path]:
+    """Every notebook of the site."""
+    return sorted((root / "docs").rglob("*.ipynb"))
+
+
+def cells(notebook: Path) -> list[tuple[int, str]]:
+    """The cells of code of a notebook, each with its number; a line for IPython alone, `%time`, is left empty."""
+    found = enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    codes = [(i, "".join(cell["source"])) for i, cell in found if cell["cell_type"] == "code"]
+    return [(i, "\n".join("" if line.lstrip()[:1] in "%!" else line for line in code.split("\n"))) for i, code in codes]
 
 
 def fences(page: str | Path) -> list[Fence]:

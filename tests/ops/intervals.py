@@ -240,7 +240,7 @@ def cases():
 
     from nondual.ops.flash_attention.triton import launch as flash
     from nondual.ops.selective_scan import triton as scan
-    from nondual.ops.ssd import triton as ssd
+    from nondual.ops.ssd.triton import launch as ssd
 
     ssd.chip_of = flash.chip_of = lambda device: "sm_90"
     empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
@@ -277,13 +277,8 @@ def cases():
             x, B = empty(b, length, h, p, dtype=dtype), empty(b, length, g, n, dtype=dtype)
             rest = empty(h, p), x, empty(h), empty(b, h, p, n), empty(b, length, dtype=torch.bool)
             call = ssd.Launcher(x, x[..., 0], empty(h), B, B, *rest, True, chunk)
-            call.steps()
-            states, last = call.pass_on()
-            call.output(states)
-            grads, _, whole = call.pass_back(x, last, states)
-            _, _, *crossing = call.rows(x, states)
-            _, _, _, d_step, columns, after = call.columns(x, grads)
-            call.steps_back(*crossing, columns, after, whole, d_step)
+            _, last = call.forward()
+            call.backward(x, last)
 
         return run
 

@@ -19,6 +19,7 @@ from nondual.ops import ssd as door
 from nondual.ops.selective_scan import selective_scan
 from nondual.ops.ssd import reference, ssd, ssd_matrix, ssd_step
 from nondual.ops.ssd import triton as kernels
+from nondual.ops.ssd.triton import launch
 
 SRC = Path(__file__).parents[2] / "src"
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -77,9 +78,9 @@ def textbook(x, delta, A, B, C, D=None, z=None, delta_bias=None, state=None, *, 
     between = rates[..., None].expand(*rates.shape, length).masked_fill(~lower.tril(-1), 0).cumsum(-2)
     sequence = (torch.zeros_like(delta[..., 0]) if reset is None else reset).cumsum(1)
     seen = (lower & (sequence[:, :, None] == sequence[:, None]))[:, None]
-    fade = between.masked_fill(~seen, -torch.inf).exp() * step[:, :, None]
-    y = (C @ B.mT * fade.to(dtype)) @ v
-    last = (fade[:, :, -1, :, None].to(dtype) * v).mT @ B
+    decay = between.masked_fill(~seen, -torch.inf).exp() * step[:, :, None]
+    y = (C @ B.mT * decay.to(dtype)) @ v
+    last = (decay[:, :, -1, :, None].to(dtype) * v).mT @ B
     if state is not None:
         passed = rates.cumsum(-1).masked_fill((sequence > 0)[:, None], -torch.inf).exp()[..., None]
         y = y + passed.to(dtype) * (C @ state.to(dtype).mT)
@@ -655,7 +656,7 @@ def test_runs_are_equal_to_the_bit(device):
 @everywhere
 @pytest.mark.parametrize("per", [1, 2, 3])
 def test_heads_added_up_in_a_program_or_between_give_the_same(device, per, monkeypatch):
-    monkeypatch.setattr(kernels, "heads_of_a_program", lambda *_: per)
+    monkeypatch.setattr(launch, "heads_of_a_program", lambda *_: per)
     check(made(17, h=3, device=device))
 
 
@@ -687,8 +688,8 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(reset, monkeypatch, watch)
     """The tensors lie inside larger ones, whose other elements count as outside."""
     watched = {}
     for name in KERNELS:
-        watched[name] = watch(getattr(kernels, f"{name}_kernel"))
-        monkeypatch.setattr(kernels, f"{name}_kernel", watched[name])
+        watched[name] = watch(launch.KERNELS[name])
+        monkeypatch.setitem(launch.KERNELS, name, watched[name])
     inputs = made(35, h=2, p=5, n=19, skip="hp")
     inputs = {name: laid(v.detach(), "sliced").requires_grad_() for name, v in inputs.items()}
     d_y = laid(incoming(inputs["x"]), "sliced")
@@ -701,16 +702,16 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(reset, monkeypatch, watch)
 @interpreted
 def test_a_fault_in_memory_would_be_seen(watch):
     state, one = torch.zeros(1, 1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
-    fade, start = torch.zeros(1, 1, 20), torch.zeros(1, 20, dtype=torch.int32)
+    decay, start = torch.zeros(1, 1, 20), torch.zeros(1, 20, dtype=torch.int32)
     sizes = {"RESET": True, "SIZE": 16, "CHUNK": 16, "BLOCK": 16}
     watched = watch(kernels.pass_kernel)
-    watched[(1,)](state, one, fade, fade, start, one.clone(), 20, 1, 2, **sizes)
+    watched[(1,)](state, one, decay, decay, start, one.clone(), 20, 1, 2, **sizes)
     with pytest.raises(Exception, match="read outside"):  # one step more than there are
-        watched[(1,)](state, one, fade, fade, start, one.clone(), 21, 1, 2, **sizes)
+        watched[(1,)](state, one, decay, decay, start, one.clone(), 21, 1, 2, **sizes)
     with pytest.raises(Exception, match="read outside"):  # one chunk more
-        watched[(1,)](state, one, fade, fade, start, one.clone(), 20, 1, 3, **sizes)
+        watched[(1,)](state, one, decay, decay, start, one.clone(), 20, 1, 3, **sizes)
     with pytest.raises(AssertionError, match="a race"):  # the last state where the first chunk's is
-        watched[(1,)](state, one, fade, fade, start, state, 20, 1, 2, **sizes)
+        watched[(1,)](state, one, decay, decay, start, state, 20, 1, 2, **sizes)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -1157,7 +1158,8 @@ except ValueError as error:
 
 
 def test_without_triton_its_engine_is_refused(monkeypatch):
-    monkeypatch.delitem(sys.modules, "nondual.ops.ssd.triton")
+    for name in [name for name in sys.modules if name.startswith("nondual.ops.ssd.triton")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(door, "triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match="needs triton"):

@@ -43,9 +43,9 @@ driver.set_active(Chip())
 JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
     self.fn.__name__, "wgmma.mma_async" in self.warmup(*a, grid=grid, **k).asm["ptx"]
 )
-from nondual.ops.ssd import triton as kernels
+from nondual.ops.ssd.triton import launch
 
-kernels.chip_of = lambda device: "sm_90"
+launch.chip_of = lambda device: "sm_90"
 for b, length, h, p, g, n, given in ((2, 37, 4, 64, 2, 128, True), (1, 1, 1, 1, 1, 1, False)):
     x, z = (torch.zeros(b, length, h, p, dtype=torch.bfloat16) for _ in range(2))
     B, C = (torch.zeros(b, length, g, n, dtype=torch.bfloat16) for _ in range(2))

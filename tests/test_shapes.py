@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("nondual", "beartype.beartype"):
     import torch
     from nondual import attention_mechanism, positional_encoding, self_attention, tasks, transformer
-    from nondual.pretrained import load_mamba, minilm as load_minilm  # imported lazily: here, so that they are checked
+    from nondual.pretrained import SentenceEncoder, load_mamba, minilm as load_minilm  # lazy, so named here
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.efficient_attention.mamba import Mamba, step_bias

@@ -27,7 +27,7 @@ from nondual.pretrained import (
     smollm2,
 )
 from nondual.pretrained.gguf import dequantize, read_gguf
-from nondual.pretrained.language_model import from_gguf
+from nondual.pretrained.llama import from_gguf
 from nondual.pretrained.mamba import from_mamba
 
 

@@ -10,12 +10,12 @@ What needs torch is imported when it is first asked for (PEP 562), so that the c
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from nondual.pretrained.packages import MINILM, PACKAGES, SMOLLM2
+from nondual.pretrained.minilm import MINILM, minilm
+from nondual.pretrained.smollm2 import SMOLLM2, smollm2
 from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
 if TYPE_CHECKING:
-    from nondual.pretrained.encoder import SentenceEncoder, from_bert, minilm
-    from nondual.pretrained.language_model import smollm2
+    from nondual.pretrained.encoder import SentenceEncoder, from_bert
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
@@ -35,12 +35,13 @@ __all__ = [
     "smollm2",
 ]
 
+PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2}
+"""What is fetched, by the name of the function that reads it."""
+
 # The module that a name is taken from when it is first asked for.
 _HOME = {
     "SentenceEncoder": "encoder",
     "from_bert": "encoder",
-    "minilm": "encoder",
-    "smollm2": "language_model",
     "load_mamba": "mamba",
     "load_mamba2": "mamba",
 }

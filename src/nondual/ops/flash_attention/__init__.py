@@ -174,7 +174,7 @@ class Inputs(NamedTuple):
     return_lse: bool
 
 
-# --- engines: (out, lse) each, lse None where it is not to be had ----------------------------------------------------
+# --- engines: each gives (out, lse); lse is None where the engine does not return it ---------------------------------
 
 
 def _reference(given: Inputs) -> tuple[Tensor, Tensor | None]:

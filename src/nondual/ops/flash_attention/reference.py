@@ -1,8 +1,8 @@
 """Flash attention in plain torch: exact attention one tile at a time, slow, in any dtype, wherever torch runs.
 
 Source: Dao 2023 (2307.08691), Algorithm 1 (forward) and Algorithm 2 (backward); the numbers in the code are theirs.
-They refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), which walk the keys outside and the queries inside and
-so rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
+They refine Algorithms 1 and 4 of Dao et al. 2022 (2205.14135), whose outer loop is over the keys, so that
+they rescale and write O once for each tile of keys; the recurrences, that paper's section 3.1, are the same.
 
 Symbols: B batch, H query heads, G key/value heads, N queries, M keys, D head width; a tile of queries is Q_i, a tile of
 keys K_j; S scores, P their softmax, m a row's highest score so far, l (the papers' ℓ) its sum of exponentials so far,
@@ -76,7 +76,7 @@ def flash_attention(
     count: Count | None = None,
     trace: Callable[[Step], None] | None = None,
 ) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
-    """Attention and its log-sum-exp, tile by tile; the input is taken as `nondual.ops.flash_attention` has checked it.
+    """Attention and its log-sum-exp, tile by tile; `nondual.ops.flash_attention` has checked the inputs.
 
     Args:
         q: queries (B, H, N, D), any floating dtype; computed in float32 or better.
@@ -150,7 +150,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, tile: tuple[int, int],
     count: Count | None = None, trace: Callable[[Step], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Algorithm 1: for each tile of queries, past all tiles of keys: O, L, and what rounding took from L."""
+    """Algorithm 1: for each tile of queries, over all tiles of keys. Gives O, L, and what rounding took from L."""
     wide = accumulation_dtype(q.dtype)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     lse, rest = (torch.empty(q.shape[:3], dtype=wide, device=q.device) for _ in range(2))
@@ -165,9 +165,9 @@ def forward(
             m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
             shift = m_new.masked_fill(m_new == -torch.inf, 0)  # a row without a visible key so far: exp(-inf - 0) = 0
             p = torch.exp(s - shift[..., None])
-            forget = torch.exp(m - shift)  # what is held was measured from the old m
-            l = forget * l + p.sum(-1)
-            o = forget[..., None] * o + p @ v_j  # 10
+            rescale = torch.exp(m - shift)  # the sums so far are relative to the old m
+            l = rescale * l + p.sum(-1)
+            o = rescale[..., None] * o + p @ v_j  # 10
             m = m_new
             _note(count, multiplications=s.numel() * v.shape[-1])
             if trace is not None:
@@ -188,7 +188,7 @@ def backward(
     d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor,
     visible: Visible, scale: float, tile: tuple[int, int], count: Count | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Algorithm 2: for each tile of keys, past all tiles of queries; P is computed again from L. Gives dQ, dK, dV."""
+    """Algorithm 2: for each tile of keys, over all tiles of queries; P is computed again from L. Gives dQ, dK, dV."""
     wide = lse.dtype
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
     # 4: D = rowsum(dO ∘ O). L is an output too here, with dL/dS = P: its gradient is added to dS below as part of -D.
@@ -246,7 +246,7 @@ class _FlashAttentionBackward(torch.autograd.Function):
 
 
 # --- compiled ------------------------------------------------------------------------------------------------------
-# torch.compile would unroll the loops, and compile anew for every length: it is given each pass as one operator.
+# torch.compile would unroll the loops and compile again for every length, so it is given each pass as one operator.
 
 
 @torch.library.custom_op("nondual::flash_attention_reference", mutates_args=())
@@ -309,7 +309,7 @@ def _note(count: Count | None, **numbers: int) -> None:
 
 
 def _load(x: Tensor, rows: range, dtype: torch.dtype, count: Count | None) -> Tensor:
-    """Some rows of x, as on the chip."""
+    """Some rows of x, in the dtype of the sums, as a kernel would hold them on the chip."""
     tile = x[:, :, rows.start : rows.stop]
     _note(count, loaded=tile.numel())
     return tile.to(dtype)

@@ -85,7 +85,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tenso
 
 
 def _output(q: Tensor, v: Tensor) -> Tensor:
-    """Room for (B, H, N, Dv), laid out as (B, N, H, Dv): a module then joins the heads without a copy."""
+    """An empty (B, H, N, Dv), laid out in memory as (B, N, H, Dv): a module then joins the heads without a copy."""
     b, h, n, _ = q.shape
     return q.new_empty(b, n, h, v.shape[-1]).transpose(1, 2)
 
@@ -116,7 +116,7 @@ def backward(
 
 
 # --- as operators of torch -----------------------------------------------------------------------------------------
-# Operators, so that torch.compile does not unroll the loops and compile anew for every length.
+# Operators, so that torch.compile does not unroll the loops and compile again for every length.
 
 attention_by_tiles: CustomOpDef = torch.library.custom_op("nondual::attention_by_tiles", forward, mutates_args=())
 _backward = torch.library.custom_op("nondual::attention_by_tiles_backward", backward, mutates_args=())

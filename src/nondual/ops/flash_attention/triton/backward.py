@@ -97,7 +97,7 @@ def dkdv_kernel(
         p_qh = p_q + i_b * s_qb + i_h * s_qh
         p_doh = p_do + i_b * s_gb + i_h * s_gh
         i_row = (i_bg * SHARE + i_share) * n
-        for SPAN in tl.static_range(0 if CAUSAL else 1, 3):  # masked tiles, tiles without a mask, masked tiles
+        for SPAN in tl.static_range(0 if CAUSAL else 1, 3):  # tiles with a mask (of causality), without, with one
             b_dk, b_dv = gather_dkdv(
                 b_dk, b_dv, b_k, b_v, p_q=p_qh, p_do=p_doh,
                 p_top=p_top + i_row, p_total=p_total + i_row, p_delta=p_delta + i_row, s_qn=s_qn, s_gn=s_gn,
@@ -155,7 +155,7 @@ def dq_kernel(
     b_dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     last = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n) - 1
     bounds = key_bounds(i_q * BLOCK_Q, last, m, shift, window, CAUSAL, WINDOWED, BLOCK_KV)
-    for SPAN in tl.static_range(0 if WINDOWED else 1, 3):  # masked tiles, tiles without a mask, masked tiles
+    for SPAN in tl.static_range(0 if WINDOWED else 1, 3):  # tiles with a mask (of a window), without, with one
         b_dq = gather_dq(
             b_dq, b_q, b_do, b_top, b_total, b_delta, p_k, p_v, s_kn, s_vn,
             lo=bounds[SPAN], hi=bounds[SPAN + 1], o_q=o_q, m=m, shift=shift, window=window, scale=scale,

@@ -31,9 +31,9 @@ def attend(
         if MASKED:
             m_seen = visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED)
             b_s = tl.where(m_seen, b_s, float("-inf"))
-        b_p, b_forget, b_l, b_m = online_softmax_update(b_s, b_l, b_m, scale, MASKED)
+        b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, scale, MASKED)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
-        b_acc = b_acc * b_forget[:, None]
+        b_acc = b_acc * b_rescale[:, None]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")  # (BLOCK_Q, BLOCK_DV)
     return b_acc, b_l, b_m
 
@@ -54,7 +54,7 @@ def attend_all(
     b_acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
     b_l = tl.zeros((BLOCK_Q,), tl.float32)
     b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    for SPAN in tl.static_range(0 if WINDOWED else 1, 3):  # masked tiles, tiles without a mask, masked tiles
+    for SPAN in tl.static_range(0 if WINDOWED else 1, 3):  # tiles with a mask (of a window), without, with one
         b_acc, b_l, b_m = attend(
             b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn,
             lo=bounds[SPAN], hi=bounds[SPAN + 1], o_q=o_q, m=m, shift=shift, window=window, scale=scale,

@@ -104,7 +104,7 @@ def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: 
 # --8<-- [start:online_softmax_update]
 @triton.jit
 def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
-    """Take a tile of raw scores b_s into each row's running maximum b_m and sum of exponentials b_l, to the base 2.
+    """Add a tile of raw scores b_s to each row's running maximum b_m and sum of exponentials b_l, to the base 2.
 
     Returns the tile's weights (not yet divided by b_l), the factor that rescales earlier sums, the new b_l and b_m.
     """
@@ -113,8 +113,8 @@ def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
     if MASKED:  # a row without a visible key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) is NaN
         b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
-    b_forget = tl.exp2(b_m - b_shift)
-    return b_p, b_forget, b_l * b_forget + tl.sum(b_p, 1), b_m_new
+    b_rescale = tl.exp2(b_m - b_shift)
+    return b_p, b_rescale, b_l * b_rescale + tl.sum(b_p, 1), b_m_new
 
 
 # --8<-- [end:online_softmax_update]

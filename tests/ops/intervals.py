@@ -1,11 +1,15 @@
-"""What every whole number in a kernel can be, from Triton's intermediate code and the arguments of one launch.
+"""Which values each integer of a kernel can take, from Triton's intermediate code and the arguments of one launch.
 
-Run in a process that does not interpret, `python tests/ops/intervals.py`: the launchers run on tensors of torch's
-"meta" device, which may be as large as one likes. At each launch the kernel is brought to Triton's own intermediate
-code (TTIR), as the JIT would for these arguments, and no further. Then an interval is computed for each integer: the
-arguments are known, a program's index lies between 0 and the grid, and the rest follows. What is printed, as JSON, is
-for each launch: sums and products in 32 bits that can leave 32 bits, integers that could not be bounded, products in
-tf32, and the order of stores (S), loads (L) and barriers (B) for memory that the kernel both writes and reads.
+Run as a script, in a process in which triton compiles and does not interpret: `python tests/ops/intervals.py`. The
+launchers run on tensors of torch's "meta" device, which have a size but no memory, so it may be any size. At each
+launch the kernel is compiled as far as Triton's own intermediate code (TTIR), as the JIT would for these arguments, and
+no further. Then an interval is computed for each integer: the arguments are known, a program's index lies between 0 and
+the grid's size, and the rest follows operation by operation. Printed as JSON, for each launch:
+
+- faults: sums and products in 32 bits that can overflow, and integers that could not be bounded
+- dots, tf32: how many matrix products there are, and how many of them round to tf32
+- both: for each tensor that the kernel both writes and reads, the order of stores (S), loads (L) and barriers (B)
+- grid: the number of programs
 """
 
 import json
@@ -21,7 +25,7 @@ ASSIGNED = re.compile(r"^\s*%(?P<name>[\w$.-]+)(?::\d+)? = (?P<op>[\w.]+)(?P<res
 
 
 def width(line: str) -> int | None:
-    """Bits of the integers that a line of TTIR makes; None where it makes something else."""
+    """How many bits the integers have that a line of TTIR computes; None where it computes something else."""
     text = re.sub(r"\s*loc\(.*?\)+\s*$", "", line.rstrip(" {"))
     found = re.search(r"tt\.load .*!tt\.ptr<(i\d+)>", text) or re.search(
         r"(?:->|:| to)\s*(?:tensor<(?:\d+x)*)?(i\d+)>?\s*$", text
@@ -30,6 +34,7 @@ def width(line: str) -> int | None:
 
 
 def hull(*ranges):
+    """The least interval that holds them all."""
     return min(r[0] for r in ranges), max(r[1] for r in ranges)
 
 
@@ -39,14 +44,20 @@ def product(a, b):
 
 
 def quotient(a, b):
-    """Towards 0, by what is never 0."""
+    """Division rounds towards 0, and nothing divides by 0: b is taken to be 1 or more."""
     low, high = max(1, b[0]), max(1, b[1])
     ends = [x if abs(x) == INFINITE else abs(x) // y * (1 if x >= 0 else -1) for x in a for y in (low, high)]
     return min(ends), max(ends)
 
 
 class Kernel:
-    """One launch: the text of its kernel, and the values of its arguments by name."""
+    """One launch, analysed.
+
+    Args:
+        text: the kernel's TTIR.
+        values: its integer arguments by name.
+        grid: the number of programs.
+    """
 
     def __init__(self, text: str, values: dict[str, int], grid: int):
         self.grid = grid
@@ -64,7 +75,7 @@ class Kernel:
             self.line(line)
 
     def where(self, line: str) -> str:
-        """file:line of the source, by following the names of places."""
+        """folder/file:line of the source: TTIR names locations, which refer to one another."""
         place = re.search(r"loc\(#(loc\d*)\)\s*\{?$", line)
         said = self.places.get(place[1], "") if place else ""
         for _ in range(6):
@@ -104,9 +115,9 @@ class Kernel:
         if bits is None:
             return
         result = self.result(op, rest, given)
-        if result is None:  # loaded, reduced or carried through a loop
+        if result is None:  # loaded, reduced or carried through a loop: any value of that width
             result = (0, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            if op == "tt.load" and bits == 32:  # the only integers that are loaded: steps of a sequence
+            if op == "tt.load" and bits == 32:  # kernels load no 32-bit integers but the indices of steps
                 result = (-1, self.known.get("length", (0, 0))[1])
             elif bits > 8 and op != "tt.load":
                 self.faults.append(f"{self.where(line)}: {op} is not bounded")
@@ -176,29 +187,17 @@ class Kernel:
 
 
 def launches() -> dict[str, dict]:
-    """Every kernel that the launchers ask for in `cases`, by its name and the case's."""
-    from triton.backends.compiler import GPUTarget
+    """What `Kernel` says of every launch in `cases`, by the kernel's name and the case's."""
+    from harness import pretend_gpu
     from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    class Chip:
-        """Knows what to compile for, and cannot launch."""
-
-        def get_current_device(self, *_):
-            return 0
-
-        get_current_stream = get_current_device
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
     class Found(Exception):
-        """The compiler has come as far as the intermediate code."""
+        """Raised where compilation has reached the intermediate code, which is its `text`."""
 
         text = ""
 
-    driver.set_active(Chip())
+    pretend_gpu()
     add_stages, found, now = CUDABackend.add_stages, {}, []
 
     def stop_at_ttir(self, stages, *rest):

@@ -31,8 +31,6 @@ RANKS = {
 }
 ASIDE = {"tasks", "figures"}  # what experiments and pages use: they import none of the above, nor does it them
 NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}
-# those without a test of their own stem
-TESTED_IN = {"impl": "test_attention.py", "checks": "test_ssd.py"}
 
 
 def modules() -> dict[str, Path]:
@@ -216,11 +214,46 @@ def test_a_chapter_shares_its_stem_with_a_module_and_a_test():
         assert list((ROOT / "tests").rglob(f"test_{stem}.py")), f"{chapter.name}: no tests/test_{stem}.py"
 
 
-@pytest.mark.parametrize("name", [name for name, file in MODULES.items() if file.stem != "__init__"])
-def test_a_module_has_a_test_of_its_stem(name):
-    file = MODULES[name]  # ops/ssd/matrix.py is tested in test_matrix.py or in test_ssd.py
-    names = [f"test_{file.stem}.py", f"test_{file.parent.name}.py", TESTED_IN.get(file.stem, "")]
-    if of_triton(name):  # ops/ssd/triton/forward.py
-        operation = next(parent for parent in file.parents if parent.name != "triton").name
-        names += [f"test_{operation}.py", f"test_{operation}_triton.py"]
-    assert any(path.name in names for path in (ROOT / "tests").rglob("test_*.py")), f"there is no {names[0]}"
+def needs_a_test(file: Path) -> bool:
+    """Every module does, but for an __init__.py that only imports, at once or when it is asked for a name."""
+    if file.stem != "__init__":
+        return True
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return bool(defined - {"__getattr__", "__dir__"})
+
+
+def places_of_test(file: Path) -> list[Path]:
+    """Where the test of a module may be, from the root: at the module's own path, tests/ in place of src/nondual/.
+
+    A package with functions of its own is tested beside its folder. What is inside an operation's folder may be tested
+    with the operation, as ops/ssd/triton/forward.py in tests/ops/test_ssd.py or tests/ops/test_ssd_triton.py.
+    """
+    path = file.relative_to(SRC / "nondual")
+    if path.stem == "__init__":
+        path = path.parent
+    places = [path.with_name(f"test_{path.stem}.py")]
+    if path.parts[0] == "ops" and len(path.parts) > 2:
+        operation, inner = path.parts[1], Path(path.parts[2]).stem
+        places += [Path(f"ops/test_{operation}_{inner}.py"), Path(f"ops/test_{operation}.py")]
+    return [Path("tests") / place for place in places]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if needs_a_test(MODULES[name])])
+def test_a_module_has_a_test_at_its_own_path(name):
+    places = places_of_test(MODULES[name])
+    assert any((ROOT / place).exists() for place in places), f"{name}: there is no {places[0]}"
+
+
+def test_a_test_elsewhere_of_the_same_name_is_not_the_modules_own():
+    def places(path):
+        return [place.as_posix() for place in places_of_test(SRC / "nondual" / path)]
+
+    assert places("language_models/mamba.py") == ["tests/language_models/test_mamba.py"]
+    assert places("pretrained/__main__.py") == ["tests/pretrained/test___main__.py"]
+    assert places("ops/ssd/__init__.py") == ["tests/ops/test_ssd.py"]
+    assert places("ops/ssd/triton/forward.py") == [
+        "tests/ops/ssd/triton/test_forward.py",
+        "tests/ops/test_ssd_triton.py",
+        "tests/ops/test_ssd.py",
+    ]

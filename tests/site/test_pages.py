@@ -1,5 +1,6 @@
 """What the build does to a page besides converting it: boxes, folds, terms, excerpts, notebooks."""
 
+import importlib
 import re
 import unicodedata
 
@@ -7,7 +8,15 @@ import pytest
 from documents import ROOT
 from ledger.claims import Claim
 from ledger.table import verdicts_html
-from pages import blocks, glossary, notebooks, search
+from pages import blocks, engines, glossary, notebooks, search
+from pages.links import linker
+from templates import text
+
+OPERATIONS = [  # those that choose between engines
+    file
+    for file in sorted((ROOT / "src/nondual/ops").rglob("*.py"))
+    if re.search("^ENGINES = ", file.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 def test_a_box_is_headed_by_its_word():
@@ -119,3 +128,28 @@ def test_a_notebook_keeps_its_formulas_and_mends_its_quotes():
     assert (
         notebooks._MATHS.sub(notebooks.as_maths, "$x$ costs $5") == '<span class="arithmatex">\\(x\\)</span> costs $5'
     )
+
+
+@pytest.mark.parametrize(
+    "operation", [file.parent.name if file.stem == "__init__" else file.stem for file in OPERATIONS]
+)
+def test_the_reference_of_an_operation_has_the_table_of_its_engines(operation):
+    """Made of the library's own lines: each limit in it is one that the operation refuses by."""
+    page = (ROOT / f"docs/reference/ops/{operation}.md").read_text(encoding="utf-8")
+    assert f"<!-- engines nondual.ops.{operation} -->" in page
+    table = engines.with_tables(page)
+    for name, engine in importlib.import_module(f"nondual.ops.{operation}").ENGINES.items():
+        row = re.search(rf'<tr><th scope="row"><code>"{name}"</code></th>.*</tr>', table)[0]
+        for words in [engine.does, *(limit.takes for limit in engine.limits), *(engine.auto or [])[:1]]:
+            assert str(text(glossary.curled(words))) in row
+
+
+def test_a_link_leads_from_one_pages_folder_to_anothers(tmp_path):
+    for page in ("index.md", "ledger.md", "essay/mamba.md", "notebooks/heads.ipynb"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).touch()
+    home, chapter = linker("index.md", tmp_path), linker("essay/mamba.md", tmp_path)
+    assert home("essay/mamba.md#verdict-A1.4") == "essay/mamba/#verdict-A1.4" and home("index.md") == "./"
+    assert chapter("ledger.md#A1.4") == "../../ledger/#A1.4" and chapter("index.md") == "../../"
+    assert chapter("notebooks/heads.ipynb") == "../../notebooks/heads/" and chapter("essay/mamba.md") == "./"
+    assert chapter("gone.md") is None

@@ -197,14 +197,6 @@ def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
 # --- engines, and what they refuse -----------------------------------------------------------------------------------
 
 
-def _reference(given: Inputs) -> tuple[Tensor, Tensor]:
-    return reference.ssd(*given[:-1])
-
-
-def _chunked(given: Inputs) -> tuple[Tensor, Tensor]:
-    return chunked.ssd(*given[:-1], chunk=given.chunk or chunked.CHUNK)
-
-
 def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
     from nondual.ops.ssd import triton
 
@@ -270,8 +262,8 @@ ENGINES = {
         ),
         auto=Preference("on a GPU", lambda given: given.x.device.type == "cuda"),
     ),
-    "chunked": Engine(_chunked, "by chunks in plain torch, in time and memory linear in L"),
+    "chunked": Engine(chunked.ssd, "by chunks in plain torch, in time and memory linear in L"),
     "reference": Engine(
-        _reference, "step by step in plain torch", auto=Preference("never; `ssd_step` uses it", lambda _: False)
+        reference.ssd, "step by step in plain torch", auto=Preference("never; `ssd_step` uses it", lambda _: False)
     ),
 }

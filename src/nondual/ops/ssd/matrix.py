@@ -55,14 +55,14 @@ def ssd_matrix(
     B, C = (v.repeat_interleave(heads // v.shape[2], dim=2) for v in (B, C))
     delta = step_length(delta.to(wide), delta_bias, delta_softplus).mT  # (B, H, L)
     steps = delta * A.to(wide)[:, None]
-    seen = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
+    visible = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
     # Σ over s < r ≤ t, summed anew for each s: the plainest way, without differences of large sums
-    between = steps[..., None].expand(-1, -1, -1, length).masked_fill(~seen.tril(-1), 0).cumsum(-2)
+    between = steps[..., None].expand(-1, -1, -1, length).masked_fill(~visible.tril(-1), 0).cumsum(-2)
     if reset is not None:
         sequence = reset.cumsum(1)
-        seen = (seen & (sequence[:, :, None] == sequence[:, None]))[:, None]
-    fade = between.masked_fill(~seen, -torch.inf).exp()
-    M = torch.einsum("bthn,bshn->bhts", C, B) * fade * delta[:, :, None]
+        visible = (visible & (sequence[:, :, None] == sequence[:, None]))[:, None]
+    decay = between.masked_fill(~visible, -torch.inf).exp()
+    M = torch.einsum("bthn,bshn->bhts", C, B) * decay * delta[:, :, None]
     return M if D is None else M + torch.diag_embed(D.to(wide)[:, None].expand(-1, length))
 
 

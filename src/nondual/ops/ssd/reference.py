@@ -20,41 +20,21 @@ from torch import Tensor
 
 from nondual.ops.discretize import step_length
 from nondual.ops.dtypes import accumulation_dtype
+from nondual.ops.ssd.inputs import Inputs
 
 Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 
 
-def ssd(
-    x: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    state: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Every output and the last state; the input is taken as `nondual.ops.ssd` has checked it.
+def ssd(given: Inputs) -> tuple[Tensor, Tensor]:
+    """Every output and the last state.
 
     Args:
-        x: input (B, L, H, P).
-        delta: step lengths (B, L, H), before bias and softplus.
-        A: (H,).
-        B: (B, L, G, N).
-        C: (B, L, G, N).
-        D: skip (H,) or (H, P).
-        z: gate (B, L, H, P), before its SiLU.
-        delta_bias: (H,), added to delta.
-        delta_softplus: take the softplus of delta then.
-        state: the state before the first step (B, H, P, N); zero where left out.
-        reset: (B, L), True where a sequence begins and all that came before is forgotten.
+        given: what `nondual.ops.ssd.ssd` has checked; its chunk means nothing here.
 
     Returns:
         y (B, L, H, P) in x's dtype, and the last state (B, H, P, N) in float32 or better, in memory of its own.
     """
+    x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, _ = given
     dtype, (x, delta, A, B, C, D, z, delta_bias, state) = x.dtype, wide(x, delta, A, B, C, D, z, delta_bias, state)
     delta = step_length(delta, delta_bias, delta_softplus)
     share = x.shape[2] // B.shape[2]

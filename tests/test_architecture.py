@@ -142,6 +142,17 @@ def test_everything_imports_without_triton_and_without_a_gpu():
     python(code + "assert 'triton' not in sys.modules\n", CUDA_VISIBLE_DEVICES="")
 
 
+def test_importing_leaves_the_interpreter_s_hooks_alone():
+    """An error is shown as the user's own program has it shown."""
+    hooks = "sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook, threading.excepthook"
+    names = [name for name in MODULES if not of_triton(name)]
+    python(
+        f"import importlib, sys, threading, torch\nbefore = {hooks}\n"
+        f"for name in {names}:\n    importlib.import_module(name)\nassert ({hooks}) == before\n"
+        "assert sys.excepthook is sys.__excepthook__"
+    )
+
+
 def test_importing_takes_under_twice_the_time_of_torch():
     names = ["nondual", "nondual.self_attention", "nondual.transformer", "nondual.pretrained"]
     code = (

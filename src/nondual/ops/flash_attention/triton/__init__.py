@@ -2,8 +2,9 @@
 
 Source: Dao 2023 (2307.08691), Algorithms 1 and 2; split keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 
-Five files, each built on those before it: `primitives` (a tile loaded, the mask, the online softmax), `forward` and
-`backward` (the kernels), `launch` (tile sizes and launches), `autograd` (operators of torch and the public function).
+Six files, each built on those before it: `primitives` (a tile loaded, the mask, the online softmax), `forward` and
+`backward` (the kernels), `tiles` (their sizes), `launch` (memory and launches), `autograd` (operators of torch and the
+public function).
 
 Symbols: B batch, H query heads, G key/value heads, SHARE = H / G, N queries, M keys, D and DV head widths. In the
 kernels n and m are N and M, and shift = M - N takes a query to its position among the keys. The first letters of a name
@@ -22,15 +23,9 @@ key is not masked; only the others are.
 from nondual.ops.flash_attention.triton.autograd import flash_attention
 from nondual.ops.flash_attention.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from nondual.ops.flash_attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
-from nondual.ops.flash_attention.triton.launch import (
-    INTERPRETED,
-    MOST_ROWS,
-    configuration,
-    launch_backward,
-    launch_decode,
-    launch_forward,
-    splits_of,
-)
+from nondual.ops.flash_attention.triton.launch import launch_backward, launch_decode, launch_forward
+from nondual.ops.flash_attention.triton.primitives import INTERPRETED
+from nondual.ops.flash_attention.triton.tiles import MOST_ROWS, configuration, splits_of
 
 __all__ = [
     "INTERPRETED",

@@ -15,8 +15,8 @@ from nondual.ops.flash_attention.triton.launch import (
     launch_backward,
     launch_decode,
     launch_forward,
-    splits_of,
 )
+from nondual.ops.flash_attention.triton.tiles import splits_of
 
 
 @torch.library.custom_op("nondual::flash_attention", mutates_args=())

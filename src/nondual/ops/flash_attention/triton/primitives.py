@@ -118,3 +118,6 @@ def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
 
 
 # --8<-- [end:online_softmax_update]
+
+INTERPRETED = not isinstance(load_tile, triton.runtime.JITFunction)
+"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when triton was imported."""

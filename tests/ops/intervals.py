@@ -239,7 +239,7 @@ def cases():
 
     from nondual.ops.flash_attention.triton import launch as flash
     from nondual.ops.flash_attention.triton.tiles import splits_of
-    from nondual.ops.selective_scan import triton as scan
+    from nondual.ops.selective_scan.triton import launch as scan
     from nondual.ops.ssd.triton import launch as ssd
 
     ssd.chip_of = flash.chip_of = lambda device: "sm_90"
@@ -267,8 +267,9 @@ def cases():
             B = empty(b, length, groups, n, dtype=dtype) if groups else A
             state, reset = empty(b, d, n), empty(b, length, dtype=torch.bool)
             rest = (A[:, 0], u, A[:, 0], True, state, reset) if full else (None, None, None, False, None, None)
-            y, last, *kept = scan.launch_forward(u, u, A, B, B, *rest, True)
-            scan.launch_backward(y, last, u, u, A, B, B, *rest, *kept)
+            call = scan.Launcher(u, u, A, B, B, *rest)
+            y, last, *saved = call.forward(save=True)
+            call.backward(y, last, *saved)
 
         return run
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 from whole_numbers import ANYTHING, visits
 
-from nondual.ops.selective_scan import triton as scan
+from nondual.ops.selective_scan.triton import adjoint, backward, forward, launch, tiles
 from nondual.ops.ssd import triton as ssd
 
 
 def planned(length: int, spans: int, monkeypatch) -> tuple[int, int]:
     """Steps of a span and how many spans there are, as the launcher plans them for chunks of CHUNK steps."""
-    monkeypatch.setattr(scan, "CHUNK", CHUNK)
-    monkeypatch.setattr(scan, "spans_of", lambda u: spans)
+    monkeypatch.setattr(tiles, "CHUNK", CHUNK)
+    monkeypatch.setattr(tiles, "spans_of", lambda u: spans)
     u = torch.empty(1, length, 2)
-    plan = scan.Plan(u, u, torch.empty(2, 2), u[:, :, None], u[:, :, None], None, None, None, True, None)
+    given = (u, u, torch.empty(2, 2), u[:, :, None], u[:, :, None], None, None, None, True, None, None)
+    plan = launch.Launcher(*given)
     assert plan.span % CHUNK == 0 and plan.span * (plan.spans - 1) < length <= plan.span * plan.spans
     return plan.span, plan.spans
 
@@ -28,15 +29,15 @@ SCANS = [*product(range(1, 30), (1, 2, 3, 5)), *product((64, 97), (2, 5))]  # le
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_steps_of_the_selective_scan(steps, monkeypatch):
     """Every step once and in order, in both levels; a state left where each chunk begins."""
-    forward = {"scan_steps": (("t", "STEPS"), (ANYTHING,) * 3), "checkpoint": (("t",), None)}
-    adjoint = {"adjoint_steps": (("t", "STEPS"), (ANYTHING,) * 3)}
+    asked_forward = {"scan_steps": (("t", "STEPS"), (ANYTHING,) * 3), "checkpoint": (("t",), None)}
+    asked_back = {"adjoint_steps": (("t", "STEPS"), (ANYTHING,) * 3)}
     for length, wanted in SCANS:
         span, spans = planned(length, wanted, monkeypatch)
         numbers = SIZES | {"length": length, "span": span, "spans": spans, "BLOCK_D": 2, "BLOCK_N": 2, "STEPS": steps}
         done, asked = [], []
         for program in range(spans):
             for name, t, *rest in visits(
-                scan, "forward_kernel", program, forward, ("place",), **numbers, p_decay=None, p_start=None
+                forward, "forward_kernel", program, asked_forward, ("place",), **numbers, p_decay=None, p_start=None
             ):
                 if name == "checkpoint":
                     asked.append(int(t))
@@ -49,7 +50,7 @@ def test_steps_of_the_selective_scan(steps, monkeypatch):
 
         done = []
         for program in reversed(range(spans)):
-            for _, t, count in visits(scan, "adjoint_kernel", program, adjoint, ("place",), **numbers):
+            for _, t, count in visits(adjoint, "adjoint_kernel", program, asked_back, ("place",), **numbers):
                 done += reversed(range(t, t + count))
         assert done == list(reversed(range(length))), (length, span)
 
@@ -59,7 +60,7 @@ def test_steps_of_the_selective_scans_backward(steps, monkeypatch):
     """Every step once, from the last to the first; the states of a chunk computed again before they are used; a barrier
     between what is written to scratch and its use, and another before the next chunk overwrites it."""
     recorded = {
-        "states_again": (("t", "STEPS"), ANYTHING),
+        "recompute_states": (("t", "STEPS"), ANYTHING),
         "backward_steps": (("t", "last", "STEPS", "EDGE"), (ANYTHING,) * 6),
     }
     for length, wanted in SCANS:
@@ -67,12 +68,12 @@ def test_steps_of_the_selective_scans_backward(steps, monkeypatch):
         done = []
         for program in reversed(range(spans)):
             events = visits(
-                scan, "backward_kernel", program, recorded, ("place",), **SIZES, length=length, span=span, spans=spans,
-                D_LO=1, D_HI=2, N_HI=1, N_LO=2, STEPS=steps, p_end=None,
+                backward, "backward_kernel", program, recorded, ("place",), **SIZES, length=length, span=span,
+                spans=spans, D_LO=1, D_HI=2, N_HI=1, N_LO=2, STEPS=steps, p_end=None,
             )  # fmt: skip
             ready: list[int] = []
             for name, *rest in events:
-                if name == "states_again":
+                if name == "recompute_states":
                     ready.append(int(rest[0]) + rest[1])
                 elif name == "backward_steps":
                     t, last, count, edge = rest
@@ -83,20 +84,20 @@ def test_steps_of_the_selective_scans_backward(steps, monkeypatch):
             barriers = [i for i, (name, *_) in enumerate(events) if name == "barrier"]
             assert len(barriers) == 2 * chunks, "two barriers for each chunk: before its states are used, and after"
             for written, read in zip(barriers[::2], barriers[1::2]):
-                assert all(name != "states_again" for name, *_ in events[written:read]), "written after the barrier"
+                assert all(name != "recompute_states" for name, *_ in events[written:read]), "written after the barrier"
         assert done == list(reversed(range(length))), (length, span)
 
 
 def test_spans_of_the_selective_scan_follow_the_rule():
     """Two levels below 64 channels for each of 8 multiprocessors, into spans of two chunks or more."""
     for batch, length, channels in product((1, 2, 5), (0, 1, 15, 16, 31, 32, 33, 200, 1000), (1, 7, 255, 256, 512)):
-        spans = scan.spans_of(torch.empty(batch, length, channels, device="meta"))
+        spans = tiles.spans_of(torch.empty(batch, length, channels, device="meta"))
         assert spans >= 1
-        if batch * channels >= scan.FULL * 8 or length < 4 * scan.CHUNK:
+        if batch * channels >= tiles.FULL * 8 or length < 4 * tiles.CHUNK:
             assert spans == 1
         else:
-            assert spans * 2 * scan.CHUNK <= length
-            assert (spans - 1) * batch * channels < 2 * scan.FULL * 8
+            assert spans * 2 * tiles.CHUNK <= length
+            assert (spans - 1) * batch * channels < 2 * tiles.FULL * 8
 
 
 def test_the_heads_of_a_group_are_shared_out_whole():

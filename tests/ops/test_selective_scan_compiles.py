@@ -40,16 +40,18 @@ driver.set_active(Chip())
 JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: print(
     self.fn.__name__, bool(self.warmup(*a, grid=grid, **k).asm["cubin"])
 )
-from nondual.ops.selective_scan import triton as scan
+from nondual.ops.selective_scan.triton import tiles
+from nondual.ops.selective_scan.triton.launch import Launcher
 
 for spans, length, d, n, groups in ((1, 65, 64, 16, 1), (2, 129, 3, 1, 0)):
-    scan.spans_of = lambda u: spans
+    tiles.spans_of = lambda u: spans
     u = torch.zeros(2, length, d, dtype=torch.bfloat16)
     A, state = torch.zeros(d, n), torch.zeros(2, d, n)
     B = u.new_zeros(2, length, groups, n) if groups else A
     rest = (A[:, 0], u, A[:, 0], True, state, u[..., 0] > 0) if groups else (None, None, None, False, None, None)
-    y, last, *kept = scan.launch_forward(u, u, A, B, B, *rest, True)
-    scan.launch_backward(y, last, u, u, A, B, B, *rest, *kept)
+    call = Launcher(u, u, A, B, B, *rest)
+    y, last, *saved = call.forward(save=True)
+    call.backward(y, last, *saved)
 """
 
 

@@ -15,6 +15,7 @@ import torch
 from nondual.ops import selective_scan as door
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
 from nondual.ops.selective_scan import triton as kernels
+from nondual.ops.selective_scan.triton import forward, launch, tiles
 
 SRC = Path(__file__).parents[2] / "src"
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -59,7 +60,7 @@ def once(monkeypatch):
 @pytest.fixture
 def levels(monkeypatch):
     """A function that sets into how many spans time is cut."""
-    return lambda spans: monkeypatch.setattr(kernels, "spans_of", lambda u: spans)
+    return lambda spans: monkeypatch.setattr(tiles, "spans_of", lambda u: spans)
 
 
 RESETS = {
@@ -350,7 +351,7 @@ def test_two_levels_take_over_by_their_rule(device):
         return kernels.spans_of(torch.empty(1, device=device).expand(b, length, d))
 
     chip = 8 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
-    full = kernels.FULL * chip
+    full = tiles.FULL * chip
     assert spans(1, 100 * CHUNK, full) == spans(full, 100 * CHUNK, 1) == 1
     assert spans(1, 100 * CHUNK, full // 2) == 4
     assert spans(1, 100 * CHUNK, 1) == 50  # no span is shorter than two chunks
@@ -437,15 +438,15 @@ def interpreted(test):
 @interpreted
 def test_in_the_chunks_and_steps_of_a_gpu(monkeypatch):
     """With what is compiled for a GPU, in place of the interpreter's smaller numbers: chunks of 64, 8 or 4 steps."""
-    own = kernels.configuration
+    own = tiles.configuration
 
     def configuration(*about):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "INTERPRETED", False)
+            patch.setattr(tiles, "INTERPRETED", False)
             return own(*about)
 
-    monkeypatch.setattr(kernels, "configuration", configuration)
-    monkeypatch.setattr(kernels, "CHUNK", 64)
+    monkeypatch.setattr(tiles, "configuration", configuration)
+    monkeypatch.setattr(tiles, "CHUNK", 64)
     assert (configuration("forward", 16)["STEPS"], configuration("backward", 16)["STEPS"]) == (8, 4)
     check(made(67, 3, 16))
 
@@ -459,7 +460,7 @@ def test_no_kernel_leaves_its_tensors_or_writes_twice(more, levels, monkeypatch,
     """u, delta, z and dy lie inside larger tensors, whose other elements count as outside."""
     watched = {name: watch(getattr(kernels, f"{name}_kernel")) for name in KERNELS}
     for name, kernel in watched.items():
-        monkeypatch.setattr(kernels, f"{name}_kernel", kernel)
+        monkeypatch.setattr(launch, f"{name}_kernel", kernel)
     levels(2)
     given = made(CHUNK + 3, 6, 3, **more)
     for name in {"u", "delta", "z"} & set(given):
@@ -480,10 +481,10 @@ def test_a_fault_in_memory_would_be_seen(watch, monkeypatch):
     with pytest.raises(Exception, match="outside of every tensor"):
         watched[(1,)](x.clone(), x, x, None, 4, 2, **how)
     watched = watch(kernels.forward_kernel)
-    monkeypatch.setattr(kernels, "forward_kernel", watched)
-    given, place = made(2, 3, 2, b=2), kernels.place
+    monkeypatch.setattr(launch, "forward_kernel", watched)
+    given, place = made(2, 3, 2, b=2), forward.place
     selective_scan(**given, impl="triton")
-    monkeypatch.setattr(kernels, "place", lambda *sizes: (0 * place(*sizes)[0], *place(*sizes)[1:]))
+    monkeypatch.setattr(forward, "place", lambda *sizes: (0 * place(*sizes)[0], *place(*sizes)[1:]))
     with pytest.raises(AssertionError, match="a race"):  # both programs take the first batch
         selective_scan(**given, impl="triton")
 
@@ -578,6 +579,11 @@ def test_bad_input_is_named(change, says):
         selective_scan(**made(**{"length": 3, "d": 2, "n": 2} | change), impl="triton")
 
 
+def test_the_limit_of_states_is_the_widest_tile():
+    """The door names it too, since it may not import the kernels' side."""
+    assert door.MOST_STATES == max(kernels.TILES)
+
+
 def test_another_discretisation_is_refused():
     with pytest.raises(ValueError, match="discretization must be 'zoh-euler' for impl='triton', got 'zoh'"):
         selective_scan(**made(3, 2, 2), discretization="zoh", impl="triton")
@@ -606,7 +612,8 @@ except ValueError as error:
 
 
 def test_without_triton_its_engine_is_refused(monkeypatch):
-    monkeypatch.delitem(sys.modules, "nondual.ops.selective_scan.triton")
+    for name in [name for name in sys.modules if name.startswith("nondual.ops.selective_scan.triton")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(door, "triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RuntimeError, match="needs triton"):

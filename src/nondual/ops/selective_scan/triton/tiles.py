@@ -1,0 +1,60 @@
+"""The sizes of the kernels' blocks, the steps of a chunk, and into how many spans time is cut."""
+
+import triton
+from torch import Tensor
+
+from nondual.ops.kernels import multiprocessors
+from nondual.ops.selective_scan.triton.primitives import INTERPRETED
+
+CHUNK = 8 if INTERPRETED else 64  # steps between two checkpoints, which are N/64 float32 numbers for each number of u
+FULL = 64  # channels for each multiprocessor from which on one level fills the chip
+TILES = {  # of the backward kernel, by N up to a power of two: D_LO, N_HI, D_HI, N_LO, STEPS, num_warps
+    1: (4, 1, 32, 1, 2, 1),
+    2: (4, 1, 32, 2, 2, 1),
+    4: (4, 1, 32, 4, 2, 1),
+    8: (4, 2, 16, 4, 2, 1),
+    16: (4, 4, 8, 4, 4, 1),
+    32: (8, 8, 4, 4, 2, 1),
+    64: (4, 16, 8, 4, 2, 4),
+    128: (4, 32, 8, 4, 2, 8),
+    256: (2, 64, 8, 4, 2, 8),
+}
+
+
+def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, int]:
+    """The blocks, warps and unrolling of a kernel.
+
+    Chosen from what compiles in few instructions and, forward, without a spill, as
+    docs/measured/selective_scan_compile.json shows, not yet from timings. Forward, up to 64 states lie in one thread;
+    128 are shared by two, and 256 by four.
+
+    Args:
+        kernel: "forward", "adjoint" or "backward".
+        states: N.
+        resets: whether there are any, which cost registers.
+    """
+    block_n = triton.next_power_of_2(states)
+    if kernel == "backward":
+        config = dict(zip(("D_LO", "N_HI", "D_HI", "N_LO", "STEPS", "num_warps"), TILES[block_n]))
+    else:
+        warps = 1 if block_n <= 16 else 2 if block_n <= 64 else 4
+        config = {"BLOCK_D": min(32 * warps, 8192 // block_n), "BLOCK_N": block_n}
+        config |= {"STEPS": 8 if block_n == 16 and not resets else 4, "num_warps": warps}
+    if INTERPRETED:  # so that tests with short sequences have several groups of steps, and some steps left over
+        config["STEPS"] = 2
+    return config | {"num_stages": 1}
+
+
+def spans_of(u: Tensor) -> int:
+    """Into how many spans time is cut; 1 where one level is enough.
+
+    The rule: two levels take over where there are fewer channels, B · D, than 64 for each multiprocessor (8,448 on an
+    H100), since a thread holds a channel. Time is then cut until there are twice as many, into spans of at least two
+    chunks; a sequence shorter than two such spans stays whole. Scanning twice adds 6 instructions for an element to the
+    forward's 9 and 7 to the backward's 32, for threads that were idle.
+    """
+    batch, length, channels = u.shape
+    enough = FULL * multiprocessors(u.device, otherwise=8)
+    if batch * channels >= enough:
+        return 1
+    return max(1, min(triton.cdiv(2 * enough, batch * channels), length // (2 * CHUNK)))

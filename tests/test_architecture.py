@@ -16,6 +16,8 @@ RANKS = {
     "store": 0,
     "data": 1,
     "ops": 0,
+    "mixers": 1,
+    "kv_cache": 1,
     "attention_mechanism": 1,
     "self_attention": 1,
     "positional_encoding": 1,

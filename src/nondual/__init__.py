@@ -4,12 +4,15 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
 
     nondual.ops                   the operations and their engines: attention, flash attention, scans, masks
     nondual.attention_mechanism   additive and multiplicative scores, softmax, context (Bahdanau 2014)
-    nondual.self_attention        one X, three projections; many heads; the key/value cache (Vaswani 2017)
+    nondual.mixers                what a mixer of positions is; attention, Mamba, Mamba-2 and S4D are mixers alike
+    nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
+    nondual.kv_cache              the key/value cache
     nondual.positional_encoding   learned positions
     nondual.transformer           the layer, the encoder, a text encoder
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.language_models       a language model of Mamba or Mamba-2 blocks
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
+    nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
     nondual.data, tasks, figures  texts, synthetic tasks and drawings for the site's pages
 
 `import nondual` imports nothing else, not even torch: each name is imported when it is first asked for (PEP 562).
@@ -24,12 +27,15 @@ if TYPE_CHECKING:
         data,
         efficient_attention,
         figures,
+        kv_cache,
         language_models,
+        mixers,
         ops,
         positional_encoding,
         pretrained,
         self_attention,
         tasks,
+        training,
         transformer,
     )
     from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
     from nondual.efficient_attention.mamba2 import Mamba2
     from nondual.efficient_attention.s4d import S4D
     from nondual.efficient_attention.transformers_interface import register_with_transformers
+    from nondual.kv_cache import KVCache
     from nondual.language_models.mamba import MambaLM
     from nondual.ops import masks
     from nondual.ops.attention import attention
@@ -49,7 +56,7 @@ if TYPE_CHECKING:
     from nondual.ops.ssd import ssd, ssd_step
     from nondual.positional_encoding import LearnedPositions
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
-    from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
+    from nondual.self_attention import MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
 
 __version__ = "0.1.0"
@@ -79,12 +86,14 @@ __all__ = [
     "efficient_attention",
     "figures",
     "flash_attention",
+    "kv_cache",
     "language_models",
     "linear_recurrence",
     "load_mamba",
     "load_mamba2",
     "masks",
     "minilm",
+    "mixers",
     "ops",
     "positional_encoding",
     "pretrained",
@@ -97,6 +106,7 @@ __all__ = [
     "ssd",
     "ssd_step",
     "tasks",
+    "training",
     "transformer",
 ]
 
@@ -110,6 +120,7 @@ _HOME = {
     "Mamba2": "efficient_attention.mamba2",
     "S4D": "efficient_attention.s4d",
     "register_with_transformers": "efficient_attention.transformers_interface",
+    "KVCache": "kv_cache",
     "MambaLM": "language_models.mamba",
     "attention": "ops.attention",
     "causal_conv1d": "ops.causal_conv1d",
@@ -126,7 +137,6 @@ _HOME = {
     "minilm": "pretrained",
     "shakespeare": "data",
     "smollm2": "pretrained",
-    "KVCache": "self_attention",
     "MultiHeadAttention": "self_attention",
     "SelfAttention": "self_attention",
     "Encoder": "transformer",

@@ -5,7 +5,6 @@ Source: Vaswani et al. 2017 (1706.03762), sections 3.2.1 and 3.2.2; grouped key/
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,8 +12,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nondual.kv_cache import KVCache
+from nondual.mixers import as_before_if_raised, check_reset, sequence_starts
 from nondual.ops.attention import attention
-from nondual.ops.autocast import is_autocasting
 from nondual.ops.checks import check_tensors
 
 
@@ -101,6 +101,7 @@ class MultiHeadAttention(nn.Module):
         d_memory: width of the memory in cross-attention; d_model where left out.
         bias: whether the four projections have one.
         dropout: probability of dropping a weight while training.
+        causal: whether no position sees a later one where a call does not say.
         op: what joins q, k and v, called as `nondual.ops.attention.attention` is.
 
     Raises:
@@ -111,6 +112,7 @@ class MultiHeadAttention(nn.Module):
     n_kv_heads: int
     d_head: int
     dropout: float
+    causal: bool
     op: Callable[..., Any]
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -127,6 +129,7 @@ class MultiHeadAttention(nn.Module):
         d_memory: int | None = None,
         bias: bool = True,
         dropout: float = 0.0,
+        causal: bool = False,
         op: Callable = attention,
     ):
         super().__init__()
@@ -141,7 +144,8 @@ class MultiHeadAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         d_head = d_model // n_heads if d_head is None else d_head
-        self.n_heads, self.n_kv_heads, self.d_head, self.dropout, self.op = n_heads, n_kv_heads, d_head, dropout, op
+        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
+        self.dropout, self.causal, self.op = dropout, causal, op
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=bias)
         self.k_proj = nn.Linear(d_memory, n_kv_heads * d_head, bias=bias)
         self.v_proj = nn.Linear(d_memory, n_kv_heads * d_head, bias=bias)
@@ -154,8 +158,9 @@ class MultiHeadAttention(nn.Module):
         memory: Float[Tensor, "b m em"] | None = None,
         *,
         mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
-        causal: bool = False,
-        cache: "KVCache | None" = None,
+        causal: bool | None = None,
+        cache: KVCache | None = None,
+        reset: Bool[Tensor, "b n"] | None = None,
         return_weights: bool = False,
     ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "b h n m"]]:
         """x (B, N, E) attends to itself, to what the cache holds of its past, or to `memory` (B, M, d_memory).
@@ -164,17 +169,21 @@ class MultiHeadAttention(nn.Module):
             x: (B, N, E).
             memory: what is attended to instead of x.
             mask: (N, M) or broadcastable to (B, H, N, M); True where attending is allowed.
-            causal: no position sees a later one.
+            causal: no position sees a later one; as the module was made where left out.
             cache: keys and values of the positions before x; x's own are appended. Whatever this call raises, the
                 cache is then as it was before.
+            reset: True at the first position of each of several sequences packed along N: a position sees those of its
+                own sequence alone. A batch padded on the left has it at the first real token of each row. The op then
+                gets a mask, also in later calls with the same cache.
             return_weights: also return the weights (B, H, N, M).
 
         Returns:
             out (B, N, E), or (out, weights).
 
         Raises:
-            TypeError: x, memory or mask is not a tensor.
-            ValueError: a rank, width or batch that does not fit; a cache together with a memory; a full cache.
+            TypeError: x, memory, mask or reset is not a tensor, or cache is not a KVCache.
+            ValueError: a rank, width or batch that does not fit; a cache or a reset together with a memory; a full
+                cache.
             RuntimeError: a cache while gradients are recorded.
         """
         _check_width("x", x, self.q_proj.in_features)
@@ -182,14 +191,22 @@ class MultiHeadAttention(nn.Module):
             _check_width("memory", memory, self.k_proj.in_features)
             if cache is not None:
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
+            if reset is not None:
+                raise ValueError("reset marks sequences within x and cannot go with memory: give a mask instead")
         elif self.k_proj.in_features != self.q_proj.in_features:
             raise ValueError(f"memory must be given: its width d_memory={self.k_proj.in_features} is not that of x")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, from this module's new_cache, got {type(cache).__name__}")
+        if reset is not None:
+            check_reset(reset, x)
         source = x if memory is None else memory
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
         v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
+        causal = self.causal if causal is None else causal
         dropout = self.dropout if self.training else 0.0
         with as_before_if_raised(cache):
+            mask = _within_sequences(mask, reset, cache, x.shape[1])
             if cache is not None:
                 k, v = cache.append(k, v)
             out: Any = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
@@ -198,6 +215,23 @@ class MultiHeadAttention(nn.Module):
                 out, weights = out
             out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
         return (out, weights) if return_weights else out
+
+    def new_cache(self, batch: int, max_len: int | None = None) -> KVCache:
+        """An empty cache for self-attention, in the dtype and on the device of the key projection.
+
+        Args:
+            batch: B.
+            max_len: how many positions it can hold.
+
+        Raises:
+            ValueError: max_len was left out, or is below 1.
+        """
+        if max_len is None or max_len < 1:
+            raise ValueError(f"max_len must be given, 1 or more: attention keeps every position, got {max_len}")
+        like = self.k_proj.weight
+        if not isinstance(like, Tensor) or not like.is_floating_point():  # a quantised layer gives another dtype
+            like = next(self.parameters(), torch.empty(0))
+        return KVCache(batch, self.n_kv_heads, max_len, self.d_head, dtype=like.dtype, device=like.device)
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
@@ -208,8 +242,9 @@ class MultiHeadAttention(nn.Module):
             memory: Tensor | None = None,
             *,
             mask: Tensor | None = None,
-            causal: bool = False,
-            cache: "KVCache | None" = None,
+            causal: bool | None = None,
+            cache: KVCache | None = None,
+            reset: Tensor | None = None,
             return_weights: Literal[False] = False,
         ) -> Tensor: ...
 
@@ -220,8 +255,9 @@ class MultiHeadAttention(nn.Module):
             memory: Tensor | None = None,
             *,
             mask: Tensor | None = None,
-            causal: bool = False,
-            cache: "KVCache | None" = None,
+            causal: bool | None = None,
+            cache: KVCache | None = None,
+            reset: Tensor | None = None,
             return_weights: Literal[True],
         ) -> tuple[Tensor, Tensor]: ...
 
@@ -232,123 +268,42 @@ class MultiHeadAttention(nn.Module):
             memory: Tensor | None = None,
             *,
             mask: Tensor | None = None,
-            causal: bool = False,
-            cache: "KVCache | None" = None,
+            causal: bool | None = None,
+            cache: KVCache | None = None,
+            reset: Tensor | None = None,
             return_weights: bool,
         ) -> Tensor | tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class KVCache:
-    """Keys and values of the positions already read, in memory set aside once: for decoding token by token.
-
-    Args:
-        batch: B.
-        n_kv_heads: G.
-        capacity: how many positions it can hold.
-        d_head: D.
-        dtype: of keys and values; torch's default where left out. Under autocast it may be any: what is appended is
-            cast to it.
-        device: where they are kept.
-
-    Attributes:
-        keys: (B, G, capacity, D).
-        values: (B, G, capacity, D).
-        length: how many positions are held; what lies beyond is not read.
-    """
-
-    keys: Tensor
-    values: Tensor
-    length: int
-
-    def __init__(
-        self,
-        batch: int,
-        n_kv_heads: int,
-        capacity: int,
-        d_head: int,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
-        self.keys = torch.zeros(batch, n_kv_heads, capacity, d_head, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0
-
-    def append(
-        self, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
-    ) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m d"]]:
-        """Add n positions; returns views of all M = length keys and values held so far, in the cache's dtype.
-
-        Args:
-            k: keys (B, G, n, D), of the cache's dtype and device; under autocast of any dtype but float64.
-            v: values, likewise.
-
-        Raises:
-            TypeError: k or v is not a tensor.
-            ValueError: the cache is full, or was made for another batch, head count, width, dtype or device.
-            RuntimeError: k or v requires a gradient; the cache is for inference.
-        """
-        check_tensors({"k": k, "v": v})
-        capacity, end = self.keys.shape[2], self.length + k.shape[2]
-        for name, x in (("k", k), ("v", v)):
-            expected = (*self.keys.shape[:2], k.shape[2], self.keys.shape[3])
-            if tuple(x.shape) != expected:
-                raise ValueError(f"{name} must be {expected} for this cache, got {tuple(x.shape)}")
-            cast = is_autocasting(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
-            if (x.dtype != self.keys.dtype and not cast) or x.device != self.keys.device:
-                raise ValueError(
-                    f"{name} must be {self.keys.dtype} on {self.keys.device} for this cache, "
-                    f"got {x.dtype} on {x.device}"
-                )
-        if end > capacity:
-            raise ValueError(f"cache holds {capacity} positions, and {end} were asked of it: make it larger or reset()")
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            raise RuntimeError("a KVCache is for inference: call the model under torch.no_grad()")
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def reset(self) -> None:
-        """Forget everything; keep the memory."""
-        self.length = 0
-
-
-class _AsBeforeIfRaised:
-    """Puts the caches' attributes back where an exception leaves the block, a KeyboardInterrupt too.
-
-    A cache replaces what it holds, or writes beyond its length: so its attributes are all that there is to put back.
-    """
-
-    def __init__(self, caches: tuple[object, ...]):
-        self.caches = caches
-
-    def __enter__(self):
-        self.before = [dict(vars(cache)) for cache in self.caches]
-
-    def __exit__(self, kind, *_):
-        if kind is not None:
-            for cache, before in zip(self.caches, self.before):
-                vars(cache).update(before)
-
-
-def as_before_if_raised(*caches: object | None) -> AbstractContextManager[Any]:
-    """A context: where an exception leaves it, the caches are as they were when it was entered.
-
-    Args:
-        caches: each a KVCache, a MambaCache, or any other whose attributes are replaced as it goes on and never
-            written into; or None. Compiled, an exception leaves no change behind by itself, and this does nothing.
-    """
-    given = tuple(cache for cache in caches if cache is not None)
-    return nullcontext() if not given or torch.compiler.is_compiling() else _AsBeforeIfRaised(given)
-
-
 def _check_width(name: str, x: Tensor, width: int) -> None:
     check_tensors({name: x})
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
+
+
+def _within_sequences(mask: Tensor | None, reset: Tensor | None, cache: KVCache | None, n: int) -> Tensor | None:
+    """The mask, narrowed to keys of the query's own sequence where several are packed; the cache keeps where it began.
+
+    reset  F F T F     1 1 0 0
+                       1 1 0 0
+                       0 0 1 1
+                       0 0 1 1
+    """
+    length, start = (0, None) if cache is None else (cache.length, cache.start)
+    starts = sequence_starts(reset, n, length=length, start=start)
+    if starts is None:
+        return mask
+    earlier = torch.arange(length, device=starts.device).expand(len(starts), -1)
+    first = torch.zeros_like(starts[:, :1]) if start is None else start[:, None]
+    earlier = torch.where(earlier >= first, first, -1)  # -1: of a sequence that ended before this call
+    own = (starts[:, :, None] == torch.cat([earlier, starts], 1)[:, None])[:, None]  # (B, 1, N, M)
+    if cache is not None and n:
+        cache.start = starts[:, -1]
+    if mask is None:
+        return own
+    return own & mask if mask.dtype == torch.bool else mask.masked_fill(~own, -torch.inf)
 
 
 def _from_torch(module: nn.Module, state: dict, prefix: str, *_) -> None:

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from nondual.mixers import as_before_if_raised
 from nondual.ops.checks import check_tensors
 from nondual.ops.impl import refuses_transforms
 from nondual.positional_encoding import LearnedPositions
-from nondual.self_attention import MultiHeadAttention, as_before_if_raised
+from nondual.self_attention import MultiHeadAttention
 
 
 class FeedForward(nn.Module):

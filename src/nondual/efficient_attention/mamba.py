@@ -177,8 +177,8 @@ class Mamba(nn.Module):
         """
         return one_step(self, x, cache)
 
-    def new_cache(self, batch: int) -> "MambaCache":
-        """A cache that remembers nothing yet, for a batch of B sequences."""
+    def new_cache(self, batch: int, max_len: int | None = None) -> "MambaCache":
+        """An empty cache for a batch of B sequences, of any length: max_len is not needed."""
         return empty_cache(self.conv1d, self.D, *self._cache_shapes(batch))
 
     def _cache_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

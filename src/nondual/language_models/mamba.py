@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from nondual.efficient_attention.mamba import Mamba, MambaCache, at_least_float32
+from nondual.mixers import as_before_if_raised
 from nondual.ops.checks import check_tensors
-from nondual.self_attention import as_before_if_raised
 
 
 class MambaBlock(nn.Module):

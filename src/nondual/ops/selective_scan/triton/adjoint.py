@@ -82,9 +82,8 @@ def adjoint_kernel(
     had_reset = False
     bounds = (first, whole, last)
     for PART in tl.static_range(0, 2):  # from the end: single steps, then groups of STEPS steps
-        GROUP: tl.constexpr = 1 if PART == 0 else STEPS
         low, high = bounds[1 - PART], bounds[2 - PART]
-        for i in tl.range(low, high, GROUP):
+        for i in tl.range(low, high, 1 if PART == 0 else STEPS):
             b_q, b_more_time, more_reset = adjoint_steps(
                 b_q=b_q,
                 b_A=b_A,
@@ -95,7 +94,7 @@ def adjoint_kernel(
                 p_z=p_z,
                 p_dy=p_dy,
                 p_reset=p_reset,
-                t=low + high - GROUP - i,
+                t=low + high - (1 if PART == 0 else STEPS) - i,
                 o_d=o_d,
                 o_n=o_n,
                 S_DELTA=S_DELTA,
@@ -103,7 +102,7 @@ def adjoint_kernel(
                 S_Z=S_Z,
                 S_DY=S_DY,
                 SOFTPLUS=SOFTPLUS,
-                STEPS=GROUP,
+                STEPS=1 if PART == 0 else STEPS,
             )
             b_time += b_more_time
             had_reset = had_reset | more_reset

@@ -120,8 +120,7 @@ def forward_kernel(
     had_reset = False
     bounds = (first, whole, last)
     for PART in tl.static_range(0, 2):  # groups of STEPS steps, then the steps that are left over, one at a time
-        GROUP: tl.constexpr = STEPS if PART == 0 else 1
-        for t in tl.range(bounds[PART], bounds[PART + 1], GROUP):
+        for t in tl.range(bounds[PART], bounds[PART + 1], STEPS if PART == 0 else 1):
             checkpoint(
                 p=p_checkpoint,
                 b_h=b_h,
@@ -160,7 +159,7 @@ def forward_kernel(
                 S_C=C_GROUPS * BLOCK_N,
                 D=D,
                 SOFTPLUS=SOFTPLUS,
-                STEPS=GROUP,
+                STEPS=STEPS if PART == 0 else 1,
             )
             if p_decay is not None:
                 b_time += b_more_time

@@ -45,15 +45,15 @@ def draw_pages(
             else:
                 drawings[code] = kept
 
-    def draw_one(code: str) -> Drawing:
+    def draw_and_keep(code: str) -> Drawing:
         figure = first[code]
-        return draw(figure.code, figure.page.relative_to(root).as_posix(), figure.line, root)
+        drawing = draw(figure.code, figure.page.relative_to(root).as_posix(), figure.line, root)
+        if not drawing.error:
+            store.put(code, drawing)
+        return drawing
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a thread only waits for its process
-        for code, drawing in zip(first, pool.map(draw_one, first)):
-            drawings[code] = drawing
-            if not drawing.error:
-                store.put(code, drawing)
+        drawings |= zip(first, pool.map(draw_and_keep, first))
     store.forget()
     if errors := [drawings[code].error for code in first if drawings[code].error]:
         raise ValueError("\n\n".join(errors))

@@ -50,9 +50,10 @@ class Store:
         files = {name: self._hash(name) for name in drawing.files}
         text = json.dumps({"output": drawing.output, "files": files, "seconds": drawing.seconds}, ensure_ascii=False)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{os.getpid()}.part"  # two builds may write at once: each puts a whole file in its place
+        file = self._file(code)
+        part = file.with_suffix(f".{os.getpid()}")  # two builds may write at once: each puts a whole file in its place
         part.write_text(text, encoding="utf-8")
-        part.replace(self._file(code))
+        part.replace(file)
 
     def forget(self) -> None:
         """Delete what was not used for DAYS days."""

@@ -1,7 +1,6 @@
 """Every selective scan kernel, compiled for four chips, and the instructions of its inner loops counted.
 
-`nox -s bench -- selective_scan_compile` needs no GPU, and some minutes. With --json it prints the figures and
-writes nothing; --brief keeps Mamba's own sizes; --targets=sm_90 some chips.
+`nox -s bench -- selective_scan_compile`; the options are in benchmarks/compiled.py. --brief keeps Mamba's own sizes.
 
 An element is one state of one channel at one step, (b, l, d, n). The instructions of a loop's body, as ptxas issues
 them for a warp, are divided by the elements that a thread of it handles in one turn. A kernel's figure is the sum over
@@ -9,20 +8,26 @@ its loops, since every element goes through each of them once (through the first
 chunk's last STEPS steps are not computed again: 15 of 16).
 """
 
-import json
-import os
 import re
 import sys
 
-from benchmarks import record
+from benchmarks import compiled
+from benchmarks.compiled import Case
 
 CHANNELS = 2048
 FULL = {"D": True, "z": True, "bias": True, "reset": False, "B": 1, "C": 1}
 PLAIN = {"D": False, "z": False, "bias": False, "reset": False, "B": 1, "C": 1}
 
 
-def cases(brief: bool = False):
-    """(name, kernel, N, dtype of u, what is given) of all that the launchers ask for, in samples."""
+def cases(target: str, brief: bool = False):
+    """All that the launchers ask for, in samples; the same on every chip."""
+    for label, name, states, dtype, given in samples(brief):
+        kernel, signature, constants, warps, stages = arguments(name, states, dtype, given)
+        yield Case(label, kernel, signature, constants, warps, stages)
+
+
+def samples(brief: bool):
+    """(name of the case, kernel, N, dtype of u, what is given) of each."""
     for name in ("forward", "first level", "adjoint", "backward"):
         yield f"{name} N16 bf16", name, 16, "bf16", FULL
         if brief:
@@ -107,41 +112,26 @@ def per_element(sass: str, constants: dict, warps: int) -> list[float]:
     return sorted(round(len(body) / elements, 2) for body in bodies)
 
 
-def figures(targets: list[str], brief: bool = False) -> dict:
-    """What the compiler made of each case on each chip, or why it did not."""
+def configuration(case: Case) -> dict:
+    """What a row says of a case's warps and of how many steps it takes in a turn."""
+    return {"warps": case.warps, "steps": case.constants.get("STEPS")}
+
+
+def report(case: Case, kernel) -> dict:
+    """What every kernel reports but for matrix instructions, and the instructions for an element in each loop."""
     from benchmarks import aot
 
-    found: dict = {}
-    for target in targets:
-        for label, name, states, dtype, given in cases(brief):
-            kernel, signature, constants, warps, stages = arguments(name, states, dtype, given)
-            row: dict = {"warps": warps, "steps": constants.get("STEPS")}
-            try:
-                compiled = aot.compile_for(target, kernel, signature, constants, warps, stages)
-                row |= aot.report(compiled)
-                row.pop("tensor")
-                if name != "pass" and "cubin" in compiled.asm:
-                    row["per_element"] = per_element(aot.sass(compiled), constants, warps)
-            except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
-            found.setdefault(label, {})[target] = row
-            print(target, label, row, file=sys.stderr, flush=True)
-    return found
+    row = aot.report(kernel)
+    del row["tensor"]
+    if case.name != "pass" and "cubin" in kernel.asm:  # the pass from chunk to chunk has no such loop
+        row["per_element"] = per_element(aot.sass(kernel), case.constants, case.warps)
+    return row
 
 
 def main(options: list[str]) -> None:
     """Write docs/measured/selective_scan_compile.json, or print it."""
-    if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
-        sys.exit("unset TRITON_INTERPRET: a kernel made for the interpreter cannot be compiled")
-    chosen = dict(option.lstrip("-").split("=", 1) for option in options if "=" in option)
-    found = figures(chosen.get("targets", "sm_80,sm_90,sm_100,gfx942").split(","), "--brief" in options)
-    if "--json" in options:
-        print(json.dumps(found))
-        return
-    import triton
-
-    command = "nox -s bench -- selective_scan_compile"
-    record.write("selective_scan_compile", command, found, triton=triton.__version__)
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    compiled.main("selective_scan_compile", cases, configuration, options, targets=targets, report=report)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Every kernel of state space duality, in every line of its table of tiles, compiled for chips that are not here.
 
-`nox -s bench -- ssd_compile` needs no GPU, and some minutes. With --json it prints the figures and writes nothing;
---brief keeps one case for each line of the table; --targets=sm_90 some chips.
+`nox -s bench -- ssd_compile`; the options are in benchmarks/compiled.py. --brief keeps one case for each line of the
+table.
 """
 
-import json
-import os
 import sys
 
 import torch
 
-from benchmarks import record
+from benchmarks import compiled
+from benchmarks.compiled import Case
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = ("steps", "states", "states_back", "pass", "output", "pass_back", "rows", "columns", "steps_back")
@@ -20,7 +19,7 @@ SIZES = ((64, 128), (64, 64), (128, 128), (64, 256), (59, 111))  # P and N; the 
 
 
 def cases(target: str, brief: bool = False):
-    """(name, kernel, types, constants, warps and stages) of what the launchers ask for on a chip.
+    """What the launchers ask for on a chip.
 
     With D, z and resets, unless it is called "bare". A head that a chip has no room for is compiled in the parts into
     which the launchers take it. float16, which alone scales its tiles, is compiled at Mamba-2's size and with twice its
@@ -50,7 +49,7 @@ def cases(target: str, brief: bool = False):
                     given["BLOCK_PIECES"] = 1 << (given["BLOCK_PIECES"] - 1).bit_length()
                     constants = {key: value for key, value in given.items() if key in function.arg_names}
                     size = f"{name} P{whole} N{n} {label}{' bare' if bare else ''}"
-                    yield size, function, types(function, label), constants, warps, stages
+                    yield Case(size, function, types(function, label), constants, warps, stages)
 
 
 def _kind(label: str) -> str:
@@ -68,35 +67,15 @@ def types(kernel, label: str) -> dict[str, str]:
     }
 
 
-def figures(targets: list[str], brief: bool = False) -> dict:
-    """What the compiler made of each case on each chip, or why it did not."""
-    from benchmarks import aot
-
-    found: dict = {}
-    for target in targets:
-        for name, kernel, signature, constants, warps, stages in cases(target, brief):
-            row = {"tiles": [constants.get("P"), constants.get("CHUNK"), constants.get("BLOCK"), warps, stages]}
-            try:
-                row |= aot.report(aot.compile_for(target, kernel, signature, constants, warps, stages))
-            except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
-            found.setdefault(name, {})[target] = row
-            print(target, name, row, file=sys.stderr, flush=True)
-    return found
+def configuration(case: Case) -> dict:
+    """What a row says of a case's tiles."""
+    sizes = [case.constants.get(name) for name in ("P", "CHUNK", "BLOCK")]
+    return {"tiles": [*sizes, case.warps, case.stages]}
 
 
 def main(options: list[str]) -> None:
     """Write docs/measured/ssd_compile.json, or print it."""
-    if os.environ.pop("TRITON_INTERPRET", "0") != "0" and "triton" in sys.modules:
-        sys.exit("unset TRITON_INTERPRET: a kernel made for the interpreter cannot be compiled")
-    chosen = dict(option.lstrip("-").split("=", 1) for option in options if "=" in option)
-    found = figures(chosen.get("targets", "sm_80,sm_90,sm_100").split(","), "--brief" in options)
-    if "--json" in options:
-        print(json.dumps(found))
-        return
-    import triton
-
-    record.write("ssd_compile", "nox -s bench -- ssd_compile", found, triton=triton.__version__)
+    compiled.main("ssd_compile", cases, configuration, options, targets=("sm_80", "sm_90", "sm_100"))
 
 
 if __name__ == "__main__":

@@ -153,3 +153,10 @@ def test_a_link_leads_from_one_pages_folder_to_anothers(tmp_path):
     assert chapter("ledger.md#A1.4") == "../../ledger/#A1.4" and chapter("index.md") == "../../"
     assert chapter("notebooks/heads.ipynb") == "../../notebooks/heads/" and chapter("essay/mamba.md") == "./"
     assert chapter("gone.md") is None
+
+
+def test_one_file_knows_the_program_that_builds_the_site():
+    imports = re.compile(r"^\s*(?:import|from) (?:mkdocs|markdown_exec)\b", re.MULTILINE)
+    hooks = ROOT / "hooks"
+    found = [file for file in hooks.rglob("*.py") if imports.search(file.read_text(encoding="utf-8"))]
+    assert found == [hooks / "build.py"]

@@ -232,13 +232,6 @@ def under_a_tangent(operation, first, *rest, **options):
         return operation(forward_ad.make_dual(first, torch.empty_like(first)), *rest, **options)
 
 
-OPERATIONS = {
-    "flash_attention": (flash_attention, heads),
-    "selective_scan": (selective_scan, scanned),
-    "ssd": (ssd, dual),
-}
-
-
 @pytest.mark.parametrize("transform", [under_a_gradient, under_a_batch, under_a_tangent])
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

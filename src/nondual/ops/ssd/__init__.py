@@ -6,16 +6,15 @@ Source: Dao and Gu 2024 (2405.21060), sections 3, 6 and Listing 1. It is the sel
 and states of a head, which turns it into products of matrices. Symbols: B batch, L steps, H heads, P channels of a
 head, N states, G groups of heads that share B and C.
 
-Three engines, in the table `ENGINES` at the end of this file:
+Three engines, whose limits are in the table `ENGINES` at the end of this file:
 
 - "reference": step by step in plain torch. Any floating dtype, differentiable any number of times and in forward mode.
-- "chunked": by blocks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
+- "chunked": by chunks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in
   L. Any floating dtype, differentiable any number of times and in forward mode.
-- "triton": our kernels, in float16, bfloat16 and float32, for P and N up to 256. On CUDA tensors; on CPU
-  tensors only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
+- "triton": our kernels. On CUDA tensors; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 set before
+  triton is imported), and slowly.
 
-"auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "chunked" for all others, and
-for forward-mode derivatives and under the transforms of torch.func, which "triton" refuses.
+"auto" takes "triton" for CUDA tensors unless a limit of it is in the way, and "chunked" for all others.
 """
 
 from typing import Literal

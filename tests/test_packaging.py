@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     ours = {name.removeprefix("src/") for name in tracked() if name.startswith("src/") and (ROOT / name).exists()}
     assert held == ours
-    assert {"nondual/py.typed", "nondual/ops/selective_scan/cpu.c"} <= held
+    assert {"nondual/py.typed", "nondual/ops/selective_scan/cpu/scan.c"} <= held
     licences = {name.split("/")[-1] for name in wheel.namelist() if "/licenses/" in name}
     assert licences == {"LICENSE", "LICENSE-TEXT"}
 
@@ -85,7 +85,7 @@ def test_the_wheel_works_without_the_checkout(packages, tmp_path):
         "assert torch.equal(nondual.attention(q, q, q, causal=True), q)\n"
         "from nondual.ops.selective_scan import cpu\n"
         "from pathlib import Path\n"
-        "assert (Path(cpu.__file__).parent / 'cpu.c').is_file()\n"
+        "assert (Path(cpu.__file__).parent / 'scan.c').is_file()\n"
     )
     run(sys.executable, "-c", f"folder = {str(tmp_path)!r}\n{code}", folder=tmp_path, PYTHONPATH=str(tmp_path))
 

@@ -1,9 +1,9 @@
-/* Both passes of cpu.c in many sizes and layouts, with every tensor ending exactly at a page that may not be touched.
+/* Both passes of scan.c in many sizes and layouts, with every tensor ending exactly at a page that may not be touched.
 
    Made to be compiled with -fsanitize=address,undefined, which watches what the pages cannot: the scratch memory, the
    stack, the arithmetic of integers. test_selective_scan_sanitized.py compiles and runs it.
 
-   -DSOURCE="…/cpu.c" and cpu.c's own -DSTEPS, -DWIDTH, -DDOUBLE. Prints the number of cases, and returns 0 if nothing was
+   -DSOURCE="…/scan.c" and scan.c's own -DSTEPS, -DWIDTH, -DDOUBLE. Prints the number of cases, and returns 0 if nothing was
    touched that should not be and every number of every result was written. */
 
 #define _GNU_SOURCE
@@ -89,7 +89,7 @@ static int one_case(int64_t length, int64_t d, int64_t n, int64_t groups, int ba
   int64_t blocks = blocks_of(&s), timed = s.batch * length * blocks * n;
   s.y = result("y", s.batch * length * d);
   s.last = result("last", per_state);
-  s.kept = result("kept", between * per_state);
+  s.checkpoints = result("checkpoints", between * per_state);
   s.du = result("du", s.batch * length * d);
   s.ddelta = result("ddelta", s.batch * length * d);
   s.dA = result("dA", per_state);

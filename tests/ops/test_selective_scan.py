@@ -479,7 +479,7 @@ def test_a_second_derivative_is_refused(way, name):
 
 def test_which_engine_auto_is(monkeypatch):
     seen = []
-    monkeypatch.setattr(cpu, "selective_scan", lambda *a: seen.append("cpu") or reference.selective_scan(*a))
+    monkeypatch.setattr(cpu, "selective_scan", lambda **given: seen.append("cpu") or reference.selective_scan(**given))
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         selective_scan(**made(dtype=dtype))
         assert seen.pop() == "cpu"

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from nondual.ops.selective_scan import cpu, selective_scan
+from nondual.ops.selective_scan.cpu import build, loop
 
-FAST = ("-O1", *cpu.FLAGS[1:])  # compiled sooner
+FAST = ("-O1", *build.FLAGS[1:])  # compiled sooner
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def cache(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(cpu, "FLAGS", FAST)
-    monkeypatch.setattr(cpu, "_loops", {})
+    monkeypatch.setattr(build, "FLAGS", FAST)
+    monkeypatch.setattr(build, "_loops", {})
     return tmp_path / "cache"
 
 
@@ -46,7 +47,7 @@ def works(dtype=torch.float32):
 
 def anew():
     """As a process that starts now, with the same files."""
-    cpu._loops.clear()
+    build._loops.clear()
 
 
 def script(path: Path, text: str) -> str:
@@ -68,7 +69,7 @@ def test_it_is_compiled_once_and_then_found(cache, monkeypatch):
     assert works()
     (path,) = libraries(cache)
     anew()
-    monkeypatch.setattr(cpu, "_compile", None)
+    monkeypatch.setattr(build, "compile_loop", None)
     assert works() and libraries(cache) == [path]
 
 
@@ -130,7 +131,7 @@ def test_a_foreign_library_is_compiled_anew_even_if_its_name_fits_its_bytes(cach
     key = path.stem.rpartition("-")[0]
     data = foreign(how, key, tmp_path, path.read_bytes())
     path.unlink()
-    wrong = cache / f"{key}-{cpu._digest(data)}.so"
+    wrong = cache / f"{key}-{build.digest(data)}.so"
     wrong.write_bytes(data)
     anew()
     assert works() and libraries(cache) == [path]
@@ -271,8 +272,8 @@ def test_without_a_compiler_it_runs_in_torch_and_says_so_once(cache, tmp_path, m
         Path(given).write_bytes(b"\x7fELF nothing")
     monkeypatch.setenv("CC", given)
     if case.startswith("hangs"):
-        monkeypatch.setattr(cpu, "SECONDS_TO_ANSWER", 0.5)
-        monkeypatch.setattr(cpu, "SECONDS_TO_COMPILE", 0.5)
+        monkeypatch.setattr(build, "SECONDS_TO_ANSWER", 0.5)
+        monkeypatch.setattr(build, "SECONDS_TO_COMPILE", 0.5)
     with pytest.warns(RuntimeWarning, match=f"(?s)({says}).*. Install a C compiler .* variable CC") as seen:
         assert scans() and scans(torch.float64)
     assert len(seen) == 1
@@ -309,7 +310,7 @@ def test_the_key_changes_with_all_that_the_loop_is_made_from(cache, tmp_path, mo
     monkeypatch.setenv("CC", script(tmp_path / "cc", "echo version 1"))
 
     def key(dtype=torch.float32):
-        return cpu._key(cpu._compiler(), dtype)
+        return build.key_of(build.find_compiler(), dtype)
 
     first = key()
     assert key() == first
@@ -317,11 +318,11 @@ def test_the_key_changes_with_all_that_the_loop_is_made_from(cache, tmp_path, mo
     other = tmp_path / "other.c"
     other.write_text(cpu.SOURCE.read_text() + "\n")
     for name, value in {
-        "SOURCE": other, "FLAGS": (*cpu.FLAGS, "-g"), "NATIVE": ("",), "CHUNK": 32, "BLOCK": 32,
-        "_processor": lambda: "another",
+        "SOURCE": other, "FLAGS": (*build.FLAGS, "-g"), "NATIVE": ("",), "CHUNK": 32, "BLOCK": 32,
+        "processor": lambda: "another",
     }.items():  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(cpu, name, value)
+            patch.setattr(build, name, value)
             keys[name] = key()
     monkeypatch.setenv("CC", str(tmp_path / "cc") + " -mtune=generic")
     keys["compiler's options"] = key()
@@ -338,7 +339,7 @@ def test_the_processor_is_told_by_its_name_and_its_instruction_sets(monkeypatch)
     for text in (said, said.replace("A", "B"), said.replace("avx", "avx2"), said.replace(": 1", ": 2")):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_text", lambda self, text=text, **_: text)
-            names.append(cpu._processor())
+            names.append(build.processor())
     assert len(set(names[:3])) == 3 and names[3] == names[0]
 
 
@@ -353,7 +354,7 @@ def test_the_source_travels_with_the_package_and_its_struct_is_ours():
     struct = text[text.index("struct scan {") : text.index("\n};", text.index("struct scan {"))]
     words = re.sub(r"/\*.*?\*/|\b(const|int64_t|real|uint8_t)\b|[*]", "", struct.split("\n", 1)[1], flags=re.DOTALL)
     declared = [name.strip() for name in re.split("[,;]", words)]
-    assert [name for name in declared if name] == [*cpu.SIZES, *cpu.POINTERS]
+    assert [name for name in declared if name] == [*loop.SIZES, *loop.POINTERS]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from nondual.ops.selective_scan import cpu, selective_scan
+from nondual.ops.selective_scan.cpu import memory
 
 INF, NAN = math.inf, math.nan
 both = pytest.mark.parametrize("name", WAYS)
@@ -481,27 +482,27 @@ def test_nothing_is_refused_where_no_tangent_is_given(way, name):
 def test_large_results_are_asked_for_in_whole_huge_pages(way, name, monkeypatch):
     way(name)
     asked = []
-    monkeypatch.setattr(cpu, "_madvise", lambda: lambda *given: asked.append(given))
+    monkeypatch.setattr(memory, "madvise", lambda: lambda *given: asked.append(given))
     u = torch.empty(1)
-    small, large = cpu._new(u, 1000), cpu._new(u, cpu.LARGE // 4 + 1000)
+    small, large = memory.empty(u, 1000), memory.empty(u, memory.LARGE // 4 + 1000)
     ((start, size, _),) = asked
-    assert start % cpu.HUGE_PAGE == size % cpu.HUGE_PAGE == 0
+    assert start % memory.HUGE_PAGE == size % memory.HUGE_PAGE == 0
     assert large.data_ptr() <= start and start + size <= large.data_ptr() + large.numel() * 4
-    assert size >= cpu.LARGE - 2 * cpu.HUGE_PAGE and small.numel() == 1000
+    assert size >= memory.LARGE - 2 * memory.HUGE_PAGE and small.numel() == 1000
     asked.clear()
-    monkeypatch.setattr(cpu, "LARGE", 1)
+    monkeypatch.setattr(memory, "LARGE", 1)
     results(made(1, 70, 5, 3), "cpu")
     assert len(asked) > 5  # the results of both passes go through it
 
 
 def test_a_system_without_huge_pages_is_no_fault(monkeypatch):
-    cpu._madvise.cache_clear()
-    monkeypatch.delattr(cpu.mmap, "MADV_HUGEPAGE", raising=False)
+    memory.madvise.cache_clear()
+    monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
     try:
-        assert cpu._madvise() is None
-        assert cpu._new(torch.empty(1), cpu.LARGE).numel() == cpu.LARGE
+        assert memory.madvise() is None
+        assert memory.empty(torch.empty(1), memory.LARGE).numel() == memory.LARGE
     finally:
-        cpu._madvise.cache_clear()
+        memory.madvise.cache_clear()
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

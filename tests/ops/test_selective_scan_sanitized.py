@@ -1,4 +1,4 @@
-"""cpu.c under AddressSanitizer and UndefinedBehaviorSanitizer, its tensors ending at pages that may not be touched.
+"""scan.c under AddressSanitizer and UndefinedBehaviorSanitizer, its tensors ending at pages that may not be touched.
 
 Needs a C compiler with its sanitizers' runtime: on Debian the packages gcc and libc6-dev.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nondual.ops.selective_scan import cpu
+from nondual.ops.selective_scan.cpu import build
 
 DRIVER = Path(__file__).with_name("selective_scan_guarded.c")
 OPTIONS = "-g -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread -Werror=incompatible-pointer-types"
@@ -21,11 +21,20 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-f
 def run(
     source: Path, folder: Path, *, dtype=torch.float32, native=True, level="-O1"
 ) -> subprocess.CompletedProcess[str]:
-    """Compile the driver with this cpu.c, and run it."""
+    """Compile the driver with this scan.c, and run it."""
     compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))))
     program = folder / "guarded"
     options = [level, *OPTIONS.split(), *SANITIZERS.split(), *(["-march=native"] if native else [])]
-    command = [compiler, *options, *cpu._defines(dtype), f'-DSOURCE="{source}"', str(DRIVER), "-o", str(program), "-lm"]
+    command = [
+        compiler,
+        *options,
+        *build.defines(dtype),
+        f'-DSOURCE="{source}"',
+        str(DRIVER),
+        "-o",
+        str(program),
+        "-lm",
+    ]
     compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     # Nothing is leaked, and looking for leaks needs a right (ptrace) that a container may not have.
@@ -37,7 +46,7 @@ def run(
 @pytest.mark.parametrize("dtype, native", [(torch.float32, True), (torch.float64, True), (torch.float32, False)])
 def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, dtype, native):
     """Both passes; 1, 7, 17, 33 and 67 channels, 1 to 17 states, rows apart, one thread and three."""
-    ran = run(cpu.SOURCE, tmp_path, dtype=dtype, native=native)
+    ran = run(build.SOURCE, tmp_path, dtype=dtype, native=native)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
     assert ran.stdout == "1021 cases\n"
 
@@ -52,7 +61,7 @@ def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, 
     ("v < k.vectors; v++) {\n      int64_t at =", "v < 0; v++) {\n      int64_t at =", "dD was not written"),
 ], ids=["read", "write", "saved states", "scratch", "rows", "unwritten"])  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path, was, planted, says):
-    text = cpu.SOURCE.read_text(encoding="utf-8")
+    text = build.SOURCE.read_text(encoding="utf-8")
     assert text.count(was) == 1
     source = tmp_path / "planted.c"
     source.write_text(text.replace(was, planted), encoding="utf-8")

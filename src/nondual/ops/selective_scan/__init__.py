@@ -224,13 +224,13 @@ def _reference(given: Inputs) -> tuple[Tensor, Tensor]:
 def _cpu(given: Inputs) -> tuple[Tensor, Tensor]:
     from nondual.ops.selective_scan import cpu
 
-    return cpu.selective_scan(*given[:-1])
+    return cpu.selective_scan(**given.arguments())
 
 
 def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
     from nondual.ops.selective_scan import triton
 
-    return triton.selective_scan(*given[:-1])
+    return triton.selective_scan(**given.arguments())
 
 
 def _on_the_cpu(given: Inputs) -> str | None:

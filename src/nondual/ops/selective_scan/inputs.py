@@ -1,6 +1,6 @@
 """What passed the selective scan's door: what its engines take, checked and of one form."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class Inputs(NamedTuple):
     state: Tensor | None  # (B, D, N)
     reset: Tensor | None  # (B, L), boolean
     discretization: Discretization
+
+    def arguments(self) -> dict[str, Any]:
+        """By name, what the compiled engines take: all but the discretisation, of which they know one."""
+        return {name: value for name, value in zip(self._fields, self) if name != "discretization"}
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the two options."""

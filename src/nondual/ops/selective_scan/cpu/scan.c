@@ -11,8 +11,8 @@
                   d(ΔA)_t = g_t a_t h_{t-1}      dA = Σ_t Δ_t d(ΔA)_t      dΔ_t = Σ_n A d(ΔA)_t + u_t d(Δu)_t
 
    A block is one sequence of the batch and up to WIDTH channels that lie in one group. Time is cut into chunks of STEPS.
-   The forward pass saves the state between chunks (`kept`), and the backward pass computes the states within a chunk
-   again from there: in all B·L/STEPS·D·N numbers, never B·L·D·N.
+   The forward pass saves the state between chunks (`checkpoints`), and the backward pass computes the states within a
+   chunk again from there: in all B·L/STEPS·D·N numbers, never B·L·D·N.
 
    A thread takes a task: several neighbouring blocks, all through one chunk before any goes on to the next. Their rows
    lie side by side in memory, so each page is looked up once instead of once for each block. How blocks are put into
@@ -21,7 +21,8 @@
 
    Numbers that are not finite follow the equations, and stay in the channels that they belong to.
 
-   Compiled by cpu.py, which defines STEPS and WIDTH, and DOUBLE for float64, and fills `struct scan`. */
+   Compiled by build.py, which defines STEPS and WIDTH, and DOUBLE for float64; loop.py fills `struct scan`. All of it is
+   one file: the inner loops are inlined into what calls them, and one hash tells whether a compiled library fits it. */
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -61,8 +62,8 @@ struct scan { /* eight bytes each; strides count numbers, and the last axis of e
   /* read; null where it was not given */
   const real *u, *delta, *A, *B, *C, *D, *z, *bias, *state;
   const uint8_t *reset;
-  /* written by the forward pass; the backward pass reads `kept`, the states between chunks (B, chunks - 1, D, N) */
-  real *y, *last, *kept;
+  /* written by the forward pass; the backward pass reads `checkpoints`, states between chunks (B, chunks - 1, D, N) */
+  real *y, *last, *checkpoints;
   /* of the backward pass: the gradients that come in, and those that it writes */
   const real *dy, *dlast;
   real *du, *ddelta, *dz, *dstate;    /* like u, and like state */
@@ -204,7 +205,7 @@ INLINE vec softplus(vec x) {
 
 INLINE vec softplus_slope(vec x) { return choose(x > 20, splat(1), sigmoid(x)); }
 
-/* --- blocks and the room to work in ------------------------------------------------------------------------------- */
+/* --- blocks and the memory to work in ----------------------------------------------------------------------------- */
 
 struct block {
   int64_t batch, index, first, width, vectors; /* its channels: first … first + width; index within its sequence */
@@ -227,8 +228,8 @@ INLINE int64_t lanes_of(struct block k, int64_t v) {
   return k.width - v * LANES < LANES ? k.width - v * LANES : LANES;
 }
 
-/* What a thread works in: one allocation, cut up. Each block of a task has tables of its own, and turn_to points at
-   those of one block; everything else is used by one block after another. */
+/* The memory that a thread works in: one allocation, divided up. Each block of a task has tables of its own, and
+   turn_to points at those of one block; everything else is used by one block after another. */
 struct room {
   struct pair *A2;            /* (N, V) A log2 e */
   vec *A, *B, *C;             /* (N, V); B and C where they are (D, N) */
@@ -301,12 +302,12 @@ static void write_states(const struct scan *s, struct block k, real *to, const v
       scatter(to + v * LANES * s->states + n, s->states, from[n * VECTORS + v], lanes_of(k, v));
 }
 
-/* Where a block's first channel lies in (B, D, N), and in `kept` before a chunk other than the first. */
+/* Where a block's first channel lies in (B, D, N), and in `checkpoints` before a chunk other than the first. */
 INLINE int64_t place(const struct scan *s, struct block k) { return (k.batch * s->channels + k.first) * s->states; }
 
-INLINE real *kept_at(const struct scan *s, struct block k, int64_t chunk) {
+INLINE real *checkpoint_at(const struct scan *s, struct block k, int64_t chunk) {
   int64_t between = (s->length + STEPS - 1) / STEPS - 1;
-  return s->kept + ((k.batch * between + chunk - 1) * s->channels + k.first) * s->states;
+  return s->checkpoints + ((k.batch * between + chunk - 1) * s->channels + k.first) * s->states;
 }
 
 INLINE vec step_length(const struct scan *s, struct block k, int64_t v, int64_t t, vec *before) {
@@ -438,7 +439,7 @@ static struct ahead forward_ahead(const struct scan *s, struct block k, int64_t 
 }
 
 static void forward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
-  if (start) write_states(s, k, kept_at(s, k, start / STEPS), r->h);
+  if (start) write_states(s, k, checkpoint_at(s, k, start / STEPS), r->h);
   read_chunk(s, k, r, start, steps);
   for (int64_t v = 0; v < k.vectors; v++) {
     struct ahead all = forward_ahead(s, k, v, start, steps);
@@ -559,7 +560,7 @@ static struct ahead backward_ahead(const struct scan *s, struct block k, int64_t
 }
 
 static void backward_block(const struct scan *s, struct block k, struct room *r, int64_t start, int64_t steps) {
-  read_states(s, k, start ? kept_at(s, k, start / STEPS) : s->state ? s->state + place(s, k) : NULL, r->h);
+  read_states(s, k, start ? checkpoint_at(s, k, start / STEPS) : s->state ? s->state + place(s, k) : NULL, r->h);
   for (int64_t v = 0; start && v < k.vectors; v++) {
     struct ahead all = backward_ahead(s, k, v, start);
     for (int64_t t = 0; t < STEPS; t++) prefetch(&all, t);
@@ -655,7 +656,7 @@ static void backward_task(const struct scan *s, int64_t batch, int64_t first, in
 }
 
 /* --- threads -----------------------------------------------------------------------------------------------------
-   Started for a call and joined before it returns, and nothing is kept between calls: a fork finds nothing to lose. */
+   Started for a call and joined before it returns: between calls there is no thread that a forked child would miss. */
 
 typedef void pass(const struct scan *, int64_t batch, int64_t first, int64_t blocks, struct room *);
 

@@ -1,0 +1,209 @@
+"""Finding or compiling the loop over time: the cache of compiled libraries, the compiler, locks that outlive a fork.
+
+scan.c beside this file is compiled at the first use, for the processor at hand, and kept in the cache folder.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from nondual.ops.selective_scan.cpu.memory import CHUNK
+from nondual.store import cache_folder
+
+BLOCK = 64  # channels that go through a chunk together
+SOURCE = Path(__file__).with_name("scan.c")
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
+NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler accepts
+SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 20, 120  # after these a compiler is taken to hang
+
+_loops: dict[torch.dtype, ctypes.CDLL | None] = {}  # what `library` has found; None where there is no loop
+_compiling = threading.Lock()  # held while a loop is looked for or compiled: seconds
+_opening = threading.RLock()  # held while the system opens a library: an instant
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled loop for float32 or float64, or None where there is none and plain torch must serve.
+
+    It is None where the environment says NONDUAL_CPU_SCAN=torch, and where the loop could not be compiled: then the
+    first call warns, and none tries again.
+    """
+    if os.environ.get("NONDUAL_CPU_SCAN") == "torch":
+        return None
+    if dtype not in _loops:
+        with _compiling:
+            if dtype not in _loops:
+                _loops[dtype] = _load_or_warn(dtype)
+    return _loops[dtype]
+
+
+def _renew_locks() -> None:
+    """In a forked child: the thread that held a lock does not exist there, and would never release it."""
+    global _compiling, _opening
+    _compiling, _opening = threading.Lock(), threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits until no library is being opened, since the lock that the system's loader takes would stay held in
+    # the child. It does not wait for a compiler: the child finds no loop yet, and compiles one itself.
+    os.register_at_fork(
+        before=lambda: _opening.acquire(), after_in_parent=lambda: _opening.release(), after_in_child=_renew_locks
+    )
+
+
+def _load_or_warn(dtype: torch.dtype) -> ctypes.CDLL | None:
+    try:
+        return _load(dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error))[-1000:]
+        if not any(loop is None for loop in _loops.values()):  # once, not for each dtype
+            warnings.warn(
+                f"the selective scan's loop could not be compiled, and runs in plain torch, several times slower: "
+                f"{said}. Install a C compiler (gcc or clang), or name one in the environment variable CC",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return None
+
+
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The loop from the cache folder (`nondual.store.cache_folder`), compiled into it where it is not there.
+
+    A library's name holds a hash of all that it was made from and a hash of its bytes: one that was cut short or
+    replaced is not opened, but removed and compiled again. The library is made under another name and then moved, so
+    that no process ever sees a part of it. Where the folder cannot be written to, what it holds is still used; what it
+    lacks is compiled among the temporary files, for this process alone.
+
+    Raises:
+        OSError: no compiler, or nowhere to write.
+        subprocess.CalledProcessError: the compiler refuses.
+        subprocess.TimeoutExpired: the compiler hangs.
+    """
+    compiler = find_compiler()
+    start = f"selective_scan-{key_of(compiler, dtype)}"
+    with contextlib.suppress(OSError):
+        folder = cache_folder()
+        for path in sorted(folder.glob(f"{start}-*.so")):
+            try:
+                return _open(path)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        return _open(compile_loop(compiler, dtype, folder, start))
+    try:
+        private = tempfile.TemporaryDirectory(prefix="nondual-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OSError(f"no folder to write to: neither the cache nor {tempfile.tempdir}; set NONDUAL_CACHE") from error
+    with private as folder:  # an open library stays in memory when its file is gone
+        return _open(compile_loop(compiler, dtype, Path(folder), start))
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """The library at this path, if its bytes are those that its name has the hash of.
+
+    Raises:
+        OSError: it was cut short or replaced, is not for this machine, or lacks one of the two functions.
+    """
+    if digest(path.read_bytes()) != path.stem.rpartition("-")[2]:
+        raise OSError(f"{path} was changed since it was compiled")
+    with _opening:
+        loop = ctypes.CDLL(str(path))
+    if not (hasattr(loop, "forward") and hasattr(loop, "backward")):
+        raise OSError(f"{path} has no functions forward and backward")
+    return loop
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def find_compiler() -> list[str]:
+    """The command that CC names, with its options, or else the first of cc, gcc and clang that is there.
+
+    Raises:
+        OSError: CC cannot be read as a command, or there is no such compiler.
+    """
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"CC must be a command, got {os.environ['CC']!r} ({error})") from None
+    command = command or [next(filter(shutil.which, ("cc", "gcc", "clang")), "")]
+    if not shutil.which(command[0]):
+        raise FileNotFoundError(f"no C compiler found: {command[0] or 'cc, gcc or clang'}")
+    return command
+
+
+def key_of(compiler: list[str], dtype: torch.dtype) -> str:
+    """A hash of all that the compiled loop depends on."""
+    version = _run([*compiler, "--version"], SECONDS_TO_ANSWER)
+    source = SOURCE.read_text(encoding="utf-8")
+    return digest(repr([source, compiler, version, FLAGS, NATIVE, defines(dtype), processor()]).encode())
+
+
+def defines(dtype: torch.dtype) -> list[str]:
+    return [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
+
+
+def compile_loop(compiler: list[str], dtype: torch.dtype, folder: Path, start: str) -> Path:
+    """Compile scan.c for this machine into the folder, whole or not at all; its mode is any new file's (umask)."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".selective_scan-") as private:
+        new = Path(private) / "new.so"
+        for native in NATIVE:
+            options = [*FLAGS, *filter(None, [native]), *defines(dtype)]
+            try:
+                _run([*compiler, *options, str(SOURCE), "-o", str(new), "-lm"], SECONDS_TO_COMPILE)
+                break
+            except subprocess.CalledProcessError:
+                if native == NATIVE[-1]:
+                    raise
+        if not new.exists():
+            raise FileNotFoundError(f"{shlex.join(compiler)} ran, and compiled nothing")
+        path = folder / f"{start}-{digest(new.read_bytes())}.so"
+        os.replace(new, path)
+    return path
+
+
+def _run(command: list[str], seconds: float) -> str:
+    """What a command prints. It is stopped, with all that it has started, when its time is over.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.CalledProcessError: it fails; stderr is what it said.
+        subprocess.TimeoutExpired: its time is over.
+    """
+    with subprocess.Popen(
+        command, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except BaseException:  # an interrupt too
+            with contextlib.suppress(OSError):
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=said.strip())
+    return out
+
+
+def processor() -> str:
+    """What "native" means here: the processor's name and its instruction sets."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -24,7 +24,7 @@ KERNELS = {
 class Launcher:
     """The inputs of one call as the kernels take them, and the launch of each kernel.
 
-    A head whose state has no room in a program is split into `parts` heads of fewer channels, here at the start; the
+    A head whose state is too large for one program is split into `parts` heads of fewer channels at the start, and the
     results are merged at the end.
     """
 
@@ -44,7 +44,7 @@ class Launcher:
         self.given = {"SKIP": D is not None, "GATED": z is not None, "RESET": reset is not None}
         self.softplus = softplus
 
-        # Of D, z and start a kernel reads what was given, and is handed another tensor in place of what was not.
+        # D, z and start are read only where they were given; elsewhere another tensor fills the argument.
         self.x, self.B, self.C = contiguous_rows(x), contiguous_rows(B), contiguous_rows(C)
         self.z = self.x if z is None else contiguous_rows(z)
         self.delta, self.A = delta, A.contiguous()
@@ -67,9 +67,9 @@ class Launcher:
         self.steps()
         states, _ = self.pass_on()
         grads, dinitial, through = self.pass_back(dy, dlast, states)
-        dc, dz, for_rows = self.rows(dy, states)
-        db, dx, dd, dstep, for_columns = self.columns(dy, grads)
-        ddelta, da, dbias = self.steps_back(p_through=through, p_dstep=dstep, **for_rows, **for_columns)
+        dc, dz, row_parts = self.rows(dy, states)
+        db, dx, dd, dstep, column_parts = self.columns(dy, grads)
+        ddelta, da, dbias = self.steps_back(p_through=through, p_dstep=dstep, **row_parts, **column_parts)
         dx, dinitial = merge_heads(dx, 2, self.parts, self.width), merge_heads(dinitial, 1, self.parts, self.width)
         dd = merge_heads(dd, 0, self.parts, self.width) if self.given["SKIP"] else torch.empty_like(da)
         if self.given["GATED"]:
@@ -149,7 +149,7 @@ class Launcher:
         return y
 
     def pass_back(self, dy: Tensor, dlast: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of the states after each chunk, of the initial state, and of the log decay of whole chunks."""
+        """The gradients of the state after each chunk and of the initial state, and what backward.py calls through."""
         grads, dinitial = self.states(dy, self.C, backward=True), self.empty_states(1)[:, :, 0]
         through = self.empty(self.batch, self.heads, self.chunks, self.pieces())
         self.launch(
@@ -170,8 +170,7 @@ class Launcher:
         return grads, dinitial, through
 
     def rows(self, dy: Tensor, states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """dC, dz (empty where there is no z), and the parts of the log decay's gradient that are summed for each output
-        step, as `steps_back` takes them."""
+        """dC, dz (empty where there is no z), and what backward.py calls rows, diagonal, across and from_state."""
         tiles, per, splits = self.shares("rows")
         dc = self.empty(splits, *self.C.shape)
         dz = torch.empty(self.x.shape if self.given["GATED"] else (0,), dtype=self.x.dtype, device=self.x.device)
@@ -196,8 +195,8 @@ class Launcher:
         return dc.sum(0).to(self.C.dtype), dz, parts
 
     def columns(self, dy: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """dB, dx, dD (of no length where there is no D), the gradient of Δ as a factor of x, and the parts of the log
-        decay's gradient that are summed for each input step, as `steps_back` takes them."""
+        """dB, dx, dD (without meaning where there is no D), the gradient of Δ as a factor of x, and what backward.py
+        calls columns and into_state."""
         tiles, per, splits = self.shares("columns")
         db, dx = self.empty(splits, *self.B.shape), torch.empty_like(self.x, memory_format=torch.contiguous_format)
         dd = self.empty(*((self.batch * tiles, self.heads, self.p) if self.given["SKIP"] else (0,)))
@@ -223,8 +222,8 @@ class Launcher:
         return db.sum(0).to(self.B.dtype), dx, dd.sum(0), dstep, parts
 
     def steps_back(self, **received: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ddelta, dA and dbias, from the parts of the log decay's gradient and that of Δ as a factor of x."""
-        dtype = self.delta.dtype if self.parts == 1 else torch.float32  # of parts that are added up
+        """ddelta, dA and dbias, from the seven parts of the log decay's gradient and that of Δ as a factor of x."""
+        dtype = self.delta.dtype if self.parts == 1 else torch.float32  # the parts of a head are added up below
         ddelta = torch.empty(self.delta.shape, dtype=dtype, device=self.delta.device)
         da, dbias = (self.empty(self.batch, self.heads, self.chunks) for _ in range(2))
         self.launch(

@@ -134,7 +134,7 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     arguments: Mapping[str, Any] | None = None,
-    name: str = "training",
+    name: str | None = "training",
 ) -> list[dict[str, float]]:
     """Train a model for a number of steps, or go on from a checkpoint as if it had never been interrupted.
 
@@ -163,7 +163,7 @@ def train(
         checkpoint_every: after how many steps it is written; at the last step it always is.
         arguments: what else should stand in the provenance, such as the sizes of the model. A checkpoint made with
             others is refused. Whatever JSON can hold.
-        name: what stands before the bar.
+        name: what stands before the bar; None for no bar, as where several processes train at once.
 
     Returns:
         For each logged step: "step", from 1; "loss", the mean over the steps since the line before; "rate", the
@@ -357,9 +357,9 @@ def _write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _bar(name: str, done: int, steps: int) -> Iterator[Callable[[float], object]]:
-    """A function that shows one step more; it shows nothing where standard error is no terminal."""
-    if not (sys.stderr.isatty() and find_spec("tqdm")):
+def _bar(name: str | None, done: int, steps: int) -> Iterator[Callable[[float], object]]:
+    """A function that shows one step more; it shows nothing without a name, a terminal, or tqdm."""
+    if name is None or not (sys.stderr.isatty() and find_spec("tqdm")):
         yield lambda loss: None
         return
     from tqdm import tqdm  # type: ignore[import-untyped]

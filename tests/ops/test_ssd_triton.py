@@ -71,6 +71,13 @@ def test_heads_are_taken_apart_by_the_room_there_is():
     assert kernels.parts_of("sm_90", 64, 256, full) == 2
 
 
+def test_a_chip_without_tiles_of_its_own_gets_those_of_sm_80():
+    for dtype, kernel in ((torch.bfloat16, "states"), (torch.float16, "rows"), (torch.float32, "output")):
+        found = [(kernels.configuration(kernel, chip, 64, 256, dtype, 256), kernels.parts_of(chip, 64, 256, dtype))
+                 for chip in ("gfx942", "sm_80")]  # fmt: skip
+        assert found[0] == found[1]
+
+
 @everywhere
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 33, 64])
 def test_short_sequences(device, length):

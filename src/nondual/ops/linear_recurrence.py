@@ -31,7 +31,7 @@ from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.impl import Engine, Preference, choose, refuses_transforms
 
 FEW = 2**10
-"""How many numbers one step may hold on a CPU for "auto" to mean "parallel"."""
+"""The most numbers of a step with which "auto" takes "parallel" on a CPU."""
 
 
 def linear_recurrence(

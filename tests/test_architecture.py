@@ -16,6 +16,7 @@ RANKS = {
     "store": 0,
     "data": 1,
     "ops": 0,
+    "token_ids": 1,
     "mixers": 1,
     "kv_cache": 1,
     "attention_mechanism": 1,

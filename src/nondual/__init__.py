@@ -7,10 +7,11 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.mixers                what a mixer of positions is; attention, Mamba, Mamba-2 and S4D are mixers alike
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
     nondual.kv_cache              the key/value cache
+    nondual.token_ids             token ids, checked where they enter a model
     nondual.positional_encoding   learned positions
     nondual.transformer           the layer, the encoder, a text encoder
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
-    nondual.language_models       a language model of Mamba or Mamba-2 blocks
+    nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
     nondual.data, tasks, figures  texts, synthetic tasks and drawings for the site's pages
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         pretrained,
         self_attention,
         tasks,
+        token_ids,
         training,
         transformer,
     )
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from nondual.efficient_attention.s4d import S4D
     from nondual.efficient_attention.transformers_interface import register_with_transformers
     from nondual.kv_cache import KVCache
+    from nondual.language_models.causal import CausalLM
+    from nondual.language_models.gpt import GPT
+    from nondual.language_models.hybrid import HybridLM
     from nondual.language_models.mamba import MambaLM
     from nondual.ops import masks
     from nondual.ops.attention import attention
@@ -57,23 +62,27 @@ if TYPE_CHECKING:
     from nondual.positional_encoding import LearnedPositions
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
     from nondual.self_attention import MultiHeadAttention, SelfAttention
-    from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
+    from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPT",
     "S4D",
     "AdditiveAttention",
     "AttentionDecoder",
+    "CausalLM",
     "Encoder",
     "FeedForward",
     "FlashAttention",
+    "HybridLM",
     "KVCache",
     "LearnedPositions",
     "Mamba",
     "Mamba2",
     "MambaCache",
     "MambaLM",
+    "MixerBlock",
     "MultiHeadAttention",
     "SelfAttention",
     "SentenceEncoder",
@@ -106,6 +115,7 @@ __all__ = [
     "ssd",
     "ssd_step",
     "tasks",
+    "token_ids",
     "training",
     "transformer",
 ]
@@ -121,6 +131,9 @@ _HOME = {
     "S4D": "efficient_attention.s4d",
     "register_with_transformers": "efficient_attention.transformers_interface",
     "KVCache": "kv_cache",
+    "CausalLM": "language_models.causal",
+    "GPT": "language_models.gpt",
+    "HybridLM": "language_models.hybrid",
     "MambaLM": "language_models.mamba",
     "attention": "ops.attention",
     "causal_conv1d": "ops.causal_conv1d",
@@ -141,6 +154,7 @@ _HOME = {
     "SelfAttention": "self_attention",
     "Encoder": "transformer",
     "FeedForward": "transformer",
+    "MixerBlock": "transformer",
     "TextEncoder": "transformer",
     "TransformerLayer": "transformer",
 }

@@ -4,10 +4,28 @@ The learned table of BERT, GPT-2 and ViT. Source: Gehring et al. 2017 (1705.0312
 (1810.04805), section 3. Symbols: N positions, E model width.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+
+from nondual.mixers import check_reset, sequence_starts
+from nondual.token_ids import has_values
+
+
+@dataclass(eq=False)
+class PositionCache:
+    """Where a text stands that is read in parts.
+
+    Attributes:
+        length: how many positions were read.
+        start: (B,), the position at which each row's present sequence began; None while all began at 0.
+    """
+
+    length: int = 0
+    start: Integer[Tensor, " b"] | None = None
 
 
 class LearnedPositions(nn.Module):
@@ -43,6 +61,52 @@ class LearnedPositions(nn.Module):
                 f"got {n} from {start}: shorten the input or make the table longer"
             )
         return self.table.weight[start : start + n]
+
+    def of_sequences(
+        self,
+        ids: Integer[Tensor, "b n"],
+        *,
+        cache: PositionCache | None = None,
+        reset: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "n e"] | Float[Tensor, "b n e"]:
+        """The vector of each token's position in its own sequence, to be added to the tokens' embeddings.
+
+        Args:
+            ids: (B, N), of which the shape counts and the device.
+            cache: what was read before ids; it is brought up to date.
+            reset: True where a packed sequence begins: its positions count from 0.
+
+        Returns:
+            (N, E) where all rows stand alike, else (B, N, E).
+
+        Raises:
+            TypeError: cache is not a PositionCache, or reset not a Tensor.
+            ValueError: a reset that does not fit, or a position at or past max_len.
+        """
+        if cache is not None and not isinstance(cache, PositionCache):
+            raise TypeError(f"cache must begin with a PositionCache, from new_cache, got {type(cache).__name__}")
+        if reset is not None:
+            check_reset(reset, ids)
+        n = ids.shape[1]
+        length, start = (0, None) if cache is None else (cache.length, cache.start)
+        starts = sequence_starts(reset, n, length=length, start=start)
+        if starts is None:
+            vectors = self(n, start=length)
+        else:
+            index, longest = torch.arange(length, length + n, device=starts.device) - starts, self.table.num_embeddings
+            if has_values(index) and index.numel() and int(index.max()) >= longest:
+                raise ValueError(
+                    f"positions must lie in 0 to {longest - 1}, got {int(index.max())}: "
+                    "shorten the input or make the table longer"
+                )
+            vectors = self.table(index)
+        if cache is not None:
+            cache.length, cache.start = length + n, cache.start if starts is None or not n else starts[:, -1]
+        return vectors
+
+    def new_cache(self) -> PositionCache:
+        """Of a text of which nothing was read."""
+        return PositionCache()
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from nondual.mixers import as_before_if_raised
 from nondual.ops.checks import check_tensors
-from nondual.ops.impl import refuses_transforms
 from nondual.positional_encoding import LearnedPositions
 from nondual.self_attention import MultiHeadAttention
+from nondual.token_ids import check_ids
 
 
 class FeedForward(nn.Module):
@@ -127,6 +126,42 @@ class TransformerLayer(nn.Module):
         def __call__(self, x: Tensor, *, return_weights: bool, **mixing: Any) -> Tensor | tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class MixerBlock(nn.Module):
+    """A mixer alone, with its norm before it and a residual path around it: x + mixer(norm(x)).
+
+    Source: Gu and Dao 2023 (2312.00752), figure 3, whose language model is a stack of these.
+
+    Args:
+        mixer: any module x -> x over (B, N, E); what `forward` is given besides x goes to it.
+        d_model: width E.
+        norm: the norm, called as nn.RMSNorm and nn.LayerNorm are.
+        eps: added to the mean square or variance in the norm.
+    """
+
+    norm: nn.Module
+    mixer: nn.Module
+
+    def __init__(
+        self, mixer: nn.Module, d_model: int, *, norm: Callable[..., nn.Module] = nn.RMSNorm, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.norm, self.mixer = norm(d_model, eps=eps), mixer
+
+    def forward(self, x: Float[Tensor, "b n e"], **mixing: Any) -> Float[Tensor, "b n e"]:
+        """x (B, N, E) -> (B, N, E); what is given besides x goes to the mixer. x may be wider than the weights are."""
+        return x + self.mixer(normed(self.norm, x), **mixing)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, x: Tensor, **mixing: Any) -> Tensor: ...
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), x in the dtype of the norm's weight where it has one."""
+    weight = getattr(norm, "weight", None)
+    return norm(x if weight is None else x.to(weight.dtype))
 
 
 class Encoder(nn.Module):
@@ -269,9 +304,9 @@ class TextEncoder(nn.Module):
                 left to torch's own embedding.
         """
         check_tensors({"ids": ids}, {"segments": segments})
-        ids = _indices("ids", ids, self.token.num_embeddings)
+        ids = check_ids("ids", ids, self.token.num_embeddings)
         which = (
-            torch.zeros_like(ids) if segments is None else _indices("segments", segments, self.segment.num_embeddings)
+            torch.zeros_like(ids) if segments is None else check_ids("segments", segments, self.segment.num_embeddings)
         )
         if which.shape != ids.shape:
             raise ValueError(f"segments must be of ids' shape {tuple(ids.shape)}, got {tuple(which.shape)}")
@@ -314,17 +349,3 @@ class TextEncoder(nn.Module):
         ) -> Tensor | tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-def _indices(name: str, ids: Tensor, size: int) -> Tensor:
-    """ids (B, N) as an embedding of `size` rows takes them, int32 or int64; refused where they do not fit it."""
-    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers (B, N), got {ids.dtype} {tuple(ids.shape)}")
-    if ids.dtype not in (torch.int32, torch.int64):
-        ids = ids.long()
-    unseen = torch.compiler.is_compiling() or ids.is_meta or isinstance(ids, FakeTensor)
-    if unseen or refuses_transforms(ids):
-        return ids  # their values cannot be looked at
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-        raise ValueError(f"{name} must lie in 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}")
-    return ids

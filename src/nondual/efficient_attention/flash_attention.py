@@ -4,7 +4,9 @@ Source: Dao et al. 2022 (2205.14135). The algorithm, forward and backward, is `n
 the kernels are `nondual.ops.flash_attention.triton`. Symbols: B batch, H heads, N queries, M keys, D head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,11 +25,18 @@ class FlashAttention:
         window: how many keys a query sees, its own included; it implies causal. All where None.
         scale: factor on q · k; 1/√D where None.
         impl: "auto", "reference", "sdpa" or "triton", as in `nondual.ops.flash_attention`.
+        otherwise: the op that is called instead where a mask, a dropout or the weights are asked for, such as
+            `nondual.ops.attention.attention`; where None, that is an error. It cannot go with a window.
     """
 
     window: int | None = None
     scale: float | None = None
     impl: Impl = "auto"
+    otherwise: Callable[..., Any] | None = None
+
+    def __post_init__(self):
+        if self.otherwise is not None and self.window is not None:
+            raise ValueError(f"otherwise must be None with a window, which it does not know, got {self.otherwise}")
 
     def __call__(
         self,
@@ -46,19 +55,25 @@ class FlashAttention:
             q: queries (B, H, N, D).
             k: keys (B, G, M, D), H a multiple of G.
             v: values (B, G, M, Dv).
-            mask: None. Which keys a query sees follows from positions alone: causal and window.
+            mask: None, unless there is `otherwise`. Which keys a query sees follows from positions alone: causal and
+                window.
             causal: no query sees a later key.
-            dropout: 0.
-            return_weights: False.
+            dropout: 0, unless there is `otherwise`.
+            return_weights: False, unless there is `otherwise`.
 
         Returns:
             out (B, H, N, Dv).
 
         Raises:
             TypeError: q, k or v is not a tensor.
-            ValueError: a mask, a dropout or the weights are asked for; or q, k and v do not fit.
+            ValueError: a mask, a dropout or the weights are asked for without `otherwise`; or q, k and v do not fit.
             RuntimeError: as in `nondual.ops.flash_attention.flash_attention`.
         """
+        if self.otherwise is not None and (mask is not None or dropout or return_weights):
+            scale = {} if self.scale is None else {"scale": self.scale}
+            return self.otherwise(
+                q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights, **scale
+            )
         if mask is not None:
             raise ValueError(
                 "mask must be None for flash attention, which knows causal and window, "

@@ -1,18 +1,32 @@
-"""Arguments for the selective scan, drawn once, and its results beside the reference's.
+"""Arguments for the selective scan, drawn once, and an engine's results beside the reference's.
 
-What test_selective_scan.py and test_selective_scan_cpu.py share; pyproject.toml's `pythonpath` lets both import it.
+What test_selective_scan.py, test_selective_scan_cpu.py and test_selective_scan_triton.py share; pyproject.toml's
+`pythonpath` lets them import it. The error budget is harness.py's.
 """
 
+import harness
 import torch
 
 from nondual.ops.selective_scan import selective_scan
 
 WAYS = ("c", "torch")  # of impl="cpu": the compiled loop, and plain torch
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "state")
+PARAMETERS = ("A", "D", "delta_bias", "state")  # what may have a dtype of its own
+OUTPUTS = {"y", "last"}  # names in `results`; the others are gradients
 
 
-def made(b=2, length=17, d=5, n=3, *, g_b=1, g_c=1, dtype=torch.float32, without=(), reset=None, seed=0, scale=1.0):
-    """Every argument, drawn once for all dtypes; a group count of 0 asks for (D, N)."""
+def made(
+    b=2, length=17, d=5, n=3, *, g_b=1, g_c=1, dtype=torch.float32, parameters=None, device="cpu", without=(),
+    reset=None, seed=0, scale=1.0,
+):  # fmt: skip
+    """Every argument, drawn once for all dtypes and devices; a group count of 0 asks for (D, N).
+
+    Args:
+        parameters: the dtype of A, D, delta_bias and the state; `dtype` where left out.
+        without: the names to leave out.
+        reset: "first", "middle" or "everywhere".
+        scale: multiplies A.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -29,13 +43,15 @@ def made(b=2, length=17, d=5, n=3, *, g_b=1, g_c=1, dtype=torch.float32, without
         "delta_bias": randn(d) / 4,
         "state": randn(b, d, n),
     }
-    given = {k: x.to(dtype).requires_grad_() for k, x in given.items() if k not in without}
+    dtypes = {name: parameters or dtype if name in PARAMETERS else dtype for name in given}
+    given = {k: x.to(dtypes[k]).to(device).requires_grad_() for k, x in given.items() if k not in without}
     resets = {
         "first": torch.arange(length).eq(0).expand(b, -1),
         "middle": torch.rand(b, length, generator=draw) < 0.2,
         "everywhere": torch.ones(b, length, dtype=torch.bool),
     }
-    return given | {"delta_softplus": True} | ({"reset": resets[reset]} if reset else {})
+    given |= {"delta_softplus": "delta_softplus" not in without}
+    return given | ({"reset": resets[reset].to(device)} if reset else {})
 
 
 def leaves(given):
@@ -46,38 +62,61 @@ def as_double(given):
     return {k: x.detach().double().requires_grad_() if k in leaves(given) else x for k, x in given.items()}
 
 
-def results(given, impl, dy=None, dlast=None):
-    """y, the last state, and the gradient of every input, by name."""
-    y, state = selective_scan(**given, impl=impl)
-    draw = torch.Generator().manual_seed(7)
-    drawn = [torch.randn(x.shape, generator=draw).to(x.dtype) for x in (y, state)]
-    grads = torch.autograd.grad((y, state), list(leaves(given).values()), (
-        drawn[0] if dy is None else dy.to(y.dtype), drawn[1] if dlast is None else dlast.to(state.dtype),
-    ), allow_unused=True)  # fmt: skip
-    return {"y": y.detach(), "last": state.detach()} | {f"d{k}": g for k, g in zip(leaves(given), grads)}
+def results(given, impl, dy=None, dlast=None, only=None):
+    """y, the last state, and the gradient of every input, by name; zeros where there is none.
+
+    Args:
+        dy: the gradient of y that comes in; drawn where left out.
+        dlast: that of the last state.
+        only: the output whose gradient comes in, "y" or "last"; both where left out.
+    """
+    y, last = selective_scan(**given, impl=impl)
+    outputs = {"y": y, "last": last}
+    incoming = {
+        "y": harness.incoming(y) if dy is None else dy,
+        "last": harness.incoming(last, 2) if dlast is None else dlast,
+    }
+    chosen = [name for name in outputs if only in (None, name)]
+    inputs = leaves(given)
+    grads = torch.autograd.grad(
+        [outputs[name] for name in chosen],
+        list(inputs.values()),
+        [incoming[name].to(outputs[name].dtype) for name in chosen],
+        allow_unused=True,
+    )
+    grads = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs.values(), grads)]
+    return {k: x.detach() for k, x in outputs.items()} | {f"d{k}": g for k, g in zip(inputs, grads)}
 
 
-def errors(given, **more):
-    """For each output and gradient: our greatest error, that of the reference in the same dtype, and what no result can
-    promise to be below: an ulp of the greatest number in the dtype that it is given in, and eight of float32's for the
-    sums behind it, whose terms may cancel."""
-    truth, plain = results(as_double(given), "reference", **more), results(given, "reference", **more)
-    ours, found = results(given, "cpu", **more), {}
-    for name, t in truth.items():
-        if t is None:
-            continue
-        assert ours[name].dtype == plain[name].dtype and ours[name].shape == t.shape, name
-        assert torch.equal(ours[name].isfinite(), t.to(ours[name].dtype).isfinite()), f"{name} is not finite"
-        if t.numel():
-            top = t.abs().max()
-            wide = torch.finfo(torch.promote_types(ours[name].dtype, torch.float32)).eps
-            floor = top * (torch.finfo(ours[name].dtype).eps + 8 * wide) + 8 * wide
-            found[name] = tuple(float(x) for x in ((ours[name] - t).abs().max(), (plain[name] - t).abs().max(), floor))
-    return found
+def two_places(exact, dtype):
+    """The floor of impl="cpu": a unit in the last place of the largest number in the dtype that it is given in, and
+    eight of float32's, or of float64's where the dtype is wider, for the sums behind it, whose terms may cancel."""
+    top, wide = exact.abs().max(), torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return top * (torch.finfo(dtype).eps + 8 * wide) + 8 * wide
 
 
-def check(given, **more):
+def errors(given, impl="cpu", *, draws=1, floor=two_places, **how):
+    """The errors of each output and gradient, ours and plain PyTorch's, as `harness.errors` has them.
+
+    Args:
+        draws: of signs, over which plain PyTorch's error is judged.
+        how: `dy`, `dlast` and `only` of `results`.
+    """
+    ours, plain = results(given, impl, **how), results(given, "reference", **how)
+    exact = results(as_double(given), "reference", **how)
+    for name, x in ours.items():
+        assert x.dtype == plain[name].dtype, name
+        assert torch.equal(x.isfinite(), exact[name].to(x.dtype).isfinite()), f"{name} is not finite"
+
+    def more():
+        for seed in range(1, draws):
+            again = given | {"u": harness.with_signs(given["u"], seed)}
+            signs = how | {"dy": harness.with_signs(how["dy"], -seed)}
+            yield results(again, "reference", **signs), results(as_double(again), "reference", **signs)
+
+    return harness.errors(ours, plain, exact, draws=more(), floor=floor)
+
+
+def check(given, impl="cpu", **how):
     """At most twice the error of plain PyTorch, three times for gradients."""
-    for name, (ours, plain, floor) in errors(given, **more).items():
-        bound = (2 if name in ("y", "last") else 3) * plain + floor
-        assert ours <= bound, f"{name}: {ours:.1e}, plain PyTorch {plain:.1e}, floor {floor:.1e}"
+    harness.check(errors(given, impl, **how), OUTPUTS)

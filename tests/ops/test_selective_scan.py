@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import laid
 from mambapy.pscan import pscan
 from scan_cases import NAMES, WAYS, as_double, check, errors, leaves, made, results
 from scipy.integrate import solve_ivp
@@ -267,18 +268,6 @@ def test_softplus_and_silu_at_their_ends(way, name, dtype):
 
 
 # --- any layout ------------------------------------------------------------------------------------------------------
-
-
-def laid(x, layout):
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "sliced":
-        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-    if layout == "batch inside":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    return x[:1, :1].expand(x.shape) if layout == "one row" else x.flatten()[0].expand(x.shape)
 
 
 @both

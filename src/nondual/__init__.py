@@ -9,7 +9,9 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.kv_cache              the key/value cache
     nondual.token_ids             token ids, checked where they enter a model
     nondual.positional_encoding   learned positions
+    nondual.feed_forward          what a layer does at each position by itself, plain or gated
     nondual.transformer           the layer, the encoder, a text encoder
+    nondual.decoder               the decoder that reads a memory
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from nondual import (
         attention_mechanism,
         data,
+        decoder,
         efficient_attention,
+        feed_forward,
         figures,
         kv_cache,
         language_models,
@@ -42,11 +46,13 @@ if TYPE_CHECKING:
     )
     from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
     from nondual.data import shakespeare
+    from nondual.decoder import Decoder
     from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.efficient_attention.mamba import Mamba, MambaCache
     from nondual.efficient_attention.mamba2 import Mamba2
     from nondual.efficient_attention.s4d import S4D
     from nondual.efficient_attention.transformers_interface import register_with_transformers
+    from nondual.feed_forward import FeedForward, GatedFeedForward
     from nondual.kv_cache import KVCache
     from nondual.language_models.causal import CausalLM
     from nondual.language_models.gpt import GPT
@@ -62,7 +68,7 @@ if TYPE_CHECKING:
     from nondual.positional_encoding import LearnedPositions
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
     from nondual.self_attention import MultiHeadAttention, SelfAttention
-    from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
+    from nondual.transformer import Encoder, MixerBlock, TextEncoder, TransformerLayer
 
 __version__ = "0.1.0"
 
@@ -72,9 +78,11 @@ __all__ = [
     "AdditiveAttention",
     "AttentionDecoder",
     "CausalLM",
+    "Decoder",
     "Encoder",
     "FeedForward",
     "FlashAttention",
+    "GatedFeedForward",
     "HybridLM",
     "KVCache",
     "LearnedPositions",
@@ -92,7 +100,9 @@ __all__ = [
     "attention_mechanism",
     "causal_conv1d",
     "data",
+    "decoder",
     "efficient_attention",
+    "feed_forward",
     "figures",
     "flash_attention",
     "kv_cache",
@@ -152,8 +162,10 @@ _HOME = {
     "smollm2": "pretrained",
     "MultiHeadAttention": "self_attention",
     "SelfAttention": "self_attention",
+    "Decoder": "decoder",
+    "FeedForward": "feed_forward",
+    "GatedFeedForward": "feed_forward",
     "Encoder": "transformer",
-    "FeedForward": "transformer",
     "MixerBlock": "transformer",
     "TextEncoder": "transformer",
     "TransformerLayer": "transformer",

@@ -5,50 +5,21 @@ encoder: Devlin et al. 2018 (1810.04805), section 3. Symbols: x (B, N, E), F the
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from nondual.feed_forward import FeedForward as FeedForward
 from nondual.mixers import as_before_if_raised
+from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
 from nondual.positional_encoding import LearnedPositions
 from nondual.self_attention import MultiHeadAttention
 from nondual.token_ids import check_ids
-
-
-class FeedForward(nn.Module):
-    """The same two-layer network at every position: E -> F -> E.
-
-    Args:
-        d_model: width E.
-        d_ff: width F, usually 4 E.
-        activation: what stands between the two layers.
-        dropout: probability of dropping a hidden unit while training.
-    """
-
-    linear1: nn.Linear
-    linear2: nn.Linear
-    activation: Callable[[Tensor], Tensor]
-    dropout: nn.Dropout
-
-    def __init__(
-        self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.gelu, dropout: float = 0.0
-    ):
-        super().__init__()
-        self.linear1 = nn.Linear(d_model, d_ff)
-        self.linear2 = nn.Linear(d_ff, d_model)
-        self.activation, self.dropout = activation, nn.Dropout(dropout)
-
-    def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
-        """x (B, N, E) -> (B, N, E)."""
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
-
-    if TYPE_CHECKING:  # what nn.Module hands on to forward
-
-        def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class TransformerLayer(nn.Module):
@@ -62,15 +33,16 @@ class TransformerLayer(nn.Module):
         feed_forward: any module x -> x, position by position.
         d_model: width E.
         norm_first: pre-norm if True, as torch's nn.TransformerEncoderLayer names it.
-        eps: added to the variance in the norms.
+        norm: the norms, called as nn.LayerNorm and nn.RMSNorm are.
+        eps: added to the variance or mean square in the norms.
         dropout: probability of dropping a unit of either branch while training.
     """
 
     mixer: nn.Module
     feed_forward: nn.Module
     norm_first: bool
-    norm1: nn.LayerNorm
-    norm2: nn.LayerNorm
+    norm1: nn.Module
+    norm2: nn.Module
     dropout: nn.Dropout
 
     def __init__(
@@ -80,12 +52,13 @@ class TransformerLayer(nn.Module):
         d_model: int,
         *,
         norm_first: bool = False,
+        norm: Callable[..., nn.Module] = nn.LayerNorm,
         eps: float = 1e-5,
         dropout: float = 0.0,
     ):
         super().__init__()
         self.mixer, self.feed_forward, self.norm_first = mixer, feed_forward, norm_first
-        self.norm1, self.norm2 = nn.LayerNorm(d_model, eps=eps), nn.LayerNorm(d_model, eps=eps)
+        self.norm1, self.norm2 = norm(d_model, eps=eps), norm(d_model, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -165,7 +138,12 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """A stack of attention layers, each position free to see every other.
+    """A stack of attention layers, each position free to see every other; or, causal, none after it.
+
+        Encoder(64, 4, 256, 6)                                                             # as in BERT
+        Encoder(64, 4, 171, 6, norm_first=True, norm=nn.RMSNorm, feed_forward=GatedFeedForward, activation=F.silu,
+                n_kv_heads=2, causal=True)                                                 # as in Llama
+        Encoder(64, 4, 256, 6, mixer=Mamba)                                                # another mixer
 
     Args:
         d_model: width E.
@@ -174,12 +152,19 @@ class Encoder(nn.Module):
         n_layers: how many layers.
         norm_first: pre-norm if True; a last norm then follows the stack.
         activation: of the feed-forward networks.
-        eps: added to the variance in the norms.
+        eps: added to the variance or mean square in the norms.
         dropout: of the weights and of both branches.
+        n_kv_heads: key/value heads, a divisor of H; H where left out.
+        op: what joins queries, keys and values, as in `MultiHeadAttention`.
+        causal: no position sees a later one.
+        mixer: makes the mixer of one layer, given E, in place of attention: n_heads, n_kv_heads, op and causal then
+            count for nothing.
+        norm: the norms, called as nn.LayerNorm and nn.RMSNorm are.
+        feed_forward: makes the feed-forward networks, called as `FeedForward` and `GatedFeedForward` are.
     """
 
     layers: nn.ModuleList
-    norm: nn.LayerNorm | nn.Identity
+    norm: nn.Module
 
     def __init__(
         self,
@@ -192,58 +177,112 @@ class Encoder(nn.Module):
         activation: Callable[[Tensor], Tensor] = F.gelu,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        n_kv_heads: int | None = None,
+        op: Callable[..., Any] = attention,
+        causal: bool = False,
+        mixer: Callable[[int], nn.Module] | None = None,
+        norm: Callable[..., nn.Module] = nn.LayerNorm,
+        feed_forward: Callable[..., nn.Module] = FeedForward,
     ):
         super().__init__()
+        if mixer is None:
+            mixer = partial(
+                MultiHeadAttention, n_heads=n_heads, n_kv_heads=n_kv_heads, dropout=dropout, causal=causal, op=op
+            )
         self.layers = nn.ModuleList(
             TransformerLayer(
-                MultiHeadAttention(d_model, n_heads, dropout=dropout),
-                FeedForward(d_model, d_ff, activation=activation, dropout=dropout),
+                mixer(d_model),
+                feed_forward(d_model, d_ff, activation=activation, dropout=dropout),
                 d_model,
                 norm_first=norm_first,
+                norm=norm,
                 eps=eps,
                 dropout=dropout,
             )
             for _ in range(n_layers)
         )
-        self.norm = nn.LayerNorm(d_model, eps=eps) if norm_first else nn.Identity()
+        self.norm = norm(d_model, eps=eps) if norm_first else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "b n e"], *, mask: Tensor | None = None, return_weights: bool = False
+        self,
+        x: Float[Tensor, "b n e"],
+        *,
+        mask: Tensor | None = None,
+        cache: list[Any] | None = None,
+        reset: Bool[Tensor, "b n"] | None = None,
+        return_weights: bool = False,
     ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n n"]]:
         """x (B, N, E) -> (B, N, E), and the weights (layers, B, H, N, N) if asked for.
 
         Args:
             x: (B, N, E).
             mask: as in `nondual.ops.attention.attention`; `masks.padding` for a padded batch.
+            cache: of the positions before x, from `new_cache`; whatever this call raises, it is then as it was before.
+            reset: (B, N), True at the first position of each of several sequences packed along N.
             return_weights: also return every layer's weights.
+
+        Raises:
+            ValueError: a cache of another depth, or what the mixers refuse.
         """
+        check_depth(cache, self.layers)
+        given = {name: value for name, value in (("mask", mask), ("reset", reset)) if value is not None}
         weights = []
-        for layer in self.layers:
-            x = layer(x, mask=mask, return_weights=return_weights)
-            if return_weights:
-                x, rows = x
-                weights.append(rows)
-        x = self.norm(x)
+        with as_before_if_raised(*(cache or ())):
+            for i, layer in enumerate(self.layers):
+                own = given if cache is None else given | {"cache": cache[i]}
+                x = layer(x, return_weights=return_weights, **own)
+                if return_weights:
+                    x, rows = x
+                    weights.append(rows)
+            x = self.norm(x)
         return (x, torch.stack(weights)) if return_weights else x
+
+    def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
+        """An empty cache for each layer: attention needs max_len, how many positions it will hold."""
+        return [cast("Any", layer.mixer).new_cache(batch, max_len) for layer in self.layers]
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         @overload
         def __call__(
-            self, x: Tensor, *, mask: Tensor | None = None, return_weights: Literal[False] = False
+            self,
+            x: Tensor,
+            *,
+            mask: Tensor | None = None,
+            cache: list[Any] | None = None,
+            reset: Tensor | None = None,
+            return_weights: Literal[False] = False,
         ) -> Tensor: ...
 
         @overload
         def __call__(
-            self, x: Tensor, *, mask: Tensor | None = None, return_weights: Literal[True]
+            self,
+            x: Tensor,
+            *,
+            mask: Tensor | None = None,
+            cache: list[Any] | None = None,
+            reset: Tensor | None = None,
+            return_weights: Literal[True],
         ) -> tuple[Tensor, Tensor]: ...
 
         @overload
         def __call__(
-            self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool
+            self,
+            x: Tensor,
+            *,
+            mask: Tensor | None = None,
+            cache: list[Any] | None = None,
+            reset: Tensor | None = None,
+            return_weights: bool,
         ) -> Tensor | tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def check_depth(cache: list[Any] | None, layers: nn.ModuleList) -> None:
+    """Refuse a cache that is not one for each layer."""
+    if cache is not None and len(cache) != len(layers):
+        raise ValueError(f"cache must have one for each of {len(layers)} layers, got {len(cache)}")
 
 
 class TextEncoder(nn.Module):

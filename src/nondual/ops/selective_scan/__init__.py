@@ -69,8 +69,9 @@ def selective_scan(
         Δ = softplus(delta + delta_bias)
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t,   y_t = (C_t · h_t + D u_t) silu(z_t)
 
-    Splitting a sequence and handing on the state gives the same as the whole. States and sums are kept in float32 (in
-    float64 for float64) whatever u is. Under autocast u, delta, z and time-varying B and C are cast to its dtype.
+    A sequence may be split: with the first part's last state as the second part's `state` the results are the same.
+    States and sums are kept in float32 (in float64 for float64) whatever u is. Under autocast u, delta, z and
+    time-varying B and C are cast to its dtype.
 
     Args:
         u: input (B, L, D), any floating dtype that the engine knows, in any layout; L may be 0.
@@ -85,8 +86,8 @@ def selective_scan(
         delta_bias: (D,).
         delta_softplus: take the softplus of delta (+ delta_bias).
         state: the state before the first step (B, D, N); zero where left out.
-        reset: True at the first step of each of several sequences packed along L: there all that came before is
-            forgotten, a NaN included, and an initial state as well.
+        reset: True at the first step of each of several sequences packed along L. There the state, whether the initial
+            one or a NaN, is replaced by zero.
         discretization: "zoh-euler" (Δ B for the input, as the released Mamba) or "zoh", equation 4 of the paper to the
             letter ((exp(Δ A) - 1) / A · B); "reference" alone has the second.
         impl: "auto", "reference", "cpu" or "triton".

@@ -30,8 +30,8 @@ def selective_scan_matrix(
 
         M[t, s] = C_t · exp(A (Δ_{s+1} + … + Δ_t)) Δ_s B_s   where s ≤ t,   0 above the diagonal
 
-    C_t plays the query and B_s the key of a linear attention, Δ_s weighs what enters, and the exponential is a mask
-    that fades with the time that has passed between. Nobody computes with it: it takes B·D·L² numbers, the scan B·D·N.
+    Read as linear attention, C_t is the query, B_s the key and Δ_s u_s the value; the exponential is a mask that decays
+    with the time between s and t. The matrix is for study: it takes B·D·L² numbers, the scan's state B·D·N.
 
     Args:
         delta: step lengths (B, L, D), before bias and softplus.
@@ -41,7 +41,7 @@ def selective_scan_matrix(
         D: skip (D,), added to the diagonal.
         delta_bias: (D,).
         delta_softplus: take the softplus of delta (+ delta_bias).
-        reset: (B, L), True where a sequence begins: what came before has no weight from there on.
+        reset: (B, L), True where a sequence begins: M is 0 where t lies in a later sequence than s.
 
     Returns:
         M (B, D, L, L), in float32 or better: rows are outputs t, columns inputs s.
@@ -55,15 +55,15 @@ def selective_scan_matrix(
     delta = step_length(delta.to(wide), delta_bias, delta_softplus)
     length = delta.shape[1]
     time = delta.cumsum(1)  # the time at which each step ends
-    passed = time[:, :, None] - time[:, None]  # (B, t, s, D): Δ_{s+1} + … + Δ_t
-    seen = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
+    between = time[:, :, None] - time[:, None]  # (B, t, s, D): Δ_{s+1} + … + Δ_t
+    mask = torch.ones(length, length, dtype=torch.bool, device=delta.device).tril()
     if reset is not None:
         sequence = reset.cumsum(1)
-        seen = seen & (sequence[:, :, None] == sequence[:, None])
-    seen = seen.expand(delta.shape[0], -1, -1)[..., None, None]
-    fade = torch.exp((passed[..., None] * A).masked_fill(~seen, -torch.inf))  # (B, t, s, D, N)
+        mask = mask & (sequence[:, :, None] == sequence[:, None])
+    mask = mask.expand(delta.shape[0], -1, -1)[..., None, None]
+    decay = torch.exp((between[..., None] * A).masked_fill(~mask, -torch.inf))  # (B, t, s, D, N)
     B, C = (_for_each_channel(x, delta) for x in (B, C))
-    M = torch.einsum("btdn,btsdn,bsdn,bsd->bdts", C, fade, B, delta)
+    M = torch.einsum("btdn,btsdn,bsdn,bsd->bdts", C, decay, B, delta)
     return M if D is None else M + torch.diag_embed(D[:, None].expand(-1, length))
 
 
@@ -71,7 +71,7 @@ def selective_scan_matrix(
 
 
 def _for_each_channel(x: Tensor, like: Tensor) -> Tensor:
-    """B or C as (B, L, D, N), whatever it was shared by."""
+    """B or C as (B, L, D, N), repeated for the steps or channels that share it."""
     if x.ndim == 2:
         return x.expand(*like.shape[:2], -1, -1)
     x = x.unsqueeze(2) if x.ndim == 3 else x

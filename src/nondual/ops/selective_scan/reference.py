@@ -50,7 +50,7 @@ def selective_scan(
         delta_bias: (D,), added to delta.
         delta_softplus: take the softplus of delta then.
         state: the state before the first step (B, D, N); zero where left out.
-        reset: (B, L), True where a sequence begins and all that came before is forgotten.
+        reset: (B, L), True where a sequence begins and the state before it is replaced by zero.
         discretization: "zoh-euler" or "zoh".
 
     Returns:
@@ -60,7 +60,7 @@ def selective_scan(
     u, delta, A, B, C = (x.to(wide) for x in (u, delta, A, B, C))
     D, z, delta_bias, state = (None if x is None else x.to(wide) for x in (D, z, delta_bias, state))
     h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if state is None else state
-    # unbind, not u[:, t]: the gradient of a slice is as long as what it was cut from, and L of them make L²
+    # unbind and not u[:, t]: the gradient of each slice would be a tensor of L steps, and L of them make L²
     per_step = zip(u.unbind(1), step_length(delta, delta_bias, delta_softplus).unbind(1), _at(B, u), _at(C, u))
     outputs = []
     # --8<-- [start:scan]
@@ -72,7 +72,7 @@ def selective_scan(
         outputs.append((C_t * h).sum(-1))
     # --8<-- [end:scan]
     y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
-    h = h if outputs else h.clone()  # a caller may write to the last state, and must not so change the first
+    h = h if outputs else h.clone()  # writing to the last state must not change the initial one
     if D is not None:
         y = y + D * u
     if z is not None:

@@ -126,6 +126,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def digest(data: bytes) -> str:
+    """A hash that a file's name can hold."""
     return hashlib.sha256(data).hexdigest()[:24]
 
 
@@ -153,6 +154,7 @@ def key_of(compiler: list[str], dtype: torch.dtype) -> str:
 
 
 def defines(dtype: torch.dtype) -> list[str]:
+    """What scan.c wants to be told: its sizes, and float64 where the dtype is that."""
     return [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
 
 

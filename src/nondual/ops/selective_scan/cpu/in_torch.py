@@ -129,7 +129,9 @@ def outer(h: Tensor, x: Tensor, like: Tensor, scratch: Tensor) -> Tensor:
 # --- a chunk of time -------------------------------------------------------------------------------------------------
 
 
-def scan(h, delta, x, A, B, resets, a, hs) -> None:
+def scan(
+    h: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, resets: dict[int, Tensor], a: Tensor, hs: Tensor
+) -> None:
     """Write exp(Δ A) and the states of a chunk into a and hs, from h, the state before it, and x = Δ u."""
     torch.mul(delta[..., None], A, out=a).exp_()
     to_states(x, B, hs)

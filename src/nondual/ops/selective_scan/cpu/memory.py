@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import mmap
+from collections.abc import Callable
 from typing import TypeVarTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ HUGE_PAGE = 2 * 2**20
 
 
 @functools.cache
-def madvise():
+def madvise() -> Callable[[int, int, int], int] | None:
     """The system's madvise, or None where it has no huge pages."""
     try:
         function = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None

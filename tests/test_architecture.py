@@ -34,7 +34,7 @@ RANKS = {
     "pretrained": 3,
     "extensions": 4,
 }
-ASIDE = {"tasks", "figures", "training"}  # what experiments and pages use: they import none of the above, nor does it them
+ASIDE = {"tasks", "figures", "training"}  # for experiments and pages: they import none of the above, nor does it them
 NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
+from nondual.efficient_attention.s4d import S4D
 from nondual.mixers import CachedMixer, as_before_if_raised, check_reset, check_takes, sequence_starts
 from nondual.ops import masks
 from nondual.self_attention import MultiHeadAttention
@@ -18,6 +19,7 @@ MIXERS = {
     "grouped heads": partial(MultiHeadAttention, E, 4, n_kv_heads=2, causal=True),
     "mamba": partial(Mamba, E, d_state=5),
     "mamba2": partial(Mamba2, E, d_state=5, d_head=4),
+    "s4d": partial(S4D, E, 6),
 }
 PACKED = [name for name in MIXERS if name != "s4d"]
 STARTS = [[0, 4], [0, 1]]  # of the sequences packed in either row
@@ -141,7 +143,7 @@ def test_what_a_mixer_does_not_take_is_named():
         check_takes(Average(), "reset", "layer 3")
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", PACKED)
 def test_resets_and_caches_that_do_not_fit(name):
     mixer, x = make(name), draw(B, N, E)
     for reset in (torch.zeros(B, N), torch.zeros(B, N + 1, dtype=torch.bool), [[True] * N] * B):
@@ -163,3 +165,19 @@ def test_attention_says_what_its_cache_needs():
         attention(x, x, reset=resets())
     assert attention.bfloat16().new_cache(B, 3).keys.dtype == torch.bfloat16
     assert attention.to("meta").new_cache(B, 3).keys.is_meta
+
+
+def test_s4d_holds_its_state_in_a_cache_or_leaves_it_to_the_caller():
+    mixer, x = make("s4d"), draw(B, N, E)
+    cache, (_, state) = mixer.new_cache(B), mixer(x, return_state=True)
+    mixer(x, cache=cache)
+    torch.testing.assert_close(cache.state, state)
+    with pytest.raises(ValueError, match="state must be left out where there is a cache, which holds it"):
+        mixer(x, state, cache=cache)
+    with pytest.raises(TypeError, match="cache must be an S4DCache, from this module's new_cache, got Tensor"):
+        mixer(x, cache=state)
+    with pytest.raises(ValueError, match=r"state must be complex \(B, D, N/2\)"):
+        mixer(x, cache=mixer.new_cache(B + 1))
+    assert cache.state is not state
+    cache.reset()
+    assert not cache.state.any() and make("s4d").bfloat16().new_cache(B).state.dtype == torch.complex64

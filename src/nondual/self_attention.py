@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nondual.kv_cache import KVCache
+from nondual.kv_cache import KVCache as KVCache
 from nondual.mixers import as_before_if_raised, check_reset, sequence_starts
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder, attend
+from nondual.decoder import Decoder
 from nondual.efficient_attention.flash_attention import FlashAttention
+from nondual.efficient_attention.mamba import Mamba
+from nondual.feed_forward import GatedFeedForward
 from nondual.ops import masks
 from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention
 from nondual.positional_encoding import LearnedPositions
 from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
-from nondual.transformer import Encoder, FeedForward, TextEncoder, TransformerLayer
+from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
 
 
 def ops(q: Tensor, k: Tensor, v: Tensor, flag: bool, mask: Tensor | None) -> None:
@@ -38,6 +41,8 @@ def layers(x: Tensor, flag: bool) -> None:
     cache = KVCache(2, 3, 8, 4, dtype=torch.bfloat16, device="cpu")
     assert_type(MultiHeadAttention(12, 3)(x, causal=True, cache=cache), Tensor)
     assert_type(cache.length, int)
+    assert_type(MultiHeadAttention(12, 3, causal=True).new_cache(2, 8), KVCache)
+    assert_type(MultiHeadAttention(12, 3)(x, reset=x[..., 0] > 0), Tensor)
 
 
 def blocks(x: Tensor, ids: Tensor, flag: bool) -> None:
@@ -49,6 +54,12 @@ def blocks(x: Tensor, ids: Tensor, flag: bool) -> None:
     assert_type(encoder(x), Tensor)
     assert_type(encoder(x, return_weights=True), tuple[Tensor, Tensor])
     assert_type(encoder(x, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    stack = Encoder(12, 3, 48, n_layers=2, norm_first=True, norm=torch.nn.RMSNorm, feed_forward=GatedFeedForward)
+    assert_type(stack(x, cache=stack.new_cache(2, 8), reset=x[..., 0] > 0), Tensor)
+    assert_type(Encoder(12, 3, 48, n_layers=2, mixer=Mamba)(x), Tensor)
+    assert_type(MixerBlock(Mamba(12), 12)(x), Tensor)
+    decoder = Decoder(12, 3, 48, n_layers=2, n_kv_heads=1)
+    assert_type(decoder(x, x, memory_mask=None, cache=decoder.new_cache(2, 8)), Tensor)
     text = TextEncoder(31, 16, 12, 3, 48, n_layers=2)
     assert_type(text(ids, mask=masks.padding(torch.tensor([3, 5]), 5)), Tensor)
     assert_type(text(ids, return_weights=True), tuple[Tensor, Tensor])

@@ -11,8 +11,12 @@ from nondual.efficient_attention.mamba import Mamba, MambaCache
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.efficient_attention.s4d import S4D, chunked, convolution, recurrence, s4d_inv, scan
 from nondual.efficient_attention.state_space import discretize, run
+from nondual.language_models.causal import CausalLM
+from nondual.language_models.gpt import GPT
+from nondual.language_models.hybrid import HybridLM
 from nondual.language_models.mamba import MambaLM, choose
 from nondual.tasks import relation, selective_copying
+from nondual.transformer import MixerBlock
 
 
 def mixers(x: Tensor, reset: Tensor) -> None:
@@ -50,5 +54,13 @@ def language_model(ids: Tensor) -> None:
     assert_type(model.loss(ids, reset=ids == 0), Tensor)
     assert_type(model.generate(ids, 5, temperature=1.0, top_k=3, eos=0), Tensor)
     assert_type(choose(model(ids)[:, -1], 0.8, None), Tensor)
+    for other in (
+        GPT(256, 64, 2, 4, max_len=32),
+        HybridLM(256, 64, 3, 4),
+        CausalLM(256, 64, 2, layer=lambda i: MixerBlock(Mamba(64), 64)),
+    ):
+        assert_type(other(ids, cache=other.new_cache(2, 32), reset=ids == 0), Tensor)
+        assert_type(other.loss(ids), Tensor)
+        assert_type(other.generate(ids, 5, temperature=1.0, top_p=0.9, cached=False), Tensor)
     assert_type(relation((1, 2, 0), 4), tuple[Tensor, Tensor, Tensor])
     assert_type(selective_copying(4, 20, tokens=3), tuple[Tensor, Tensor])

@@ -34,7 +34,7 @@ class FlashAttention:
     impl: Impl = "auto"
     otherwise: Callable[..., Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.otherwise is not None and self.window is not None:
             raise ValueError(f"otherwise must be None with a window, which it does not know, got {self.otherwise}")
 

@@ -22,7 +22,8 @@ Where we differ from the paper: B is fixed at 1, since only C · B counts, and D
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -299,32 +300,52 @@ class S4D(nn.Module):
         self.D = nn.Parameter(torch.ones(d_model))
 
     @overload
-    def forward(self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self,
+        u: Tensor,
+        state: Tensor | None = None,
+        *,
+        cache: "S4DCache | None" = None,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[True]
+        self, u: Tensor, state: Tensor | None = None, *, cache: "S4DCache | None" = None, return_state: Literal[True]
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, u: Tensor, state: Tensor | None = None, *, return_state: bool
+        self, u: Tensor, state: Tensor | None = None, *, cache: "S4DCache | None" = None, return_state: bool
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
-        self, u: Float[Tensor, "b l d"], state: Complex[Tensor, "b d m"] | None = None, *, return_state: bool = False
+        self,
+        u: Float[Tensor, "b l d"],
+        state: Complex[Tensor, "b d m"] | None = None,
+        *,
+        cache: "S4DCache | None" = None,
+        return_state: bool = False,
     ) -> Float[Tensor, "b l d"] | tuple[Float[Tensor, "b l d"], Complex[Tensor, "b d m"]]:
         """u (B, L, D) -> y (B, L, D), and the state after the last step if asked for.
 
         Args:
             u: any floating dtype; computed in float32 or better, and returned in its own.
             state: what an earlier call or step returned; zeros where left out.
+            cache: holds that state in place of the caller, as every mixer's does; it is brought up to date, unless
+                this call raises.
             return_state: also return the state (B, D, N/2), complex.
 
         Returns:
             y (B, L, D), or (y, state).
 
         Raises:
-            ValueError: u or state of another shape or kind.
-            TypeError: u or state that is not a Tensor.
+            ValueError: u or state of another shape or kind, or a state together with a cache.
+            TypeError: u or state that is not a Tensor, or cache that is not an S4DCache.
         """
+        if cache is not None:
+            if not isinstance(cache, S4DCache):
+                raise TypeError(f"cache must be an S4DCache, from this module's new_cache, got {type(cache).__name__}")
+            if state is not None:
+                raise ValueError("state must be left out where there is a cache, which holds it")
+            state = cache.state
         self._check(u, state)
         wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
         A_bar, B_bar, C = self.discretized(wide)
@@ -332,25 +353,41 @@ class S4D(nn.Module):
         with autocast_off(u.device.type):  # float32 or better, whatever op multiplies
             y, state = self.op(u.to(wide), A_bar, B_bar, C, state)
         y = (y + self.D.to(wide) * u).to(u.dtype)
+        if cache is not None:
+            cache.state = state
         return (y, state) if return_state else y
+
+    def new_cache(self, batch: int, max_len: int | None = None) -> "S4DCache":
+        """A cache of zeros for a batch of B sequences, of any length: max_len is not needed."""
+        wide = torch.promote_types(self.D.dtype, torch.float32)
+        channels, half = self.A_imag.shape
+        return S4DCache(torch.zeros(batch, channels, half, dtype=wide.to_complex(), device=self.D.device))
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         @overload
         def __call__(
-            self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[False] = False
+            self,
+            u: Tensor,
+            state: Tensor | None = None,
+            *,
+            cache: "S4DCache | None" = None,
+            return_state: Literal[False] = False,
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, u: Tensor, state: Tensor | None = None, *, return_state: Literal[True]
+            self,
+            u: Tensor,
+            state: Tensor | None = None,
+            *,
+            cache: "S4DCache | None" = None,
+            return_state: Literal[True],
         ) -> tuple[Tensor, Tensor]: ...
         @overload
         def __call__(
-            self, u: Tensor, state: Tensor | None = None, *, return_state: bool
+            self, u: Tensor, state: Tensor | None = None, *, cache: "S4DCache | None" = None, return_state: bool
         ) -> Tensor | tuple[Tensor, Tensor]: ...
-        def __call__(
-            self, u: Tensor, state: Tensor | None = None, *, return_state: bool = False
-        ) -> Tensor | tuple[Tensor, Tensor]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def step(
         self, u: Float[Tensor, "b d"], state: Complex[Tensor, "b d m"] | None = None
@@ -391,3 +428,18 @@ class S4D(nn.Module):
         want = (u.shape[0], channels, half)
         if state is not None and (tuple(state.shape) != want or not state.is_complex()):
             raise ValueError(f"state must be complex (B, D, N/2) = {want}, got {state.dtype} {tuple(state.shape)}")
+
+
+@dataclass(eq=False)
+class S4DCache:
+    """The state after what an S4D layer has read: as much after one step as after a million.
+
+    Attributes:
+        state: (B, D, N/2), complex; replaced by every call, never written into.
+    """
+
+    state: Tensor
+
+    def reset(self) -> None:
+        """Zero state."""
+        self.state = torch.zeros_like(self.state)

@@ -15,7 +15,7 @@ from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import FeedForward, TransformerLayer
 
 # By flash attention; with a mask, as packed or padded sequences need, by plain attention.
-FLASH = FlashAttention(otherwise=attention)
+FLASH: FlashAttention = FlashAttention(otherwise=attention)
 
 
 class GPT(CausalLM):

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nondual.data import BANK
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.ops import masks
+from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention, reference
 from nondual.ops.flash_attention import tiles as by_tiles
 from nondual.ops.flash_attention import triton as kernels
@@ -354,7 +355,9 @@ def test_memory_is_linear_and_the_gain_in_speed_is_below_two_here_and_above_four
     assert all(ratios[False, causal][-1] > 4 for causal in (False, True)), "forward, at the longest, above four"
     assert all(ratio > 1 for rows in ratios.values() for ratio in rows), "faster at every length"
     assert all(2 <= ratio <= 4 for ratio in ratios[True, False][2:]), "forward and backward, from 1,024 on: within"
-    assert all(cases["auto", backward, True]["low"][-1] > 4 for backward in (False, True)), "with causality, every round"
+    assert all(cases["auto", backward, True]["low"][-1] > 4 for backward in (False, True)), (
+        "with causality, every round"
+    )
     for kind in kinds:  # "auto" is torch's fused kernel here, but for what the call itself takes
         fused = cases["fused", *kind]
         assert cases["auto", *kind]["peak_mib"][-1] < 1.1 * fused["peak_mib"][-1]
@@ -456,3 +459,22 @@ def test_forward_is_one_kernel_that_stores_its_result_alone_and_backward_is_thre
     for chips in forward.values():
         assert set(chips) == set(limits)
         assert all(0 < chips[chip]["shared"] <= 1024 * limits[chip] and chips[chip]["spills"] == 0 for chip in limits)
+
+
+def test_another_op_takes_what_flash_attention_does_not():
+    """With `otherwise` a mask, a dropout and the weights are had from it; all else stays with the flash kernels."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+    op, mask = FlashAttention(scale=0.3, otherwise=attention), torch.ones(7, 7, dtype=torch.bool).tril(-1)
+    torch.testing.assert_close(op(q, k, v, mask=mask), attention(q, k, v, mask=mask, scale=0.3))
+    torch.testing.assert_close(op(q, k, v, causal=True), attention(q, k, v, causal=True, scale=0.3))
+    out, weights = op(q, k, v, causal=True, return_weights=True)
+    torch.testing.assert_close(weights @ v, out)
+    called = []
+    op = FlashAttention(otherwise=lambda *args, **more: called.append(more))
+    op(q, k, v)
+    assert not called
+    op(q, k, v, dropout=0.1)
+    assert called == [dict(mask=None, causal=False, dropout=0.1, return_weights=False)]
+    with pytest.raises(ValueError, match="otherwise must be None with a window, which it does not know"):
+        FlashAttention(window=3, otherwise=attention)

@@ -202,7 +202,7 @@ class MambaCache:
     state: Tensor
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Zero window and zero state."""
         self.conv, self.state = torch.zeros_like(self.conv), torch.zeros_like(self.state)
 
     # --8<-- [end:cache]

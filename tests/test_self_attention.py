@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import nn
 
+from nondual import training
 from nondual.data import BANK
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
@@ -611,16 +612,24 @@ def train(looks_at, tie, rate, seed, steps=200, width=32):
     if TIES[tie] is not None:
         layer.k_proj = TIES[tie](layer.q_proj)
     model = nn.ModuleList([who, card, layer, name])
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    for _ in range(steps):
-        characters, cards, answers = relation(looks_at, 64)
-        logits = name(layer(who(characters) + card(cards)))
-        optimizer.zero_grad()
-        F.cross_entropy(logits.flatten(0, 1), answers.flatten()).backward()
-        optimizer.step()
+
+    def answered(batch):
+        characters, cards, answers = batch
+        return name(layer(who(characters) + card(cards))).flatten(0, 1), answers.flatten()
+
+    training.train(
+        model,
+        lambda batch: F.cross_entropy(*answered(batch)),
+        lambda generator: relation(looks_at, 64, generator=generator),
+        optimiser=torch.optim.Adam(model.parameters(), rate),
+        steps=steps,
+        schedule=training.constant,
+        clip=None,
+        seed=seed,
+    )
     with torch.no_grad():
-        characters, cards, answers = relation(looks_at, 4000)
-        return (name(layer(who(characters) + card(cards))).argmax(-1) == answers).float().mean().item()
+        logits, answers = answered(relation(looks_at, 4000))
+        return (logits.argmax(-1) == answers).float().mean().item()
 
 
 RATES, SEEDS = (1e-3, 3e-3, 1e-2), 3

@@ -37,5 +37,14 @@ def models(ids: Tensor) -> None:
     loss = model.loss(ids)
     assert_type(loss, Tensor)
     assert_type(model.generate(ids, 5, temperature=0.7, top_k=10), Tensor)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimiser = nondual.training.optimiser(model, 1e-3)
+    assert_type(optimiser, torch.optim.AdamW)
     optimiser.zero_grad()
+
+
+def training(ids: Tensor) -> None:
+    model = MambaLM(256, 64, 2)
+    adam = nondual.training.optimiser(model, 1e-3)
+    history = nondual.training.train(model, model.loss, lambda generator: ids, optimiser=adam, steps=2, log="run.jsonl")
+    assert_type(history, list[dict[str, float]])
+    assert_type(nondual.training.warmup_cosine(0, 2), float)

@@ -221,7 +221,8 @@ def pytest_unconfigure(config):
 
 LONGEST = (  # each takes half a minute or more; what is left at the end is short, and both workers end together
     "test_browser.py", "test_flash_attention_compiles.py", "test_ssd_triton.py", "test_limits.py",
-    "test_flash_attention.py", "test_mamba_as_a_module.py", "test_typing.py", "test_ssd_compiles.py",
+    "test_flash_attention.py", "test_flash_attention_triton.py", "test_mamba_as_a_module.py", "test_typing.py",
+    "test_ssd_compiles.py",
     "test_ssd_programs.py", "test_mamba.py", "test_browser_checks.py", "test_transformers_interface.py",
     "test_layouts.py", "test_selective_scan_sanitized.py", "test_exports.py",
 )  # fmt: skip

@@ -336,6 +336,7 @@ def test_the_recurrence_as_printed_is_linear_and_knows_no_time():
 
 @pytest.mark.timeout(600)  # it trains 22 small models, some two seconds each on a quiet machine
 @pytest.mark.claim("A4.13", "holds if")
+@pytest.mark.timeout(400)  # it trains 22 small models
 def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_stays():
     """Every input keeps a weight, and finer steps come to the integral at the rate of theory. Of real values N numbers
     tell no more than N apart, and of digits one number holds many. In float32 an input whose decay has grown large is

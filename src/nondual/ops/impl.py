@@ -85,7 +85,7 @@ def choose(impl: str, engines: Mapping[str, Engine], inputs: object, otherwise: 
             raise AssertionError("an operation has an engine without limits")
         return otherwise
     if impl not in engines:
-        raise ValueError(f"impl must be one of {['auto', *reversed(engines)]}, got {impl!r}")
+        raise ValueError(f"impl must be one of {['auto', *list(engines)[::-1]]}, got {impl!r}")
     if error := refusal(engines[impl], inputs):
         raise error
     return engines[impl]

@@ -4,7 +4,7 @@ Source: Vaswani et al. 2017 (1706.03762), section 3.2.1, equation 1; grouped key
 (2305.13245). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head width,
 Dv width of the values.
 
-Two engines, in the table `ENGINES` at the end of this file. "reference" forms the scores in float32 or better, under
+Two engines (`ENGINES` is their table). "reference" forms the scores in float32 or better, under
 autocast too, and can return the weights. "sdpa" is torch's fused scaled_dot_product_attention, which never forms them.
 "auto" takes "reference" where the weights are asked for, for forward-mode derivatives and under the transforms of
 torch.func (grad, vjp, jacrev, vmap, and so gradients for each sample), and "sdpa" for all else.

@@ -3,7 +3,7 @@
 Source: Blelloch 1990, "Prefix sums and their applications", sections 1.4 and 1.4.1; the scan by odd and even places is
 that of Ladner and Fischer 1980. Symbols: B batch, L steps; a, b and h elementwise in whatever follows.
 
-Two engines, in the table `ENGINES` below:
+Two engines (`ENGINES` is their table):
 
 - "sequential": a loop over time. L steps, and no more arithmetic than the formula.
 - "parallel": an associative scan. About twice the arithmetic, in 2 log₂ L rounds of whole tensors.

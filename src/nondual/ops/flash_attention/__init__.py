@@ -4,7 +4,7 @@ Source: Dao et al. 2022 (2205.14135); Dao 2023 (2307.08691); splitting the keys 
 ("Flash-Decoding"). Symbols: B batch, H query heads, G key/value heads (H a multiple of G), N queries, M keys, D head
 width.
 
-Three engines, in the table `ENGINES` at the end of this file:
+Three engines (`ENGINES` is their table):
 
 - "reference": the algorithm as the papers write it, tile by tile in plain torch, forward and backward. Any floating
   dtype.
@@ -158,7 +158,7 @@ def flash_attention(
         causal = False
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     given = Inputs(q, k, v, causal, window, scale, return_lse)
-    out, lse = choose(impl, ENGINES, given, otherwise=WEIGHTS).run(given)
+    out, lse = choose(impl, ENGINES, given, otherwise=_WEIGHTS).run(given)
     return (out, lse) if return_lse else out
 
 
@@ -329,5 +329,5 @@ ENGINES = {
         _reference, "the papers' algorithm, tile by tile in plain torch", limits=(_refuses_transforms("reference"),)
     ),
 }
-WEIGHTS = Engine(_weights, "the weights formed in plain torch, in memory that grows with N · M")
+_WEIGHTS = Engine(_weights, "the weights formed in plain torch, in memory that grows with N · M")
 """What "auto" takes under the transforms of torch.func and for forward-mode derivatives."""

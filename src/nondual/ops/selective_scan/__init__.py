@@ -6,7 +6,7 @@ Source: Gu and Dao 2023 (2312.00752), equations 1 to 4 and Algorithm 2. The argu
 package, with time before channels: (B, L, D) where that has (B, D, L). Symbols: B batch, L steps, D channels, N states
 of a channel, G groups of channels that share B and C.
 
-Three engines, in the table `ENGINES` at the end of this file:
+Three engines (`ENGINES` is their table):
 
 - "reference": step by step in plain torch. Any floating dtype, both discretisations, differentiable twice.
 - "cpu": a compiled loop over time, forward and backward, in memory linear in L; where there is no C compiler the same

@@ -6,7 +6,7 @@ Source: Dao and Gu 2024 (2405.21060), sections 3, 6 and Listing 1. It is the sel
 and states of a head, which turns it into products of matrices. Symbols: B batch, L steps, H heads, P channels of a
 head, N states, G groups of heads that share B and C.
 
-Three engines, whose limits are in the table `ENGINES` at the end of this file:
+Three engines (`ENGINES` is their table, with their limits):
 
 - "reference": step by step in plain torch. Any floating dtype, differentiable any number of times and in forward mode.
 - "chunked": by chunks, in plain torch: attention within a chunk, a recurrence between chunks; time and memory linear in

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from nondual.ops.causal_conv1d import causal_conv1d, other_sequence
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.dtypes import at_least_float32
 from nondual.ops.selective_scan import selective_scan
 
 M = TypeVar("M", bound=nn.Module)
@@ -325,11 +326,6 @@ def one_step(mixer: nn.Module, x: Tensor, cache: MambaCache) -> Tensor:
     if x.ndim != 2:
         raise ValueError(f"x must be (B, E), one position of each sequence, got {tuple(x.shape)}")
     return mixer(x[:, None], cache=cache)[:, 0]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or as it is where it has more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def step_engine(impl: str, x: Tensor) -> Any:

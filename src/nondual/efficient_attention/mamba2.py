@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nondual.efficient_attention.mamba import (
     MambaCache,
-    at_least_float32,
     check_input,
     check_sizes,
     convolve,
@@ -27,6 +26,7 @@ from nondual.efficient_attention.mamba import (
     step_bias,
     step_engine,
 )
+from nondual.ops.dtypes import at_least_float32
 from nondual.ops.ssd import ssd
 
 

@@ -34,6 +34,7 @@ from nondual.efficient_attention.hippo import legs
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.discretize import discretize
+from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.linear_recurrence import linear_recurrence
 
 RULES = ("zoh", "bilinear")
@@ -347,7 +348,7 @@ class S4D(nn.Module):
                 raise ValueError("state must be left out where there is a cache, which holds it")
             state = cache.state
         self._check(u, state)
-        wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
+        wide = accumulation_dtype(u.dtype, self.D.dtype)
         A_bar, B_bar, C = self.discretized(wide)
         state = None if state is None else state.to(A_bar)
         with autocast_off(u.device.type):  # float32 or better, whatever op multiplies
@@ -359,7 +360,7 @@ class S4D(nn.Module):
 
     def new_cache(self, batch: int, max_len: int | None = None) -> "S4DCache":
         """A cache of zeros for a batch of B sequences, of any length: max_len is not needed."""
-        wide = torch.promote_types(self.D.dtype, torch.float32)
+        wide = accumulation_dtype(self.D.dtype)
         channels, half = self.A_imag.shape
         return S4DCache(torch.zeros(batch, channels, half, dtype=wide.to_complex(), device=self.D.device))
 
@@ -408,7 +409,7 @@ class S4D(nn.Module):
         if u.ndim != 2:
             raise ValueError(f"u must be (B, D) for one step, got {tuple(u.shape)}; forward takes whole sequences")
         self._check(u[:, None], state)
-        wide = torch.promote_types(u.dtype, torch.promote_types(self.D.dtype, torch.float32))
+        wide = accumulation_dtype(u.dtype, self.D.dtype)
         A_bar, B_bar, C = self.discretized(wide)
         y, state = recurrence(u[:, None].to(wide), A_bar, B_bar, C, None if state is None else state.to(A_bar))
         return (y[:, 0] + self.D.to(wide) * u).to(u.dtype), state

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nondual.efficient_attention.mamba import at_least_float32
 from nondual.language_models.sampling import check_sampling, choose
 from nondual.mixers import as_before_if_raised, check_reset, check_takes
+from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import LearnedPositions
 from nondual.token_ids import check_ids
 from nondual.transformer import normed

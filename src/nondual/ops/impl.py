@@ -103,6 +103,51 @@ def kernels_refuse(name: str, x: Tensor, interpreted: bool) -> str | None:
     return None
 
 
+def takes_dtypes(impl: str, name: str, otherwise: str, *dtypes: torch.dtype) -> Limit:
+    """The limit of an engine that takes these dtypes alone.
+
+    Args:
+        impl: the engine's name.
+        name: the input whose dtype counts.
+        otherwise: the engine that takes any.
+        dtypes: two or more.
+    """
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def refuses(given: Any) -> str | None:
+        dtype = getattr(given, name).dtype
+        if dtype in dtypes:
+            return None
+        return (
+            f"{name} must be {', '.join(first)} or {last} for impl={impl!r}, got {dtype}; impl={otherwise!r} takes any"
+        )
+
+    return Limit(", ".join((*first, last)), refuses)
+
+
+def needs_triton(load: Callable[[], Any]) -> Limit:
+    """The limit of an engine of kernels that triton must be installed; `load` imports the operation's package."""
+
+    def refuses(_: Any) -> str | None:
+        try:
+            load()
+        except ImportError as error:
+            return f"{NO_TRITON} ({error})"
+        return None
+
+    return Limit("triton installed", refuses, RuntimeError)
+
+
+def runs_kernels(name: str, load: Callable[[], Any]) -> Limit:
+    """The limit of an engine of Triton kernels that they can run where the input of this name is; `load` imports and
+    returns the operation's package."""
+
+    def refuses(given: Any) -> str | None:
+        return kernels_refuse(name, getattr(given, name), load().INTERPRETED)
+
+    return Limit("a GPU, or Triton's interpreter (there not bfloat16)", refuses)
+
+
 def refuses_transforms(*tensors: Tensor | None) -> str | None:
     """Why an engine that is one opaque operator of torch cannot take these tensors, or None where it can.
 

@@ -39,14 +39,15 @@ from nondual.ops.flash_attention import reference
 from nondual.ops.flash_attention.tiles import attention_by_tiles
 from nondual.ops.impl import (
     KERNEL_DTYPES,
-    NO_TRITON,
     Engine,
     Limit,
     Preference,
     choose,
     has_tangent,
-    kernels_refuse,
+    needs_triton,
     refuses_transforms,
+    runs_kernels,
+    takes_dtypes,
 )
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
@@ -182,11 +183,15 @@ def _reference(given: Inputs) -> tuple[Tensor, Tensor | None]:
     return reference.flash_attention(q, k, v, causal=causal, window=window, scale=scale)
 
 
-def _triton(given: Inputs) -> tuple[Tensor, Tensor | None]:
+def _kernels():
     from nondual.ops.flash_attention import triton
 
+    return triton
+
+
+def _triton(given: Inputs) -> tuple[Tensor, Tensor | None]:
     q, k, v, causal, window, scale, return_lse = given
-    return triton.flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
+    return _kernels().flash_attention(q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse)
 
 
 def _sdpa(given: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -248,33 +253,12 @@ def _keeps_lse(given: Inputs) -> str | None:
     return None
 
 
-def _dtype_of_kernels(given: Inputs) -> str | None:
-    dtype = given.q.dtype
-    if dtype not in KERNEL_DTYPES:
-        return f"q must be float16, bfloat16 or float32 for impl='triton', got {dtype}; impl='reference' takes any"
-    return None
-
-
 def _too_wide(given: Inputs) -> str | None:
     for name, x in (("q", given.q), ("v", given.v)):
         if x.shape[-1] > WIDEST:
             width = x.shape[-1]
             return f"{name} must be at most {WIDEST} wide for impl='triton', got {width}; impl='reference' takes any"
     return None
-
-
-def _no_triton(_: Inputs) -> str | None:
-    try:
-        from nondual.ops.flash_attention import triton  # noqa: F401
-    except ImportError as error:
-        return f"{NO_TRITON} ({error})"
-    return None
-
-
-def _nowhere_to_run(given: Inputs) -> str | None:
-    from nondual.ops.flash_attention import triton
-
-    return kernels_refuse("q", given.q, triton.INTERPRETED)
 
 
 def _transformed(given: Inputs) -> str | None:
@@ -304,10 +288,10 @@ ENGINES = {
         _triton,
         "our kernels",
         limits=(
-            Limit("float16, bfloat16, float32", _dtype_of_kernels),
+            takes_dtypes("triton", "q", "reference", *KERNEL_DTYPES),
             Limit(f"heads up to {WIDEST} wide", _too_wide),
-            Limit("triton installed", _no_triton, RuntimeError),
-            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            needs_triton(_kernels),
+            runs_kernels("q", _kernels),
             _refuses_transforms("triton"),
         ),
         auto=Preference("on a GPU", lambda given: given.q.device.type == "cuda"),

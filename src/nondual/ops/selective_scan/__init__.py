@@ -31,13 +31,14 @@ from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.discretize import Discretization
 from nondual.ops.impl import (
     KERNEL_DTYPES,
-    NO_TRITON,
     Engine,
     Limit,
     Preference,
     choose,
-    kernels_refuse,
+    needs_triton,
     refuses_transforms,
+    runs_kernels,
+    takes_dtypes,
 )
 from nondual.ops.selective_scan import reference
 from nondual.ops.selective_scan.inputs import Inputs
@@ -228,23 +229,19 @@ def _cpu(given: Inputs) -> tuple[Tensor, Tensor]:
     return cpu.selective_scan(**given.arguments())
 
 
-def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+def _kernels():
     from nondual.ops.selective_scan import triton
 
-    return triton.selective_scan(**given.arguments())
+    return triton
+
+
+def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+    return _kernels().selective_scan(**given.arguments())
 
 
 def _on_the_cpu(given: Inputs) -> str | None:
     if given.u.device.type not in ("cpu", "meta"):
         return f"u must be on the CPU for impl='cpu', got {given.u.device}; impl='auto' chooses"
-    return None
-
-
-def _no_triton(_: Inputs) -> str | None:
-    try:
-        from nondual.ops.selective_scan import triton  # noqa: F401
-    except ImportError as error:
-        return f"{NO_TRITON} ({error})"
     return None
 
 
@@ -255,24 +252,6 @@ def _too_many_states(given: Inputs) -> str | None:
             f"A must have at most {MOST_STATES} states for impl='triton', got N = {states}; impl='reference' takes any"
         )
     return None
-
-
-def _nowhere_to_run(given: Inputs) -> str | None:
-    from nondual.ops.selective_scan import triton
-
-    return kernels_refuse("u", given.u, triton.INTERPRETED)
-
-
-def _dtypes(impl: str, *dtypes: torch.dtype) -> Limit:
-    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-    def refuses(given: Inputs) -> str | None:
-        if given.u.dtype in dtypes:
-            return None
-        names = f"{', '.join(first)} or {last}"
-        return f"u must be {names} for impl={impl!r}, got {given.u.dtype}; impl='reference' takes any"
-
-    return Limit(", ".join((*first, last)), refuses)
 
 
 def _zoh_euler_alone(impl: str) -> Limit:
@@ -300,10 +279,10 @@ ENGINES = {
         "our kernels",
         limits=(
             _zoh_euler_alone("triton"),
-            _dtypes("triton", *KERNEL_DTYPES),
-            Limit("triton installed", _no_triton, RuntimeError),
+            takes_dtypes("triton", "u", "reference", *KERNEL_DTYPES),
+            needs_triton(_kernels),
             Limit(f"up to {MOST_STATES} states", _too_many_states),
-            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            runs_kernels("u", _kernels),
             _no_transforms("triton"),
         ),
         auto=Preference("on a GPU", lambda given: given.u.device.type == "cuda"),
@@ -314,7 +293,7 @@ ENGINES = {
         limits=(
             _zoh_euler_alone("cpu"),
             Limit("a CPU", _on_the_cpu),
-            _dtypes("cpu", *KERNEL_DTYPES, torch.float64),
+            takes_dtypes("cpu", "u", "reference", *KERNEL_DTYPES, torch.float64),
             _no_transforms("cpu"),
         ),
         auto=Preference("on a CPU", lambda given: given.u.device.type == "cpu"),

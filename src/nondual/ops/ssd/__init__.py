@@ -26,13 +26,14 @@ from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.impl import (
     KERNEL_DTYPES,
-    NO_TRITON,
     Engine,
     Limit,
     Preference,
     choose,
-    kernels_refuse,
+    needs_triton,
     refuses_transforms,
+    runs_kernels,
+    takes_dtypes,
 )
 from nondual.ops.ssd import chunked, reference
 from nondual.ops.ssd.inputs import Inputs
@@ -196,17 +197,14 @@ def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
 # --- engines, and what they refuse -----------------------------------------------------------------------------------
 
 
-def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+def _kernels():
     from nondual.ops.ssd import triton
 
-    return triton.ssd(*given)
+    return triton
 
 
-def _dtype_of_kernels(given: Inputs) -> str | None:
-    dtype = given.x.dtype
-    if dtype not in KERNEL_DTYPES:
-        return f"x must be float16, bfloat16 or float32 for impl='triton', got {dtype}; impl='chunked' takes any"
-    return None
+def _triton(given: Inputs) -> tuple[Tensor, Tensor]:
+    return _kernels().ssd(*given)
 
 
 def _too_wide(given: Inputs) -> str | None:
@@ -227,20 +225,6 @@ def _other_chunk(given: Inputs) -> str | None:
     return None
 
 
-def _no_triton(_: Inputs) -> str | None:
-    try:
-        from nondual.ops.ssd import triton  # noqa: F401
-    except ImportError as error:
-        return f"{NO_TRITON} ({error})"
-    return None
-
-
-def _nowhere_to_run(given: Inputs) -> str | None:
-    from nondual.ops.ssd import triton
-
-    return kernels_refuse("x", given.x, triton.INTERPRETED)
-
-
 def _transformed(given: Inputs) -> str | None:
     if why := refuses_transforms(*given.tensors()):
         return f"ssd(impl='triton') {why}; impl='chunked' and impl='auto' can do it"
@@ -252,11 +236,11 @@ ENGINES = {
         _triton,
         "our kernels",
         limits=(
-            Limit("float16, bfloat16, float32", _dtype_of_kernels),
+            takes_dtypes("triton", "x", "chunked", *KERNEL_DTYPES),
             Limit(f"P up to {WIDEST}, N up to {MOST_STATES}", _too_wide),
             Limit(f"chunks of {', '.join(map(str, KERNEL_CHUNKS))}", _other_chunk),
-            Limit("triton installed", _no_triton, RuntimeError),
-            Limit("a GPU, or Triton's interpreter (there not bfloat16)", _nowhere_to_run),
+            needs_triton(_kernels),
+            runs_kernels("x", _kernels),
             Limit("no forward-mode derivative, no transform of torch.func", _transformed, RuntimeError),
         ),
         auto=Preference("on a GPU", lambda given: given.x.device.type == "cuda"),

@@ -1,5 +1,6 @@
 """nondual.figures: what a page needs of a drawing."""
 
+import json
 import re
 import subprocess
 import sys
@@ -104,3 +105,40 @@ def test_steps_show_one_plate_a_button_and_the_first_is_chosen():
 def test_steps_are_one_to_twelve(count):
     with pytest.raises(ValueError, match=f"frames must be 1 to 12, got {count}"):
         figures.steps(frames(count), name="walk", alt="It grows.", caption="It grows.")
+
+
+def panel(width=3.0):
+    fig, ax = plt.subplots(figsize=(width, 2))
+    ax.plot([0, 1], [1, 0])
+    return fig
+
+
+WORDS = {"name": "pair", "alt": "two lines fall", "caption": "Two lines fall."}
+
+
+def test_panels_are_drawings_of_their_own_under_one_description():
+    html = figures.show([panel(), panel()], **WORDS)
+    assert html.count("<svg") == 2 and html.count('aria-label="two lines fall"') == 1
+    assert html.count('aria-hidden="true"') == 2
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) and not plt.get_fignums()
+    with pytest.raises(ValueError, match="at least one panel"):
+        figures.show([], **WORDS)
+
+
+def test_a_figure_for_a_phone_stands_beside_the_wide_one():
+    html = figures.show(panel(6), phone=panel(3), **WORDS)
+    wide, narrow = re.findall(r"--natural:(\d+)px", html)
+    assert (wide, narrow) == ("576", "288") and html.index('class="roomy"') < html.index("narrow")
+    assert not plt.get_fignums()
+
+
+def test_an_interactive_figure_carries_its_drawing_and_its_numbers():
+    html = figures.live(panel(), script="ask", data={"words": ["</script>", "प्रकाश"], "w": [0.25]}, **WORDS)
+    assert 'data-live="ask"' in html and html.count("<svg") == 1
+    (inside,) = re.findall('<script type="application/json" class="data">(.*?)</script>', html)
+    assert json.loads(inside) == {"words": ["</script>", "प्रकाश"], "w": [0.25]}
+    with pytest.raises(ValueError, match="lower-case"):
+        figures.live(panel(), script="../ask", data={}, **WORDS)
+    with pytest.raises(ValueError):
+        figures.live(panel(), script="ask", data={"x": float("nan")}, **WORDS)

@@ -10,8 +10,9 @@ zero. matplotlib is imported when a function is called; `pip install 'nondual[fi
 from __future__ import annotations
 
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -121,26 +122,82 @@ def attention(
     return image
 
 
-def show(fig: Figure, *, name: str, alt: str, caption: str, wide: bool = False) -> str:
+def show(
+    fig: Figure | Sequence[Figure],
+    *,
+    name: str,
+    alt: str,
+    caption: str,
+    wide: bool = False,
+    phone: Figure | None = None,
+) -> str:
     """`fig` as an HTML figure; closes it. Print it: a fence with `exec="on" html="on"` puts what it prints on the page.
 
+    A phone shows 3.7 inches at their own size; what is wider scrolls sideways there. So give the panels as several
+    figures, which stand side by side where there is room and below each other where there is none, or give the whole
+    once more, drawn narrow.
+
     Args:
-        fig: The figure, drawn after `style()`.
+        fig: The figure, or its panels, drawn after `style()`.
         name: Its id on the page, and the seed of the ids inside it: letters, digits and hyphens.
         alt: The finding in a sentence, for a reader who cannot see it.
         caption: The finding, for all; may hold HTML.
         wide: Whether it may use the page's margin.
+        phone: The same, drawn at most 3.7 inches wide; shown in its place on a phone.
 
     Returns:
         A `<figure>` with inline SVG and a caption, the same text at every build.
 
     Raises:
-        ValueError: If `name` is not an id, or if `alt` or `caption` is empty.
+        ValueError: If `name` is not an id, if `alt` or `caption` is empty, or if there are no panels.
     """
     _check_words(name, alt, caption)
     kind = "drawn wide" if wide else "drawn"
-    plate = f'<div class="plate">{_svg(fig, name, alt)}</div>'
-    return f'<figure class="{kind}" id="{name}">{plate}<figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure class="{kind}" id="{name}">{_plate(fig, name, alt, phone)}<figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def live(
+    fig: Figure | Sequence[Figure],
+    *,
+    script: str,
+    data: Mapping[str, Any],
+    name: str,
+    alt: str,
+    caption: str,
+    wide: bool = False,
+    phone: Figure | None = None,
+) -> str:
+    """`show`, and beside the drawing the numbers from which a script of the page makes an interactive figure.
+
+    Where scripts run, what `docs/assets/js/live/<script>.js` makes of `data` takes the drawing's place.
+
+    Args:
+        fig: What is shown without a script; as in `show`, like the rest.
+        script: The name of its script: lower-case letters.
+        data: What the script gets: numbers (finite), strings, lists and dicts of them. Round what needs few digits.
+        name: As in `show`.
+        alt: The finding in a sentence.
+        caption: The finding, for all; may hold HTML.
+        wide: Whether it may use the page's margin.
+        phone: The drawing for a phone.
+
+    Returns:
+        A `<figure>` as from `show`, with the data as JSON inside.
+
+    Raises:
+        ValueError: As in `show`; if `script` is not such a name, or if `data` holds infinity or NaN.
+    """
+    _check_words(name, alt, caption)
+    if not re.fullmatch("[a-z]+", script):
+        raise ValueError(f"script must be lower-case letters, got {script!r}.")
+    numbers = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        f'<figure class="{"drawn wide" if wide else "drawn"}" id="{name}" data-live="{script}">'
+        f'{_plate(fig, name, alt, phone)}<script type="application/json" class="data">{numbers}</script>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def steps(frames: Sequence[tuple[str, Figure]], *, name: str, alt: str, caption: str, wide: bool = False) -> str:
@@ -182,6 +239,22 @@ def _check_words(name: str, alt: str, caption: str) -> None:
         raise ValueError(f"name must be lower-case letters, digits and hyphens, got {name!r}.")
     if not alt.strip() or not caption.strip():
         raise ValueError("a figure needs its finding in words: give alt and caption.")
+
+
+def _plate(fig: Figure | Sequence[Figure], name: str, alt: str, phone: Figure | None) -> str:
+    """The drawing in its frame; panels together carry one description."""
+    if phone is not None:
+        whole, narrow = _plate(fig, name, alt, None), _svg(phone, f"{name}-phone", alt)
+        return f'<div class="plates"><div class="roomy">{whole}</div><div class="plate narrow">{narrow}</div></div>'
+    if not isinstance(fig, Sequence):
+        return f'<div class="plate">{_svg(fig, name, alt)}</div>'
+    if not fig:
+        raise ValueError("fig must be a figure or at least one panel, got an empty list.")
+    panels = "".join(
+        _svg(panel, f"{name}-{number}", alt).replace('role="img"', 'aria-hidden="true"', 1)
+        for number, panel in enumerate(fig, 1)
+    )
+    return f'<div class="plate panels" role="img" aria-label="{escape(alt)}">{panels}</div>'
 
 
 def _svg(fig: Figure, name: str, alt: str) -> str:

@@ -1,0 +1,101 @@
+// What the interactive figures share: elements, native controls, one spoken sentence, and colours of the page.
+
+const make = (create) => (tag, attributes = {}, ...children) => {
+  const node = create(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+};
+
+/** An HTML element: el("p", {class: "x", onclick: f}, "text", child). */
+export const el = make((tag) => document.createElement(tag));
+
+/** An SVG element, in the same way. */
+export const svg = make((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+
+let controls = 0;
+
+/** A labelled range whose value is written beside it; its node carries `set(value)`. */
+export function slider({ label, min, max, step = "any", value, format = String, oninput }) {
+  const id = `live-${++controls}`;
+  const output = el("output", { for: id });
+  const input = el("input", { type: "range", id, min, max, step });
+  const show = () => {
+    output.textContent = format(+input.value);
+    input.setAttribute("aria-valuetext", output.textContent);
+  };
+  input.addEventListener("input", () => { show(); oninput(+input.value); });
+  const node = el("div", { class: "control" }, el("label", { for: id }, label), input, output);
+  node.set = (given) => { input.value = given; show(); };
+  node.set(value);
+  return node;
+}
+
+/** A labelled check box. */
+export function toggle({ label, checked = false, onchange }) {
+  const input = el("input", { type: "checkbox", onchange: () => onchange(input.checked) });
+  input.checked = checked;
+  const node = el("label", { class: "control toggle" }, input, " ", label);
+  node.set = (given) => { input.checked = given; };
+  return node;
+}
+
+/** A labelled list to choose one of; `onchange` gets its index. */
+export function choice({ label, options, value = 0, onchange }) {
+  const id = `live-${++controls}`;
+  const select = el("select", { id, onchange: () => onchange(select.selectedIndex) },
+    ...options.map((text) => el("option", {}, text)));
+  select.selectedIndex = value;
+  const node = el("div", { class: "control" }, el("label", { for: id }, label), select);
+  node.set = (given) => { select.selectedIndex = given; };
+  return node;
+}
+
+/** A row of buttons of which one is pressed; `onchange` gets its index. */
+export function buttons({ label, options, value = 0, onchange }) {
+  const press = (index) => all.forEach((button, i) => button.setAttribute("aria-pressed", i === index));
+  const all = options.map((text, i) => el("button", { type: "button", onclick: () => { press(i); onchange(i); } }, text));
+  const node = el("div", { class: "control buttons", role: "group", "aria-label": label }, ...all);
+  node.set = press;
+  press(value);
+  return node;
+}
+
+/** A sentence that a screen reader speaks once the reader has stopped moving things: node.say(text). */
+export function sentence() {
+  const node = el("p", { class: "said", "aria-live": "polite" });
+  const shown = el("span", { "aria-hidden": "true" }), spoken = el("span", { class: "spoken" });
+  let waiting;
+  node.append(shown, spoken);
+  node.say = (text) => {
+    shown.textContent = text;
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { spoken.textContent = text; }, 400);
+  };
+  return node;
+}
+
+/** Weights of scores, which sum to 1; -Infinity gets 0. */
+export function softmax(scores) {
+  const most = Math.max(...scores);
+  if (most === -Infinity) return scores.map(() => 0);
+  const e = scores.map((s) => Math.exp(s - most));
+  const sum = e.reduce((a, b) => a + b, 0);
+  return e.map((x) => x / sum);
+}
+
+const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+/** The colour of a magnitude from 0 to 1 in cividis. */
+export function cividis(x) {
+  const at = Math.min(Math.max(x, 0), 1) * (CIVIDIS.length - 1), low = Math.min(Math.floor(at), CIVIDIS.length - 2);
+  const a = rgb(CIVIDIS[low]), b = rgb(CIVIDIS[low + 1]);
+  return `rgb(${a.map((c, i) => Math.round(c + (at - low) * (b[i] - c))).join(" ")})`;
+}
+
+/** Okabe and Ito's colours for categories, in the order in which the drawn figures take them. */
+export const OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999999"];

@@ -251,7 +251,7 @@ def _plate(fig: Figure | Sequence[Figure], name: str, alt: str, phone: Figure | 
     if not fig:
         raise ValueError("fig must be a figure or at least one panel, got an empty list.")
     panels = "".join(
-        _svg(panel, f"{name}-{number}", alt).replace('role="img"', 'aria-hidden="true"', 1)
+        _svg(panel, f"{name}-{number}", "").replace('role="img" aria-label=""', 'aria-hidden="true"', 1)
         for number, panel in enumerate(fig, 1)
     )
     return f'<div class="plate panels" role="img" aria-label="{escape(alt)}">{panels}</div>'

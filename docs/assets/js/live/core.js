@@ -65,11 +65,11 @@ export function buttons({ label, options, value = 0, onchange }) {
 }
 
 /** A sentence that a screen reader speaks once the reader has stopped moving things: node.say(text). */
-export function sentence() {
+export function sentence({ shown: visible = true } = {}) {
   const node = el("p", { class: "said", "aria-live": "polite" });
   const shown = el("span", { "aria-hidden": "true" }), spoken = el("span", { class: "spoken" });
   let waiting;
-  node.append(shown, spoken);
+  node.append(...(visible ? [shown] : []), spoken);
   node.say = (text) => {
     shown.textContent = text;
     clearTimeout(waiting);

@@ -19,8 +19,8 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import published
 from mkdocs.exceptions import PluginError
-from pages import blocks, llms, search
-from pages.page import finish, prepare
+from pages import llms, search
+from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
 ANEW = bool(os.environ.get("CI") or os.environ.get("NONDUAL_DRAW_ANEW"))  # a clean build takes nothing from the stores
@@ -68,12 +68,15 @@ def on_page_content(html, page, config, files):
 
 
 def on_post_page(output, page, config):
-    return blocks.name_search(output)
+    try:
+        return publish(output, page.file.src_uri)
+    except ValueError as error:
+        raise PluginError(str(error)) from None
 
 
 def on_post_template(output_content, template_name, config):
-    """404.html, which is no page, has the search dialog too."""
-    return blocks.name_search(output_content)
+    """404.html, which is no page, has the same frame."""
+    return publish(output_content, template_name) if template_name.endswith(".html") else output_content
 
 
 _navigation = []

@@ -1,11 +1,12 @@
 """What the build does to a page besides converting its Markdown, each a function from text to text.
 
-page.py       all of it, in order: before the conversion and after it
-blocks.py     boxes, folds, and the heading of a block of code
-engines.py    the tables of engines in the reference, from the library itself
-glossary.py   the terms: tooltips on every page, and the glossary's own page
-links.py      the address of a page as seen from another
-llms.py       a page's description, and llms.txt
-notebooks.py  a notebook's cells in the site's own blocks
-search.py     plain letters for marked ones in the search index
+page.py        all of it, in order: before the conversion and after it
+blocks.py      boxes, folds, and the heading of a block of code
+engines.py     the tables of engines in the reference, from the library itself
+glossary.py    the terms: tooltips on every page, and the glossary's own page
+links.py       the address of a page as seen from another
+llms.py        a page's description, and llms.txt
+mathematics.py formulas, typeset by KaTeX while the site is built
+notebooks.py   a notebook's cells in the site's own blocks
+search.py      plain letters for marked ones in the search index
 """

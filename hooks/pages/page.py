@@ -1,6 +1,7 @@
-"""All that is done to one page: to its Markdown before it is converted, and to its HTML after that.
+"""All that is done to one page: to its Markdown before it is converted, to its content after that, and at last to the
+whole page as it is published.
 
-Both are functions of the text and of the files of the project. Whichever program builds the site calls them.
+All are functions of the text and of the files of the project. Whichever program builds the site calls them.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from ledger.essay_map import with_map
 from ledger.stated import with_anchors
 from ledger.table import with_tables
 
-from pages import blocks, engines, glossary, notebooks
+from pages import blocks, engines, glossary, mathematics, notebooks
 from pages.links import linker
 
 
@@ -35,3 +36,8 @@ def finish(html: str, uri: str, root: Path) -> str:
         html = notebooks.as_page(html, uri, linker(uri, root / "docs"))
     html = blocks.finish(html, cells=uri.startswith(("reference/", "notebooks/")))
     return glossary.thinned(html, glossary.terms(root / "docs"))
+
+
+def publish(page: str, uri: str) -> str:
+    """The whole page, its frame included, as it is written to the site."""
+    return mathematics.typeset(blocks.name_search(page), uri)

@@ -19,7 +19,6 @@ from nondual.ops.attention import masked_softmax
 from nondual.ops.checks import check_tensors
 
 
-# --8<-- [start:scores]
 def additive_scores(
     s: Float[Tensor, "b n s"],
     h: Float[Tensor, "b m h"],
@@ -48,10 +47,11 @@ def additive_scores(
     return compare(s @ w_s.mT, h @ w_h.mT, v)
 
 
+# --8<-- [start:scores]
 def compare(
     asked: Float[Tensor, "b n a"], found: Float[Tensor, "b m a"], v: Float[Tensor, " a"]
 ) -> Float[Tensor, "b n m"]:
-    """vᵀ tanh(asked_i + found_j) (B, N, M); asked is W_s s (B, N, A), found W_h h (B, M, A)."""
+    """vᵀ tanh(asked_i + found_j), where asked is W_s s and found is W_h h."""
     return torch.tanh(asked[:, :, None] + found[:, None]) @ v
 
 

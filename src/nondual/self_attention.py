@@ -61,7 +61,8 @@ class SelfAttention(nn.Module):
         """
         _check_width("x", x, self.q_proj.in_features)
         # --8<-- [start:one_head]
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, N, d_k), (B, N, d_k), (B, N, d_v)
+        # (B, N, d_k), (B, N, d_k), (B, N, d_v)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = q[:, None], k[:, None], v[:, None]  # one head: (B, 1, N, ·)
         out = attention(q, k, v, mask=mask, causal=causal, return_weights=return_weights)
         # --8<-- [end:one_head]

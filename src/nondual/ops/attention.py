@@ -177,7 +177,7 @@ def masked_softmax(
 def _reference(q, k, v, mask, causal, scale, dropout):
     """The equation, line by line, in float32 or better."""
     wide = accumulation_dtype(q.dtype)
-    share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads to each key head
+    share = q.shape[1] // k.shape[1] if k.shape[1] else 1  # query heads per key head
     k, v = (x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
     if causal:
         mask = masks.causal(q.shape[2], device=q.device)

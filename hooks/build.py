@@ -30,6 +30,15 @@ def root_of(config) -> Path:
     return Path(config.docs_dir).parent
 
 
+_serving = False
+
+
+def on_startup(command, dirty):
+    """`mkdocs serve` adds a script of its own to a page after it is built, which the page's policy would forbid."""
+    global _serving
+    _serving = command == "serve"
+
+
 def on_config(config):
     """Let the notebooks' plugin keep what it executes until the library, or what runs it, changes."""
     if notebooks := config.plugins.get("mkdocs-jupyter"):
@@ -68,15 +77,19 @@ def on_page_content(html, page, config, files):
 
 
 def on_post_page(output, page, config):
-    try:
-        return publish(output, page.file.src_uri)
-    except ValueError as error:
-        raise PluginError(str(error)) from None
+    return published_page(output, page.file.src_uri)
 
 
 def on_post_template(output_content, template_name, config):
     """404.html, which is no page, has the same frame."""
-    return publish(output_content, template_name) if template_name.endswith(".html") else output_content
+    return published_page(output_content, template_name) if template_name.endswith(".html") else output_content
+
+
+def published_page(html, uri):
+    try:
+        return publish(html, uri, policy=not _serving)
+    except ValueError as error:
+        raise PluginError(str(error)) from None
 
 
 _navigation = []

@@ -8,5 +8,6 @@ links.py       the address of a page as seen from another
 llms.py        a page's description, and llms.txt
 mathematics.py formulas, typeset by KaTeX while the site is built
 notebooks.py   a notebook's cells in the site's own blocks
+security.py    the policy by which a browser loads nothing from elsewhere
 search.py      plain letters for marked ones in the search index
 """

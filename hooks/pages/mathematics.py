@@ -27,12 +27,11 @@ function typeset(source, display) {
 """
 
 
-def typeset(page: str, uri: str) -> str:
+def typeset(page: str) -> str:
     """The page with every formula typeset.
 
     Args:
         page: its HTML.
-        uri: its path under docs, for the error.
 
     Raises:
         ValueError: If KaTeX cannot read a formula, or if a formula is left over where none is typeset: in the title of
@@ -45,12 +44,12 @@ def typeset(page: str, uri: str) -> str:
             return match[1] + typeset_formula(source[2:-2].strip(), source.startswith("\\["))
         except quickjs.JSException as error:
             reason = str(error).partition("\n")[0].removeprefix("ParseError: ")
-            raise ValueError(f"{uri}: the formula {source} cannot be typeset. {reason}") from None
+            raise ValueError(f"the formula {source} cannot be typeset. {reason}") from None
 
     page = _FORMULA.sub(replace, page)
     text = _TAG.sub("", _CODE.sub("", page))
     if left := _LEFT.search(text):
-        raise ValueError(f"{uri}: a formula is not typeset: {text[left.start() :][:60].strip()}")
+        raise ValueError(f"a formula is not typeset: {text[left.start() :][:60].strip()}")
     return page
 
 

@@ -10,7 +10,7 @@ from ledger.essay_map import with_map
 from ledger.stated import with_anchors
 from ledger.table import with_tables
 
-from pages import blocks, engines, glossary, mathematics, notebooks
+from pages import blocks, engines, glossary, mathematics, notebooks, security
 from pages.links import linker
 
 
@@ -38,6 +38,19 @@ def finish(html: str, uri: str, root: Path) -> str:
     return glossary.thinned(html, glossary.terms(root / "docs"))
 
 
-def publish(page: str, uri: str) -> str:
-    """The whole page, its frame included, as it is written to the site."""
-    return mathematics.typeset(blocks.name_search(page), uri)
+def publish(page: str, uri: str, *, policy: bool = True) -> str:
+    """The whole page, its frame included, as it is written to the site.
+
+    Args:
+        page: its HTML.
+        uri: its path under docs.
+        policy: whether it says what a browser may load and run for it.
+
+    Raises:
+        ValueError: If a formula cannot be typeset, or a script stands where the policy forbids one; names the page.
+    """
+    try:
+        page = mathematics.typeset(blocks.name_search(page))
+        return security.with_policy(page) if policy else page
+    except ValueError as error:
+        raise ValueError(f"{uri}: {error}") from None

@@ -28,6 +28,15 @@ LOOK = r"""() => {
   return faults;
 }"""
 
+# What the page's policy forbids it to load or run is heard from its first moment on.
+LISTEN = """
+  if (!window.refused) {
+    window.refused = [];
+    document.addEventListener("securitypolicyviolation", (e) =>
+      refused.push(`refused by its policy: ${e.effectiveDirective} ${e.blockedURI} ${e.sample}`.trim()));
+  }
+"""
+
 # axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
 AXE_RUN = """(rules) => axe.run(document, {
   resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
@@ -54,7 +63,8 @@ def turn(page, palette: str) -> None:
 
 
 def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",)) -> list[str]:
-    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, and what LOOK and axe see.
+    """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, what the page's policy
+    refuses, and what LOOK and axe see.
 
     It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
     """
@@ -81,6 +91,7 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
     }
     for event, listener in heard.items():
         page.on(event, listener)
+    page.add_init_script(LISTEN)
     page.emulate_media(color_scheme=palettes[0])
     page.goto(address)
     page.evaluate("document.fonts.ready.then(() => 0)")
@@ -92,6 +103,7 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
         if axe:
             seen += page.evaluate(AXE_RUN, None if palette == palettes[0] else OF_COLOUR)
         faults += [f"{palette}: {fault}" for fault in seen]
+    faults += page.evaluate("refused")
     for event, listener in heard.items():
         page.remove_listener(event, listener)
     return faults

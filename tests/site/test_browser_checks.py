@@ -2,6 +2,7 @@
 
 import pytest
 from looking import OF_COLOUR, PALETTES, faults_of
+from pages.security import with_policy
 
 NOWHERE = "http://nowhere.invalid/x.js"
 
@@ -26,6 +27,31 @@ NOWHERE = "http://nowhere.invalid/x.js"
 def test_a_faulty_page_is_caught(browser, serve, small, body, fault):
     with serve(small(body)) as address, browser.new_page(viewport={"width": 390, "height": 844}) as page:
         assert [found for found in faults_of(page, address, axe=True) if fault in found]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "body, fault",
+    [
+        ("<script>late()</script>", "script-src-elem inline"),
+        ('<img alt="" src="https://nowhere.invalid/x.png">', "img-src https://nowhere.invalid"),
+        ('<script src="x.js"></script>', "connect-src https://nowhere.invalid"),
+        ('<div id="x"></div><script src="y.js"></script>', "script-src-attr inline"),
+    ],
+)
+def test_what_a_pages_policy_refuses_is_caught(browser, serve, small, body, fault):
+    """Also what its scripts ask for; the policy is the site's own."""
+    scripts = {
+        "x_js": 'fetch("https://nowhere.invalid/x").catch(() => 0)',
+        "y_js": 'document.getElementById("x").innerHTML = "<img alt src=data:, onerror=late()>"',
+    }
+    folder = small(body, **scripts)
+    page = (folder / "index.html").read_text(encoding="utf-8").replace("<head>", '<head><meta charset="utf-8">')
+    page = with_policy(page.replace(body, "")).replace("</h1>", f"</h1>{body}")
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    with serve(folder) as address, browser.new_page() as shown:
+        found = faults_of(shown, address)
+    assert [one for one in found if one.startswith("refused by its policy: ") and fault in one], found
 
 
 @pytest.mark.browser

@@ -4,48 +4,48 @@ import re
 
 import pytest
 from documents import ROOT
-from pages import blocks, mathematics
+from pages import blocks, mathematics, page
 
 LINE = '<p>Of <span class="arithmatex">\\({}\\)</span>.</p>'
 DISPLAY = '<div class="arithmatex">\\[\n{}\n\\]</div>'
 
 
 def test_a_formula_in_a_line_becomes_html_and_mathml():
-    page = mathematics.typeset(LINE.format("a &lt; b"), "x.md")
-    assert page.startswith('<p>Of <span class="arithmatex"><span class="katex">') and page.endswith("</span>.</p>")
-    assert "<mi>a</mi><mo>&lt;</mo><mi>b</mi>" in page and 'class="katex-html" aria-hidden="true"' in page
-    assert "\\(" not in page and "katex-display" not in page
+    html = mathematics.typeset(LINE.format("a &lt; b"))
+    assert html.startswith('<p>Of <span class="arithmatex"><span class="katex">') and html.endswith("</span>.</p>")
+    assert "<mi>a</mi><mo>&lt;</mo><mi>b</mi>" in html and 'class="katex-html" aria-hidden="true"' in html
+    assert "\\(" not in html and "katex-display" not in html
 
 
 def test_a_formula_on_lines_of_its_own_is_displayed():
-    page = mathematics.typeset(DISPLAY.format("\\begin{aligned} x &amp;= 1 \\\\ y &amp;= 2 \\end{aligned}"), "x.md")
-    assert page.startswith('<div class="arithmatex"><span class="katex-display">') and page.count("<mtr>") == 2
-    assert "\\[" not in page
+    html = mathematics.typeset(DISPLAY.format("\\begin{aligned} x &amp;= 1 \\\\ y &amp;= 2 \\end{aligned}"))
+    assert html.startswith('<div class="arithmatex"><span class="katex-display">') and html.count("<mtr>") == 2
+    assert "\\[" not in html
 
 
 def test_formulas_in_tables_and_captions_are_typeset_too():
     cell, caption = f"<table><tr><td>{LINE}</td></tr></table>", f"<figcaption>{LINE}</figcaption>"
-    assert mathematics.typeset((cell + caption).format("x", "y"), "x.md").count("<math") == 2
+    assert mathematics.typeset((cell + caption).format("x", "y")).count("<math") == 2
 
 
 def test_a_held_comma_stays_with_its_typeset_formula():
-    page = mathematics.typeset(blocks.hold_punctuation(LINE.format("N").replace("</span>.", "</span>,")), "x.md")
-    assert re.search(r'<span class="held"><span class="arithmatex"><span class="katex">.*</span>,</span></p>', page)
+    html = mathematics.typeset(blocks.hold_punctuation(LINE.format("N").replace("</span>.", "</span>,")))
+    assert re.search(r'<span class="held"><span class="arithmatex"><span class="katex">.*</span>,</span></p>', html)
 
 
 @pytest.mark.parametrize("source, reason", [("\\frac{1", "end of input"), ("\\nothing", "nothing"), ("é", "é")])
 def test_a_formula_that_katex_cannot_read_stops_the_build_with_its_page_and_source(source, reason):
     with pytest.raises(ValueError) as caught:
-        mathematics.typeset(LINE.format(source), "essay/x.md")
+        page.publish(LINE.format(source), "essay/x.md")
     told = str(caught.value)
     assert "essay/x.md" in told and f"\\({source}\\)" in told and reason in told and "\n" not in told
 
 
 def test_a_formula_outside_its_mark_stops_the_build():
     with pytest.raises(ValueError, match=r"essay/x\.md.*not typeset: \\\(x\\\) of"):
-        mathematics.typeset('<nav><a href="#x">The \\(x\\) of y</a></nav>', "essay/x.md")
+        page.publish('<nav><a href="#x">The \\(x\\) of y</a></nav>', "essay/x.md")
     code = "<pre>\\(x\\)</pre><p><code>\\[x\\]</code></p><script>'\\('</script>"
-    assert mathematics.typeset(code, "x.md") == code
+    assert mathematics.typeset(code) == code
 
 
 def test_katex_is_read_by_the_build_alone():
@@ -54,5 +54,5 @@ def test_katex_is_read_by_the_build_alone():
 
 
 def test_no_page_of_the_site_has_a_formula_that_waits_for_a_script(pages):
-    assert not [name for name, page in pages.items() if mathematics.typeset(page.text, name) != page.text]
-    assert sum(page.text.count("<math ") for page in pages.values()) > 200
+    assert not [name for name, one in pages.items() if mathematics.typeset(one.text) != one.text]
+    assert sum(one.text.count("<math ") for one in pages.values()) > 200

@@ -10,7 +10,15 @@
   // A glossary term opens on hover; the keyboard and a finger get there by focus.
   const reachTerms = () => { for (const node of document.querySelectorAll(".md-content abbr[title]")) node.tabIndex = 0; };
 
-  const start = () => { reachScrollable(); reachTerms(); };
+  // On the page for lost readers, a link opens the search; a click on its label does so by itself.
+  const reachSearch = () => {
+    document.querySelector(".lost-search a")?.addEventListener("click", (event) => {
+      event.preventDefault();
+      document.getElementById("__search").click();
+    });
+  };
+
+  const start = () => { reachScrollable(); reachTerms(); reachSearch(); };
   if (typeof document$ === "undefined") start();
   else document$.subscribe(start);
   addEventListener("resize", reachScrollable, { passive: true });

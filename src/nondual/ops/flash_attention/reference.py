@@ -145,7 +145,6 @@ def tiles(of: range, size: int) -> Iterator[range]:
         yield range(start, min(start + size, of.stop))
 
 
-# --8<-- [start:forward]
 def forward(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, tile: tuple[int, int],
     count: Count | None = None, trace: Callable[[Step], None] | None = None,
@@ -159,11 +158,14 @@ def forward(
         o = q_i.new_zeros(*q_i.shape[:3], v.shape[-1])  # 5: O_i, l_i and m_i start at 0, 0 and -inf
         l = q_i.new_zeros(q_i.shape[:3])
         m = torch.full_like(l, -torch.inf)
+        # --8<-- [start:forward]
         for keys in tiles(visible.span(queries), tile[1]):  # 6: for each K_j
             k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
-            s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 8: S = Q_i K_jᵀ
+            allowed = visible.mask(queries, keys)
+            s = _scores(q_i, k_j, scale, allowed, count)  # 8: S = Q_i K_jᵀ
             m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
-            shift = m_new.masked_fill(m_new == -torch.inf, 0)  # a row without a visible key so far: exp(-inf - 0) = 0
+            # A row without a visible key so far: exp(-inf - 0) = 0, not NaN.
+            shift = m_new.masked_fill(m_new == -torch.inf, 0)
             p = torch.exp(s - shift[..., None])
             rescale = torch.exp(m - shift)  # the sums so far are relative to the old m
             l = rescale * l + p.sum(-1)
@@ -173,15 +175,13 @@ def forward(
             if trace is not None:
                 trace(Step(queries, keys, s, m, l, o))
         o = o / l.masked_fill(l == 0, 1)[..., None]  # 12: divide once, at the end
+        # --8<-- [end:forward]
         _store(out, queries, o, count)  # 14
         top = m + torch.log(l)  # 13, 15: L = m + log l, -inf without a visible key
         _store(lse, queries, top, count)
         rounded = (m - top + torch.log(l)).masked_fill(l == 0, 0)  # what rounding L lost, up to a thousandth for
         _store(rest, queries, rounded, count)  # scores of 1e4; P in the backward pass needs it
     return out, lse, rest
-
-
-# --8<-- [end:forward]
 
 
 def backward(

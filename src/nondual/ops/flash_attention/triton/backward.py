@@ -37,7 +37,6 @@ def delta_kernel(
     tl.store(p_delta + i_bh * n + o_q, b_delta - b_dlse, mask=o_q < n)
 
 
-# --8<-- [start:dkdv]
 @triton.jit
 def gather_dkdv(
     b_dk, b_dv, b_k, b_v, p_q, p_do, p_top, p_total, p_delta, s_qn, s_gn, lo, hi, o_kv, n, m, shift, window, scale,
@@ -48,6 +47,7 @@ def gather_dkdv(
 
     Scores are (keys, queries) here, so that P and dS need no transposing.
     """
+    # --8<-- [start:dkdv]
     for start in tl.range(lo, hi, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
         b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, MASKED)  # (BLOCK_Q, BLOCK_D)
@@ -56,17 +56,17 @@ def gather_dkdv(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # (BLOCK_KV, BLOCK_Q)
         b_p = tl.exp2((b_s * scale - b_top[None, :]) - b_total[None, :])
         if MASKED:
-            b_p = tl.where(visible(o_q[None, :], o_kv[:, None], m, shift, window, CAUSAL, WINDOWED), b_p, 0.0)
+            m_kq = visible(o_q[None, :], o_kv[:, None], m, shift, window, CAUSAL, WINDOWED)
+            b_p = tl.where(m_kq, b_p, 0.0)
         b_do = load_tile(p_do, o_q, s_gn, n, DV, BLOCK_DV, MASKED)  # (BLOCK_Q, BLOCK_DV)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # (BLOCK_KV, BLOCK_DV)
+        # (BLOCK_KV, BLOCK_DV)
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
         b_delta = tl.load(p_delta + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # (BLOCK_KV, BLOCK_Q)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")  # (BLOCK_KV, BLOCK_D)
     return b_dk, b_dv
-
-
-# --8<-- [end:dkdv]
+    # --8<-- [end:dkdv]
 
 
 @triton.jit(do_not_specialize=["n", "m", "window"])

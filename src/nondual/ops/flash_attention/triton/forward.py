@@ -16,7 +16,6 @@ from nondual.ops.flash_attention.triton.primitives import (
 )
 
 
-# --8<-- [start:attend]
 @triton.jit
 def attend(
     b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
@@ -24,21 +23,20 @@ def attend(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries b_q over the keys lo..hi, tile by tile, added to the sums so far."""
+    # --8<-- [start:attend]
     for start in tl.range(lo, hi, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)
         if MASKED:
-            m_seen = visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED)
-            b_s = tl.where(m_seen, b_s, float("-inf"))
+            m_qk = visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED)
+            b_s = tl.where(m_qk, b_s, float("-inf"))
         b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, scale, MASKED)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
-        b_acc = b_acc * b_rescale[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")  # (BLOCK_Q, BLOCK_DV)
+        b_acc = b_acc * b_rescale[:, None]  # (BLOCK_Q, BLOCK_DV)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_l, b_m
-
-
-# --8<-- [end:attend]
+    # --8<-- [end:attend]
 
 
 @triton.jit
@@ -64,7 +62,6 @@ def attend_all(
     return b_acc, b_l, b_m
 
 
-# --8<-- [start:forward_kernel]
 @triton.jit(do_not_specialize=["n", "m", "window"])
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_top, p_total,
@@ -74,14 +71,17 @@ def forward_kernel(
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of queries of one head."""
+    # --8<-- [start:forward_kernel]
     tiles = tl.cdiv(n, BLOCK_Q)
-    i_q = tiles - 1 - tl.program_id(0) % tiles  # under causality the last tile has the most keys: longest first
+    # Under causality the last tile has the most keys: longest first.
+    i_q = tiles - 1 - tl.program_id(0) % tiles
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     p_q += i_b * s_qb + i_h * s_qh
     p_k += i_b * s_kb + i_h // SHARE * s_kh
     p_v += i_b * s_vb + i_h // SHARE * s_vh
     shift = m - n
+    # --8<-- [end:forward_kernel]
 
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
@@ -97,9 +97,6 @@ def forward_kernel(
     store_tile(p_out + i_b * s_ob + i_h * s_oh, o_q, s_on, n, b_acc / b_l[:, None], DV, BLOCK_DV)
     tl.store(p_top + i_bh * n + o_q, b_m, mask=o_q < n)
     tl.store(p_total + i_bh * n + o_q, tl.log2(b_l), mask=o_q < n)
-
-
-# --8<-- [end:forward_kernel]
 
 
 @triton.jit(do_not_specialize=["n", "m", "window", "first", "length", "splits"])

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 
 
-# --8<-- [start:load_tile]
 @triton.jit
 def load_tile(p, o_row, s_row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """Rows o_row of a matrix with `rows` rows, as (len(o_row), BLOCK): 0 beyond its WIDTH and beyond its last row.
 
     Without EDGE all of o_row must exist: rows are then not compared.
     """
+    # --8<-- [start:load_tile]
     o_col = tl.arange(0, BLOCK)
     p_tile = p + o_row.to(tl.int64)[:, None] * s_row + o_col[None, :]
     if EDGE:
@@ -24,9 +24,7 @@ def load_tile(p, o_row, s_row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, E
     else:
         b_tile = tl.load(p_tile)
     return b_tile
-
-
-# --8<-- [end:load_tile]
+    # --8<-- [end:load_tile]
 
 
 @triton.jit
@@ -101,23 +99,23 @@ def query_bounds(first, last, n, shift, window, CAUSAL: tl.constexpr, WINDOWED: 
     return lo, whole, part, hi
 
 
-# --8<-- [start:online_softmax_update]
 @triton.jit
 def online_softmax_update(b_s, b_l, b_m, scale, MASKED: tl.constexpr):
     """Add a tile of raw scores b_s to each row's running maximum b_m and sum of exponentials b_l, to the base 2.
 
     Returns the tile's weights (not yet divided by b_l), the factor that rescales earlier sums, the new b_l and b_m.
     """
+    # --8<-- [start:online_softmax_update]
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale)
     b_shift = b_m_new
-    if MASKED:  # a row without a visible key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) is NaN
+    if MASKED:
+        # A row without a visible key so far: exp2(-inf - 0) = 0, not NaN.
         b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
     b_rescale = tl.exp2(b_m - b_shift)
     return b_p, b_rescale, b_l * b_rescale + tl.sum(b_p, 1), b_m_new
+    # --8<-- [end:online_softmax_update]
 
-
-# --8<-- [end:online_softmax_update]
 
 INTERPRETED = not isinstance(load_tile, triton.runtime.JITFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when triton was imported."""

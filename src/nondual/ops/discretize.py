@@ -16,7 +16,6 @@ from torch import Tensor
 Discretization = Literal["zoh-euler", "zoh"]
 
 
-# --8<-- [start:discretize]
 def discretize(
     delta: Tensor, A: Tensor, B: Tensor, rule: Discretization | Literal["bilinear"] = "zoh-euler"
 ) -> tuple[Tensor, Tensor]:
@@ -30,10 +29,12 @@ def discretize(
             "zoh-euler" takes Δ B for the input, which is exact to first order in Δ;
             "bilinear" is the trapezoidal rule.
     """
+    # --8<-- [start:discretize]
     step = delta * A
     if rule == "bilinear":  # (1 - ΔA/2)⁻¹ (1 + ΔA/2) and (1 - ΔA/2)⁻¹ ΔB
         return (1 + step / 2) / (1 - step / 2), delta * B / (1 - step / 2)
     return torch.exp(step), delta * B * (phi(step) if rule == "zoh" else 1)
+    # --8<-- [end:discretize]
 
 
 def phi(x: Tensor) -> Tensor:
@@ -44,9 +45,6 @@ def phi(x: Tensor) -> Tensor:
     for k in range(12, 1, -1):  # Horner: 1 + x/2 (1 + x/3 (1 + x/4 (…)))
         series = 1 + torch.where(near, x, torch.zeros_like(x)) / k * series
     return torch.where(near, series, torch.expm1(far) / far)
-
-
-# --8<-- [end:discretize]
 
 
 def step_length(delta: Tensor, bias: Tensor | None = None, softplus: bool = False) -> Tensor:

@@ -19,7 +19,7 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import published
 from mkdocs.exceptions import PluginError
-from pages import llms, search
+from pages import fonts, llms, search
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -102,9 +102,11 @@ def on_nav(nav, config, files):
 
 
 def on_post_build(config):
-    """Write what is there for machines: claims.json, the search index with plain letters, llms.txt."""
+    """Write what is there for machines: claims.json, the search index with plain letters, llms.txt. Cut the fonts."""
     site = Path(config.site_dir)
     (site / "claims.json").write_text(published(root_of(config)), encoding="utf-8")
+    if not _serving:
+        fonts.cut(site, None if ANEW else root_of(config) / ".cache" / "fonts")
     search.fold(site / "search" / "search_index.json")
     entries = [
         llms.Entry(

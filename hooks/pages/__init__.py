@@ -3,6 +3,7 @@
 page.py        all of it, in order: before the conversion and after it
 blocks.py      boxes, folds, and the heading of a block of code
 engines.py     the tables of engines in the reference, from the library itself
+fonts.py       the fonts of a built site, cut to the characters in use
 glossary.py    the terms: tooltips on every page, and the glossary's own page
 links.py       the address of a page as seen from another
 llms.py        a page's description, and llms.txt

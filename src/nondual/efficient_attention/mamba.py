@@ -159,12 +159,13 @@ class Mamba(nn.Module):
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the content decides: Δ before bias and softplus (B, N, D), and B and C (B, N, S).
+        """What the content decides: Δ before bias and softplus (B, N, D), B and C (B, N, S).
 
-        A is not among them. A subclass that returns the same whatever u is, B and C as (D, S),
-        is a time-invariant model.
+        A is not among them. A subclass that returns the same whatever u is, B and C as
+        (D, S), is a time-invariant model.
         """
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        delta, B, C = self.x_proj(u).split(sizes, dim=-1)
         return without_bias(self.dt_proj, delta), B, C  # the scan adds the bias, in float32
 
     # --8<-- [end:select]

@@ -81,8 +81,13 @@ def linear_recurrence(
 
 
 # --8<-- [start:combine]
-def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two steps h -> a h + b made one: first the first, then the second. Associative, and not commutative.
+def combine(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Two steps h -> a h + b made one: first the first, then the second.
+
+    Associative, and not commutative.
 
     Args:
         first: (a1, b1).

@@ -75,8 +75,8 @@ def _ssd(given: Inputs) -> tuple[Tensor, Tensor]:
     # 2. a chunk's state: its inputs, each with the decay from its step to the chunk's end
     inputs, keys = masks.until_end(decays.to_end * v), masks.until_end(B)
     S = torch.einsum("bktgrp,bktgn->bkgrpn", inputs, keys)
-    # 3. from chunk to chunk: h <- (decay of the whole chunk) h + S
-    h = pass_on(decays.whole, decays.growth[:, :, -1:], S, initial, masks.any_reset)  # (B, K+1, H, P, N)
+    # 3. from chunk to chunk: h <- (decay of the whole chunk) h + S; h is (B, K+1, H, P, N)
+    h = pass_on(decays.whole, decays.growth[:, :, -1:], S, initial, masks.any_reset)
     # 4. the state before a chunk, read by C_t, with the decay from the chunk's start to t
     before = h[:, :-1].unflatten(2, (groups, -1))  # (B, K, G, R, P, N)
     read = torch.einsum("bktgn,bkgrpn->bktgrp", masks.from_start(C), before)

@@ -52,7 +52,8 @@ def scan_steps(
             if p_D is not None:
                 b_s += b_D * b_us[k]
             if p_ungated is not None:
-                tl.store(p_ungated + t * D + k * D + o_d, b_s.to(p_ungated.dtype.element_ty), mask=m_d)
+                b_ungated = b_s.to(p_ungated.dtype.element_ty)
+                tl.store(p_ungated + t * D + k * D + o_d, b_ungated, mask=m_d)
             if p_z is not None:
                 b_s = b_s * b_zs[k] * sigmoid(b_zs[k])  # (5)
             tl.store(p_y + t * D + k * D + o_d, b_s.to(p_y.dtype.element_ty), mask=m_d)
@@ -170,7 +171,6 @@ def forward_kernel(
         tl.store(p_decay + i_bs * (N * D) + o_h, b_decay, mask=m_h)
 
 
-# --8<-- [start:pass_kernel]
 @triton.jit(do_not_specialize=["size", "spans"])
 def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """Between two levels: the state before each span, by h = decay · h + local from the first span on.
@@ -178,6 +178,7 @@ def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.c
     In REVERSE it is q after each span, from the last span back. One program: BLOCK of the `size` = N · D numbers of the
     state of one sequence of the batch, through all spans; p_start, p_local and p_decay are (B, spans, N, D).
     """
+    # --8<-- [start:pass_kernel]
     blocks = tl.cdiv(size, BLOCK)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -191,7 +192,6 @@ def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.c
         tl.store(p_start + o_span, b_h, mask=m)
         b_decay = tl.load(p_decay + o_span, mask=m, other=0.0)
         b_local = tl.load(p_local + o_span, mask=m, other=0.0)
-        b_h = tl.where(b_decay < 0, 0.0, b_decay * b_h) + b_local  # below 0: a reset within the span
-
-
-# --8<-- [end:pass_kernel]
+        # a decay below 0 marks a reset within the span
+        b_h = tl.where(b_decay < 0, 0.0, b_decay * b_h) + b_local
+    # --8<-- [end:pass_kernel]

@@ -1,7 +1,7 @@
 """The numbers in the words of a figure: each is computed or asserted by the code that draws it.
 
-The words are the `alt` and the `caption` that a figure fence, or a notebook's cell, hands to figures.show or
-figures.steps. A number that the code formats into them ({share:.0%} in an f-string) was computed, and is right. One
+The words are the `alt` and the `caption` that a figure fence, or a notebook's cell, hands to figures.show,
+figures.live or figures.steps. A number that the code formats into them ({share:.0%} in an f-string) was computed, and is right. One
 that is typed into them was right on the day when it was typed. So the same fence must have it in an `assert`: that
 stops the build on the day, or on the machine, where it is wrong.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from snippets.reading import cells, fences, notebooks, pages, shown
 
 WORDS = "alt", "caption"  # the arguments that are read
-SHOW = "show", "steps"  # of nondual.figures; these must give both
+SHOW = "show", "live", "steps"  # of nondual.figures; these must give both
 NUMBER = re.compile(
     r"(?<![\w.])(?<![A-Za-z][-‑])(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:e-?[0-9]+)?"
     r"(?P<percent>\s?%| percent)?"

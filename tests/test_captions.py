@@ -34,7 +34,7 @@ PLANTED = {  # name: (the fence's code, the line in it, the number that is named
     "a percentage in words": (SHOW.format('"Below 65 percent."'), 1, "65 percent"),
     "a thousand": (SHOW.format('"Over 4,096 characters."'), 1, "4,096"),
     "an exponent": (SHOW.format('"It errs by 3e-8."'), 1, "3e-8"),
-    "a live figure": (SHOW.replace("show(fig", "live(fig, script='x', data={{}}").format('"Heads reach 0.71."'), 1, "0.71"),
+    "a live figure": (SHOW.replace("show(fig", "live(fig, script='x'").format('"Heads reach 0.71."'), 1, "0.71"),
     "a word": (SHOW.format('"Three seeds agree."'), 1, "Three"),
     "a compound word": ("n = 70 + 2\nm = 70\n" + SHOW.format('"All seventy-three heads."'), 3, "seventy-three"),
     "the alt text": ('print(figures.show(fig, name="x", alt="Of 72 heads.", caption="It rises."))', 1, "72"),

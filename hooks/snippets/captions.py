@@ -1,9 +1,9 @@
 """The numbers in the words of a figure: each is computed or asserted by the code that draws it.
 
 The words are the `alt` and the `caption` that a figure fence, or a notebook's cell, hands to figures.show,
-figures.live or figures.steps. A number that the code formats into them ({share:.0%} in an f-string) was computed, and is right. One
-that is typed into them was right on the day when it was typed. So the same fence must have it in an `assert`: that
-stops the build on the day, or on the machine, where it is wrong.
+figures.live or figures.steps. A number that the code formats into them ({share:.0%} in an f-string) was computed, and
+is right. One that is typed into them was right on the day when it was typed. So the same fence must have it in an
+`assert`: that stops the build on the day, or on the machine, where it is wrong.
 
     17 %, 0.17        need the number in an assert: assert abs(chance - 0.17) < 0.01
     three, seventy    need the number anywhere in the code: in a loop, a shape, an assert

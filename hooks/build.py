@@ -17,9 +17,9 @@ import markdown_exec
 from drawing.notebooks import folder
 from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
-from ledger.claims import published
+from ledger.claims import OPEN, load, published
 from mkdocs.exceptions import PluginError
-from pages import fonts, llms, search
+from pages import feed, fonts, links, llms, search, social
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -73,6 +73,10 @@ def on_page_content(html, page, config, files):
     html = finish(html, page.file.src_uri, root_of(config))
     if not page.meta.get("description"):
         page.meta["description"] = llms.first_paragraph(html) or config.site_description
+    page.meta["thesis"] = llms.first_paragraph(html) or page.meta["description"]
+    page.edit_url = links.edit(page.file.src_uri)
+    if config.site_url:
+        page.meta["card"] = social.name(page.file.src_uri)
     return html
 
 
@@ -102,12 +106,13 @@ def on_nav(nav, config, files):
 
 
 def on_post_build(config):
-    """Write what is there for machines: claims.json, the search index with plain letters, llms.txt. Cut the fonts."""
+    """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts."""
     site = Path(config.site_dir)
     (site / "claims.json").write_text(published(root_of(config)), encoding="utf-8")
     if not _serving:
         fonts.cut(site, None if ANEW else root_of(config) / ".cache" / "fonts")
-    search.fold(site / "search" / "search_index.json")
+    rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root_of(config))]
+    search.complete(site / "search" / "search_index.json", rows)
     entries = [
         llms.Entry(
             page.ancestors[-1].title if page.ancestors else "Pages",
@@ -118,3 +123,21 @@ def on_post_build(config):
         for page in _navigation
     ]
     (site / "llms.txt").write_text(llms.listed(config.site_name, config.site_description, entries), encoding="utf-8")
+    if config.site_url:
+        write_for_others(config, site)
+
+
+def write_for_others(config, site):
+    """Write what other programs ask a site for: robots.txt, the changelog as a feed, a picture beside a link."""
+    (site / "robots.txt").write_text(feed.robots(config.site_url), encoding="utf-8")
+    changelog = root_of(config) / "CHANGELOG.md"
+    versions = feed.versions(changelog.read_text(encoding="utf-8"))
+    told = feed.atom(versions, config.site_url, config.site_name, feed.changed(changelog))
+    (site / feed.FEED).write_text(told, encoding="utf-8")
+    for page in _navigation:
+        picture = site / social.name(page.file.src_uri)
+        if not page.file.src_uri.startswith("reference/"):
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            fonts_folder = Path(config.docs_dir) / "assets" / "fonts"
+            title = config.site_description.partition(":")[0] if page.is_homepage else llms.plain(page.title)
+            picture.write_bytes(social.card(title, page.meta["thesis"], config.site_name, fonts_folder))

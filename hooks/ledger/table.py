@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from markupsafe import Markup
-from pages.links import Link
+from pages.links import Link, line_of, source
 from templates import breakable, render, text
 
 from ledger.claims import ESSAYS, OPEN, VERDICTS, Claim, counts, load
@@ -50,7 +50,8 @@ def sentence(claims: list[Claim]) -> str:
 
 
 def ledger_html(claims: list[Claim], link: Link, measured: Path) -> str:
-    """The count, its bar, the filters and the table; `measured` is the folder of the stored measurements."""
+    """The count, its bar, the filters and the table; `measured` is docs/measured, the folder of stored measurements."""
+    root = measured.parent.parent
 
     def stored(claim: Claim) -> list[tuple[str, dict]]:
         """Where each stored measurement of a claim comes from."""
@@ -65,12 +66,12 @@ def ledger_html(claims: list[Claim], link: Link, measured: Path) -> str:
         verdicts=VERDICTS,
         open=OPEN,
         measured=stored,
-        evidence=lambda claim: evidence(claim, link),
+        evidence=lambda claim: evidence(claim, link, root),
     )
 
 
-def evidence(claim: Claim, link: Link) -> list[str]:
-    """What a verdict rests on: the chapter, the figure, the tests, the source."""
+def evidence(claim: Claim, link: Link, root: Path) -> list[str]:
+    """What a verdict rests on: the chapter, the figure, the tests with their lines in the repository, the source."""
     out = []
     if chapter := link(f"{claim.chapter}#verdict-{claim.id}"):
         out.append(Markup('<a href="{}">chapter</a>').format(chapter))
@@ -78,7 +79,9 @@ def evidence(claim: Claim, link: Link) -> list[str]:
         out.append(Markup('<a href="{}">figure</a>').format(link(f"{claim.chapter}#{claim.figure}")))
     for node in claim.test:
         file, _, name = node.partition("::")
-        out.append(Markup("test <code>{}::<wbr>{}</code>").format(breakable(Path(file).name), breakable(name)))
+        line = line_of(root / file, name) if (root / file).is_file() else None
+        shown = Markup("<code>{}::<wbr>{}</code>").format(breakable(Path(file).name), breakable(name))
+        out.append(Markup('test <a href="{}">{}</a>').format(source(file, line), shown))
     if claim.source:
         out.append(Markup("source: {}").format(text(claim.source)))
     return out

@@ -3,12 +3,14 @@
 page.py        all of it, in order: before the conversion and after it
 blocks.py      boxes, folds, and the heading of a block of code
 engines.py     the tables of engines in the reference, from the library itself
+feed.py        the changelog as an Atom feed, and robots.txt
 fonts.py       the fonts of a built site, cut to the characters in use
 glossary.py    the terms: tooltips on every page, and the glossary's own page
-links.py       the address of a page as seen from another
+links.py       the address of a page as seen from another, and of a file in the repository
 llms.py        a page's description, and llms.txt
 mathematics.py formulas, typeset by KaTeX while the site is built
 notebooks.py   a notebook's cells in the site's own blocks
 security.py    the policy by which a browser loads nothing from elsewhere
-search.py      plain letters for marked ones in the search index
+search.py      what the search finds, and what comes first
+social.py      the picture that is shown beside a link to a page
 """

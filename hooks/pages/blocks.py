@@ -5,6 +5,8 @@ runs alone or is an excerpt from the library, and from which lines."""
 import re
 from pathlib import Path
 
+from pages.links import source
+
 KINDS = ("claim", "measured", "verdict", "limit", "exercise", "source")
 
 _BOX = re.compile(
@@ -19,7 +21,6 @@ _EXCERPT = re.compile(
     r'^(?P<indent> *)```py[ ]*\n(?P<include> *--8<-- "(?P<file>[^":]+)(?::(?P<section>\w+))?"[ ]*)$', re.M
 )
 _FROM = re.compile(r'<span class="filename">From (?P<file>src/[\w/.]+), lines (?P<first>\d+)–(?P<last>\d+)</span>')
-_SOURCE = "https://github.com/nondual/nondual/blob/main"
 
 
 def label_code(markdown: str, root: Path) -> str:
@@ -63,7 +64,7 @@ def link_excerpts(html: str) -> str:
 
     def link(m: re.Match) -> str:
         name = m["file"].replace("/", "/<wbr>").replace("_", "_<wbr>")
-        address = f"{_SOURCE}/{m['file']}#L{m['first']}-L{m['last']}"
+        address = source(m["file"], int(m["first"]), int(m["last"]))
         lines = f"lines {m['first']}–{m['last']}"
         return f'<span class="filename">From <a href="{address}">{name}</a>, {lines}: an excerpt</span>'
 

@@ -11,7 +11,7 @@ from ledger.stated import with_anchors
 from ledger.table import with_tables
 
 from pages import blocks, engines, glossary, mathematics, notebooks, security
-from pages.links import linker
+from pages.links import linker, to_source
 
 
 def prepare(markdown: str, uri: str, root: Path) -> str:
@@ -35,7 +35,7 @@ def finish(html: str, uri: str, root: Path) -> str:
     if uri.endswith(".ipynb"):
         html = notebooks.as_page(html, uri, linker(uri, root / "docs"))
     html = blocks.finish(html, cells=uri.startswith(("reference/", "notebooks/")))
-    return glossary.thinned(html, glossary.terms(root / "docs"))
+    return to_source(glossary.thinned(html, glossary.terms(root / "docs")), root)
 
 
 def publish(page: str, uri: str, *, policy: bool = True) -> str:

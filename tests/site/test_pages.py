@@ -8,7 +8,7 @@ import pytest
 from documents import ROOT
 from ledger.claims import Claim
 from ledger.table import verdicts_html
-from pages import blocks, engines, glossary, notebooks, search
+from pages import blocks, engines, glossary, notebooks
 from pages.links import linker
 from templates import text
 
@@ -117,10 +117,6 @@ def test_the_verdicts_of_a_chapter_are_listed_by_kind():
     assert verdicts_html(claims, ["A2.1"], str) == ""  # a claim that is not reached yet has none
     with pytest.raises(ValueError, match=r"A9\.9"):
         verdicts_html(claims, ["A9.9"], str)
-
-
-def test_marked_words_fold_to_plain_letters():
-    assert search.folded_words("Saṃskāra, plain, pratyabhijñā प्रकाश") == ["pratyabhijna", "samskara"]
 
 
 def test_a_notebook_keeps_its_formulas_and_mends_its_quotes():

@@ -19,7 +19,7 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import OPEN, load, published
 from mkdocs.exceptions import PluginError
-from pages import feed, fonts, links, llms, search, social
+from pages import downloads, feed, fonts, links, llms, search, social
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -69,8 +69,17 @@ def on_page_markdown(markdown, page, config, files):
     return prepare(markdown, page.file.src_uri, root_of(config))
 
 
+_taken = {}  # what a page lets its reader take away, by its path in the site
+
+
 def on_page_content(html, page, config, files):
-    html = finish(html, page.file.src_uri, root_of(config))
+    html, taken = downloads.taken_away(
+        finish(html, page.file.src_uri, root_of(config)),
+        page.file.content_string,
+        page.file.src_uri,
+        root_of(config),
+    )
+    _taken.update(taken)
     if not page.meta.get("description"):
         page.meta["description"] = llms.first_paragraph(html) or config.site_description
     page.meta["thesis"] = llms.first_paragraph(html) or page.meta["description"]
@@ -109,6 +118,12 @@ def on_post_build(config):
     """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts."""
     site = Path(config.site_dir)
     (site / "claims.json").write_text(published(root_of(config)), encoding="utf-8")
+    for path, text in _taken.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_text(text, encoding="utf-8")
+    if not os.environ.get("CI"):
+        for name in downloads.keep(_taken, root_of(config)):
+            log.info(f"{name} was written anew: commit it")
     if not _serving:
         fonts.cut(site, None if ANEW else root_of(config) / ".cache" / "fonts")
     rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root_of(config))]

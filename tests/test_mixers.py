@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from nondual.decoder import Decoder
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.efficient_attention.s4d import S4D
 from nondual.mixers import CachedMixer, as_before_if_raised, check_reset, check_takes, sequence_starts
 from nondual.ops import masks
 from nondual.self_attention import MultiHeadAttention
+from nondual.transformer import Encoder
 
 B, N, E = 2, 9, 12
 MIXERS = {
@@ -141,6 +143,19 @@ def test_what_a_mixer_does_not_take_is_named():
     check_takes(Anything(), "reset", "layer 0")
     with pytest.raises(ValueError, match="reset must be left out: the mixer of layer 3, Average, does not take it"):
         check_takes(Average(), "reset", "layer 3")
+
+
+@pytest.mark.parametrize("model", [Encoder, Decoder])
+def test_a_stack_names_the_layer_that_makes_no_cache(model):
+    class Average(nn.Module):
+        def forward(self, x):
+            return x
+
+    stack = model(E, 4, 2 * E, 2).double()
+    stack.layers[1].mixer = Average()
+    says = "the mixer of layer 1, Average, has no new_cache: call without a cache"
+    with pytest.raises(ValueError, match=says):
+        stack.new_cache(B, N)
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -7,14 +7,14 @@ memory (B, M, E), F the feed-forward width.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.feed_forward import FeedForward
-from nondual.mixers import as_before_if_raised
+from nondual.mixers import as_before_if_raised, new_caches
 from nondual.ops.attention import attention
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import check_depth
@@ -200,5 +200,10 @@ class Decoder(nn.Module):
         ) -> Tensor: ...
 
     def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
-        """An empty cache for each layer: attention needs max_len, how many positions it will hold."""
-        return [cast("Any", layer.mixer).new_cache(batch, max_len) for layer in self.layers]
+        """An empty cache for each layer: attention needs max_len, how many positions it will hold.
+
+        Raises:
+            ValueError: a mixer that makes no cache, or one that needs max_len where there is none.
+        """
+        mixers = (layer.mixer for layer in self.layers)
+        return new_caches(mixers, batch, max_len, "call without a cache")

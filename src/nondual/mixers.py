@@ -21,8 +21,9 @@ attributes are all that there is to put back after an error.
 """
 
 import inspect
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Integer
@@ -67,6 +68,28 @@ def check_takes(mixer: nn.Module, option: str, where: str) -> None:
     parameters = inspect.signature(mixer.forward).parameters
     if option not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"{option} must be left out: the mixer of {where}, {type(mixer).__name__}, does not take it")
+
+
+def new_caches(mixers: Iterable[object], batch: int, max_len: int | None, otherwise: str) -> list[Any]:
+    """An empty cache from each of a model's mixers, in the order of the layers.
+
+    Args:
+        mixers: one a layer.
+        batch: B.
+        max_len: how many positions they will hold at most; a mixer whose memory does not grow ignores it.
+        otherwise: what to do where a mixer makes no cache, for the error: "generate with cached=False".
+
+    Raises:
+        ValueError: a mixer without `new_cache` or whose forward takes no cache, named with its layer; or what a mixer
+            refuses.
+    """
+    caches = []
+    for i, mixer in enumerate(mixers):
+        if not hasattr(mixer, "new_cache"):
+            raise ValueError(f"the mixer of layer {i}, {type(mixer).__name__}, has no new_cache: {otherwise}")
+        check_takes(cast(nn.Module, mixer), "cache", f"layer {i}")
+        caches.append(cast(Any, mixer).new_cache(batch, max_len))
+    return caches
 
 
 def check_reset(reset: Tensor, x: Tensor) -> None:

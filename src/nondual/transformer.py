@@ -6,7 +6,7 @@ encoder: Devlin et al. 2018 (1810.04805), section 3. Symbols: x (B, N, E), F the
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from nondual.feed_forward import FeedForward as FeedForward
-from nondual.mixers import as_before_if_raised
+from nondual.mixers import as_before_if_raised, new_caches
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
 from nondual.positional_encoding import LearnedPositions
@@ -238,8 +238,13 @@ class Encoder(nn.Module):
         return (x, torch.stack(weights)) if return_weights else x
 
     def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
-        """An empty cache for each layer: attention needs max_len, how many positions it will hold."""
-        return [cast("Any", layer.mixer).new_cache(batch, max_len) for layer in self.layers]
+        """An empty cache for each layer: attention needs max_len, how many positions it will hold.
+
+        Raises:
+            ValueError: a mixer that makes no cache, or one that needs max_len where there is none.
+        """
+        mixers = (layer.mixer for layer in self.layers)
+        return new_caches(mixers, batch, max_len, "call without a cache")
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nondual.language_models.sampling import check_sampling, choose
-from nondual.mixers import as_before_if_raised, check_reset, check_takes
+from nondual.mixers import as_before_if_raised, check_reset, check_takes, new_caches
 from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import LearnedPositions
 from nondual.token_ids import check_ids
@@ -247,13 +247,7 @@ class CausalLM(nn.Module):
         if self.positions is not None:
             caches.append(self.positions.new_cache())
             max_len = self.positions.table.num_embeddings if max_len is None else max_len
-        for i, mixer in enumerate(self._mixers()):
-            if not hasattr(mixer, "new_cache"):
-                kind = type(mixer).__name__
-                raise ValueError(f"the mixer of layer {i}, {kind}, has no new_cache: generate with cached=False")
-            check_takes(mixer, "cache", f"layer {i}")
-            caches.append(mixer.new_cache(batch, max_len))
-        return caches
+        return caches + new_caches(self._mixers(), batch, max_len, "generate with cached=False")
 
     def _mixers(self) -> list[Any]:
         return [layer.mixer for layer in self.layers]

@@ -263,7 +263,7 @@ def with_figures(html: str) -> tuple[str, dict[str, str]]:
     files: dict[str, str] = {}
 
     def link(m: re.Match) -> str:
-        drawings = _SVG.findall(_NARROW.sub("", m[0]))
+        drawings = [svg for svg in _SVG.findall(_NARROW.sub("", m[0])) if _BOUNDS.search(svg)]
         if not drawings:
             return m[0]
         file = f"figures/{m['name']}.svg"

@@ -113,7 +113,7 @@ def check(page, gates, step):
     else:
         where = int(off[best].argmax())
         assert said.endswith(
-            f"No one step weighs the inputs as the gates do: the nearest, g = {(best + 1) / 100:.2f}, is off by "
+            f"No single step weighs the inputs as the gates do: the nearest, g = {(best + 1) / 100:.2f}, is off by "
             f"{100 * off[best, where]:.0f} percentage points for input {where + 1}."
         )
     return said

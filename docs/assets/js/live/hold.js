@@ -90,7 +90,7 @@ export default function begin(stage, { x, text, presets, step: first }) {
       opens + `At the end the gates have left ${percent(last[top])} of input ${top + 1}, more than of any other. ` +
       `The twin, with g = ${number(step)}, has left ${percent(twin.left.at(-1)[top])} of it. ` + (best.off < 0.005 ?
         `With g = ${number(best.step)} it weighs every input as the gates do.` :
-        `No one step weighs the inputs as the gates do: the nearest, g = ${number(best.step)}, is off by ` +
+        `No single step weighs the inputs as the gates do: the nearest, g = ${number(best.step)}, is off by ` +
         `${Math.round(100 * best.off)} percentage points for input ${best.at + 1}.`));
   };
   const choose = (i) => { gates = [...presets[i].gates]; read = presets[i].read; moved = false; draw(); };

@@ -56,7 +56,7 @@ const line = (numbers, x = (i) => i) => "M" + numbers.map((y, i) => `${x(i).toFi
 export default function begin(stage, { signal, rate, window, sizes, start }) {
   const told = {}, length = signal.length, highest = (numbers) => Math.max(...numbers.map(Math.abs));
   let { now, size } = start;
-  const plot = (...parts) => svg("svg", { preserveAspectRatio: "none" }, ...parts);
+  const plot = (...parts) => svg("svg", { preserveAspectRatio: "none", "aria-hidden": "true" }, ...parts);
   const fit = (node, width, most) => node.setAttribute("viewBox", `0 ${-most} ${width} ${2 * most}`);
 
   const most = highest(signal), span = svg("rect", { y: -most, width: window, height: 2 * most, class: "span" });

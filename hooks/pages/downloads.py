@@ -263,7 +263,7 @@ def with_figures(html: str) -> tuple[str, dict[str, str]]:
     files: dict[str, str] = {}
 
     def link(m: re.Match) -> str:
-        drawings = [svg for svg in _SVG.findall(_NARROW.sub("", m[0])) if _BOUNDS.search(svg)]
+        drawings = [as_xml(svg) for svg in _SVG.findall(_NARROW.sub("", m[0]))]
         if not drawings:
             return m[0]
         file = f"figures/{m['name']}.svg"
@@ -272,6 +272,18 @@ def with_figures(html: str) -> tuple[str, dict[str, str]]:
         return f'{m[0]}<p class="download" data-search-exclude><a href="{file}" download>Save as SVG</a></p>'
 
     return _FIGURE.sub(link, html), files
+
+
+_CASED = {
+    name.lower(): name
+    for name in ("viewBox", "clipPath", "clipPathUnits", "linearGradient", "gradientUnits", "preserveAspectRatio")
+}
+_NAMES = re.compile(rf"(?<=[<\s/])(?:{'|'.join(_CASED)})(?=[\s=>])")
+
+
+def as_xml(svg: str) -> str:
+    """A drawing whose names an HTML parser, as for a notebook's page, may have written in lower-case letters."""
+    return re.sub(r"<[^>]*>", lambda tag: _NAMES.sub(lambda name: _CASED[name[0]], tag[0]), svg)
 
 
 def alone(drawings: list[str], title: str) -> str:

@@ -211,6 +211,12 @@ def test_a_figure_s_file_stands_alone_in_dark_on_white():
     assert root.find(f"{space}rect").get("fill") == downloads.PAPER
 
 
+def test_names_that_an_html_parser_wrote_small_are_put_right():
+    svg = '<svg viewbox="0 0 1 1"><clippath id="a"></clippath><text fill="red">viewbox clippath</text></svg>'
+    right = '<svg viewBox="0 0 1 1"><clipPath id="a"></clipPath><text fill="red">viewbox clippath</text></svg>'
+    assert downloads.as_xml(svg) == downloads.as_xml(right) == right
+
+
 def test_every_drawn_figure_of_the_site_has_its_file(pages):
     for name, page in pages.items():
         for figure in re.findall(r'<figure class="drawn[^>]* id="([^"]+)"', page.text):

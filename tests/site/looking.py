@@ -1,7 +1,9 @@
 """A page as a browser shows it, and what is wrong with it: in its requests, its scripts, its layout and its colours."""
 
+import gzip
+from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 AXE = Path(__file__).parent.parent / "assets" / "axe.min.js"
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
@@ -37,6 +39,29 @@ LISTEN = """
   }
 """
 
+# What moved while the page came, as browsers sum it up: 0 is still, and more than 0.1 is called poor.
+MOST_MOVED = 0.02
+MOVED = """() => new Promise((resolve) => {
+  const describe = ({node}) => ((node?.nodeType === 3 ? node.parentNode : node)?.outerHTML ?? "?").slice(0, 60);
+  let sum = 0;
+  const moved = [];
+  new PerformanceObserver((list) => {
+    for (const shift of list.getEntries()) {
+      if (shift.hadRecentInput) continue;
+      sum += shift.value;
+      moved.push(...shift.sources.map(describe));
+    }
+  }).observe({type: "layout-shift", buffered: true});
+  setTimeout(() => resolve([sum, moved.slice(0, 3).join(" | ")]), 100);
+})"""
+
+# An interactive figure is drawn first and comes alive when its script has run.
+ALIVE = """async () => {
+  const limit = performance.now() + 20_000, still = () => document.querySelectorAll("figure[data-live]:not(.alive)");
+  while (still().length && performance.now() < limit) await new Promise((resolve) => setTimeout(resolve, 20));
+  return [...still()].map((figure) => `an interactive figure stays a drawing: ${figure.id}`);
+}"""
+
 # axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
 AXE_RUN = """(rules) => axe.run(document, {
   resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
@@ -64,7 +89,7 @@ def turn(page, palette: str) -> None:
 
 def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",)) -> list[str]:
     """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, what the page's policy
-    refuses, and what LOOK and axe see.
+    refuses, what moves while the page comes, and what LOOK and axe see.
 
     It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
     """
@@ -95,6 +120,10 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
     page.emulate_media(color_scheme=palettes[0])
     page.goto(address)
     page.evaluate("document.fonts.ready.then(() => 0)")
+    faults += page.evaluate(ALIVE)
+    moved, what = page.evaluate(MOVED)
+    if moved > MOST_MOVED:
+        faults.append(f"moves by {moved:.3f} while it comes: {what}")
     if axe:
         page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
     for palette in palettes:
@@ -107,6 +136,27 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
     for event, listener in heard.items():
         page.remove_listener(event, listener)
     return faults
+
+
+def weight_of(page, folder: Path, address: str) -> int:
+    """Bytes on the way to a reader who sees the site for the first time: the page shown and all that it has fetched.
+
+    Args:
+        page: a window that shows a page of the site.
+        folder: the site's files.
+        address: the site's address.
+    """
+    fetched = page.evaluate("[location.href, ...performance.getEntriesByType('resource').map((one) => one.name)]")
+    paths = {unquote(urlsplit(one).path.removeprefix(urlsplit(address).path)) for one in fetched}
+    files = [folder / (path + "index.html" if path == "" or path.endswith("/") else path) for path in paths]
+    return sum(packed(file) for file in files if file.is_file())
+
+
+@cache
+def packed(file: Path) -> int:
+    """Bytes of a file as a host sends it: compressed by gzip, where that makes it smaller."""
+    whole = file.read_bytes()
+    return min(len(whole), len(gzip.compress(whole, 6)))
 
 
 def still(browser, size: str):

@@ -3,9 +3,10 @@
 from urllib.parse import urlsplit
 
 import pytest
-from documents import base_of
-from looking import PALETTES, SCHEMES, SIZES, faults_of, still, turn
+from documents import SITE, base_of
+from looking import PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
 
+HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
 
 
@@ -17,6 +18,10 @@ def test_every_page_reads_well(browser, site, pages, size, part):
     page = context.new_page()
     for name in list(pages)[part::PARTS]:
         found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
+        weight = weight_of(page, SITE, site) / 1000
+        print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
+        if weight > HEAVIEST:
+            found.append(f"a first visit weighs {weight:.0f} kB")
         if found:
             faults[name] = found
     context.close()

@@ -20,6 +20,11 @@ NOWHERE = "http://nowhere.invalid/x.js"
         ('<p class="katex-error">\\frac</p>', "KaTeX"),
         ("<p>\\(x\\)</p>", "mathematics not set"),
         ('<p style="width: 900px">wide</p>', "scrolls sideways"),
+        (
+            f"<p id='late'></p><p>{'moved ' * 300}</p>"
+            "<script>onload = () => setTimeout(() => { late.style.height = '300px' }, 50)</script>",
+            "moves by ",
+        ),
         ('<p style="color: #999; background: #fff">faint</p>', "axe color-contrast"),
         ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">', "axe image-alt"),
     ],

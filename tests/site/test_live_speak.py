@@ -202,7 +202,7 @@ def test_the_strip_has_a_bar_for_each_of_the_last_characters_and_follows_the_lay
     data = json.loads(drawn.partition('class="data">')[2].partition("</script>")[0])
     for layer in (4, 2):
         page.get_by_role("button", name=f"Layer {layer}").click()
-        assert heights() == pytest.approx([min(58, 400 * step) for step in data["steps"][layer - 1]])
+        assert heights() == pytest.approx([min(58, 550 * step) for step in data["steps"][layer - 1]])
     letters = page.locator(".speak-strip text").all_text_contents()
     assert "".join(letters) == data["text"][-32:].replace("\n", "↵").replace(" ", "␣")
 

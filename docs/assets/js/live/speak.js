@@ -131,7 +131,7 @@ export default function begin(stage, { start, text, steps, kilobytes, temperatur
   }));
   const strip = svg("svg", { class: "speak-strip", viewBox: `0 0 ${SHOWN * 11} 80`, "aria-hidden": "true" },
     ...bars.flatMap(({ bar, letter }) => [bar, letter]));
-  const height = (step) => Math.min(58, 400 * step);
+  const height = (step) => Math.min(58, 550 * step);
   const redraw = () => bars.forEach(({ bar, letter }, i) => {
     const one = track[i - SHOWN + track.length];
     const tall = one ? height(one.steps[layer]) : 0;

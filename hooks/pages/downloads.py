@@ -268,7 +268,7 @@ def with_figures(html: str) -> tuple[str, dict[str, str]]:
             return m[0]
         file = f"figures/{m['name']}.svg"
         said = re.search(r'role="img" aria-label="([^"]+)"', m[0])
-        files[file] = alone(drawings, said[1] if said else m["name"])
+        files[file] = alone(drawings, said[1] if said else m["name"], row='class="plate panels"' in m[0])
         return f'{m[0]}<p class="download" data-search-exclude><a href="{file}" download>Save as SVG</a></p>'
 
     return _FIGURE.sub(link, html), files
@@ -286,15 +286,24 @@ def as_xml(svg: str) -> str:
     return re.sub(r"<[^>]*>", lambda tag: _NAMES.sub(lambda name: _CASED[name[0]], tag[0]), svg)
 
 
-def alone(drawings: list[str], title: str) -> str:
-    """Drawings of a page as one SVG file, below each other, dark on white; the title is HTML."""
+def alone(drawings: list[str], title: str, *, row: bool = False) -> str:
+    """Drawings of a page as one SVG file, dark on white.
+
+    Args:
+        drawings: each an SVG element.
+        title: what the file shows, as HTML.
+        row: whether they stand side by side; otherwise below each other.
+    """
     sizes = [(float(w), float(h)) for drawing in drawings for w, h in _BOUNDS.findall(drawing)[:1]]
-    width, height = max(w for w, _ in sizes), sum(h for _, h in sizes) + _GAP * (len(sizes) - 1)
-    parts, y = [], 0.0
+    gaps = _GAP * (len(sizes) - 1)
+    widths, heights = zip(*sizes)
+    width, height = (sum(widths) + gaps, max(heights)) if row else (max(widths), sum(heights) + gaps)
+    parts, at = [], 0.0
     for drawing, (w, h) in zip(drawings, sizes):
-        opening = f'<svg x="0" y="{y:g}" width="{w:g}" height="{h:g}" viewBox="0 0 {w:g} {h:g}" fill="{INK}">'
+        x, y = (at, 0) if row else (0, at)
+        opening = f'<svg x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" viewBox="0 0 {w:g} {h:g}" fill="{INK}">'
         parts.append(re.sub(r"<svg\b[^>]*>", opening, drawing, count=1).replace("currentColor", INK))
-        y += h + _GAP
+        at += (w if row else h) + _GAP
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width:g}pt" '
         f'height="{height:g}pt" viewBox="0 0 {width:g} {height:g}"><title>{html_.escape(html_.unescape(title))}</title>'

@@ -206,7 +206,7 @@ def test_a_figure_s_file_stands_alone_in_dark_on_white():
     space = "{http://www.w3.org/2000/svg}"
     inner = root.findall(f"{space}svg")
     assert root.find(f"{space}title").text == "It rises." and len(inner) == 2  # the drawing for a phone is left out
-    assert float(inner[1].get("y")) >= float(inner[0].get("height"))
+    assert float(inner[1].get("x")) >= float(inner[0].get("width")) and inner[1].get("y") == "0"  # side by side
     assert "currentColor" not in files["figures/two.svg"] and downloads.INK in files["figures/two.svg"]
     assert root.find(f"{space}rect").get("fill") == downloads.PAPER
 
@@ -224,3 +224,30 @@ def test_every_drawn_figure_of_the_site_has_its_file(pages):
             assert file.is_file(), f"{name}: {figure}"
             assert "currentColor" not in file.read_text(encoding="utf-8")
             ET.parse(file)
+
+
+def test_steps_of_a_figure_stand_below_each_other_in_its_file():
+    svg = '<svg viewBox="0 0 20 10" style="x" fill="currentColor"></svg>'
+    root = ET.fromstring(downloads.alone([svg, svg], "a &amp; b"))
+    assert [(part.get("x"), part.get("y")) for part in root.findall("{*}svg")] == [("0", "0"), ("0", "22")]
+    assert (root.get("width"), root.get("height")) == ("20pt", "32pt") and root.find("{*}title").text == "a & b"
+
+
+# --- print ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scripts", [True, False])
+def test_answers_are_open_in_print(browser, site, scripts):
+    context = browser.new_context(java_script_enabled=scripts)
+    page = context.new_page()
+    page.goto(site + "essay/mamba/")
+    answers = page.locator("details.exercise")
+
+    def visible():
+        return [answers.nth(i).locator("> :last-child").is_visible() for i in range(answers.count())]
+
+    assert answers.count() >= 3 and not any(visible())
+    page.emulate_media(media="print")
+    assert all(visible()) and not page.locator("figure > .download").first.is_visible()
+    context.close()

@@ -61,6 +61,10 @@ def told(gates):
     return h[0, :, 0], h[1:, :, 0].T
 
 
+def shown(page):
+    return page.locator(".said > [aria-hidden]").inner_text()
+
+
 def number(x):
     return f"{x:.2f}".replace("-", "−")
 
@@ -74,7 +78,7 @@ def colours(page, weights):
 def check(page, gates, step):
     """Everything that the page shows for these gates and this step of the twin."""
     (h, left), (twin, twin_left) = told(gates), told([step] * len(X))
-    labels = page.locator(".hold-strip button").evaluate_all("(all) => all.map((b) => b.getAttribute('aria-label'))")
+    labels = page.locator(".hold-strip .spoken").all_inner_texts()
     for t, label in enumerate(labels):
         assert label == f"Input {t + 1}: {number(X[t])}; gate {number(gates[t])}; state {number(h[t])}; " + (
             f"the twin's {number(twin[t])}"
@@ -99,7 +103,7 @@ def check(page, gates, step):
             expected[place] = colour
         assert shades(fills) == pytest.approx(shades(expected), abs=1)
     last = left[-1]
-    said = page.locator(".said > [aria-hidden]").inner_text()
+    said = shown(page)
     if last.max() == 0:
         assert said == "All gates are closed: no input has entered, and the state stays zero."
         return said
@@ -143,7 +147,7 @@ def test_each_preset_shows_torchs_states_and_matrices(page_of):
 def test_gates_open_and_close_by_mouse_and_by_keyboard_and_the_twins_step_by_its_range(page_of):
     page = page_of()
     gates, places = [0, 1, 0, 0, 0, 0], page.locator(".hold-strip button")
-    places.nth(3).click()
+    page.get_by_role("button", name="Input 4: 0.90; gate 0.00; state −0.50; the twin's").click()
     gates[3] = 1
     check(page, gates, 0.2)
     assert page.locator(".controls [aria-pressed=true]").count() == 0  # the gates are no preset any more
@@ -153,17 +157,14 @@ def test_gates_open_and_close_by_mouse_and_by_keyboard_and_the_twins_step_by_its
     page.get_by_role("button", name="trained").press("Enter")
     places.nth(0).press("Space")
     check(page, [1, *READ[1:]], 0.2)
-    assert not page.locator(".said > [aria-hidden]").inner_text().startswith("Its gate")
+    assert not shown(page).startswith("Its gate")
     twin = page.get_by_label("Twin's step g")
     twin.press("ArrowRight")
     assert twin.get_attribute("aria-valuetext") == "0.21"
     check(page, [1, *READ[1:]], 0.21)
     twin.press("End")
     check(page, [1, *READ[1:]], 1)
-    spoken = (
-        "document.querySelector('.spoken').textContent === document.querySelector('.said > [aria-hidden]').textContent"
-    )
-    page.wait_for_function(spoken)
+    page.wait_for_function("(text) => document.querySelector('.said .spoken').textContent === text", arg=shown(page))
     assert page.locator("[aria-live=polite]").count() == 1
 
 

@@ -56,14 +56,14 @@ export default function begin(stage, { x, text, presets, step: first }) {
   };
 
   const columns = x.map((input, t) => {
-    const token = el("span", { class: "token" }), opening = svg("rect", { width: 1, fill: OKABE_ITO[0] });
+    const name = el("span", { class: "spoken" }), token = el("span", { class: "token", "aria-hidden": "true" }), opening = svg("rect", { width: 1, fill: OKABE_ITO[0] });
     const told = bar("currentColor", 0);
     grow(told, input);
     const node = el("button", { type: "button", onclick: () => { gates[t] = gates[t] < 0.5 ? 1 : 0; moved = true; pick.set(-1); draw(); } },
-      token, svg("svg", { viewBox: "0 -1.05 1 2.1", preserveAspectRatio: "none", class: "input" }, 
+      name, token, svg("svg", { viewBox: "0 -1.05 1 2.1", preserveAspectRatio: "none", class: "input" }, 
         svg("path", { d: "M0 0H1", class: "zero" }), told),
-      svg("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", class: "opening" }, opening), el("span", { class: "gate" }));
-    return { node, token, opening, gate: node.lastChild };
+      svg("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", class: "opening" }, opening), el("span", { class: "gate", "aria-hidden": "true" }));
+    return { node, name, token, opening, gate: node.lastChild };
   });
   const gated = panel("With gates", OKABE_ITO[0]), fixed = panel("One step for all", OKABE_ITO[3]), said = sentence();
 
@@ -71,11 +71,10 @@ export default function begin(stage, { x, text, presets, step: first }) {
     const mine = scan(x, gates), twin = scan(x, x.map(() => step));
     gated.draw(mine);
     fixed.draw(twin);
-    columns.forEach(({ node, token, opening, gate }, t) => {
+    columns.forEach(({ node, name, token, opening, gate }, t) => {
       node.setAttribute("aria-pressed", gates[t] >= 0.5);
-      node.setAttribute("aria-label", `Input ${t + 1}: ${number(x[t])}; gate ${number(gates[t])}; ` +
-        `state ${number(mine.states[t])}; the twin's ${number(twin.states[t])}`);
-      node.title = node.getAttribute("aria-label");
+      name.textContent = node.title = `Input ${t + 1}: ${number(x[t])}; gate ${number(gates[t])}; ` +
+        `state ${number(mine.states[t])}; the twin's ${number(twin.states[t])}`;
       token.textContent = read ? text[t] : t + 1;
       opening.setAttribute("y", 1 - gates[t]);
       opening.setAttribute("height", gates[t]);

@@ -21,7 +21,7 @@ let controls = 0;
 /** A labelled range whose value is written beside it; its node carries `set(value)`. */
 export function slider({ label, min, max, step = "any", value, format = String, oninput }) {
   const id = `live-${++controls}`;
-  const output = el("output", { for: id });
+  const output = el("output", { for: id, "aria-live": "off" }); // the range itself speaks its value
   const input = el("input", { type: "range", id, min, max, step });
   const show = () => {
     output.textContent = format(+input.value);

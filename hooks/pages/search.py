@@ -71,11 +71,35 @@ def finished(index: dict[str, Any], rows: Iterable[Row] = ()) -> dict[str, Any]:
 
 def shortened(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with plain formulas, and in the reference with the signature and without the source below it."""
-    text = _DELIMITER.sub("", entry["text"])
+    text = _FORMULA.sub(lambda m: read_aloud(m[1] or m[2]), entry["text"])
     if entry["location"].startswith("reference/"):
         first, *_ = [*_BLOCK.finditer(text), None]
         text = text[: first.end()] + _BLOCK.sub("", text[first.end() :]) if first else text
     return entry | {"text": text}
+
+
+_SIGNS = {
+    "times": "×", "neq": "≠", "ne": "≠", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "cdot": "·", "approx": "≈",
+    "in": "∈", "sum": "Σ", "prod": "Π", "partial": "∂", "infty": "∞", "to": "→", "top": "T", "dots": "…", "ldots": "…",
+    "pm": "±", "odot": "⊙", "sqrt": "√", "propto": "∝",
+}  # fmt: skip
+_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+_DRESS = {"mathrm", "mathbf", "mathbb", "mathcal", "operatorname", "text", "left", "right", "bar", "hat", "tilde"}
+
+
+def read_aloud(formula: str) -> str:
+    """A formula in one line without markup, good enough to recognise it by: `N \\neq M` as `N ≠ M`."""
+    formula = re.sub(r"\\(?:begin|end)\{\w+\*?\}|\\\\|\\[,;:! ]|(?:&amp;|&)(?!\w+;)", " ", formula)
+    formula = re.sub(rf"\\[dt]?frac{_GROUP}{_GROUP}", r"\1/\2", formula)
+
+    def sign(m: re.Match) -> str:
+        kind = "CAPITAL" if m[1][0].isupper() else "SMALL"
+        try:
+            return unicodedata.lookup(f"GREEK {kind} LETTER {m[1].upper().replace('LAMBDA', 'LAMDA')}")
+        except KeyError:
+            return _SIGNS.get(m[1], "" if m[1] in _DRESS else m[1])
+
+    return " ".join(re.sub(r"[{}\\]", "", re.sub(r"\\([A-Za-z]+)", sign, formula)).split())
 
 
 def weighted(entry: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +127,7 @@ def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 _WORD = re.compile(r"\w+")
 _PLAIN = re.compile(r"[a-z]{3,}")
-_DELIMITER = re.compile(r"\\[()\[\]]")
+_FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _BLOCK = re.compile(r"<pre>.*?</pre>", re.S)
 _TAG = re.compile(r"<[^>]+>")
 _PIECE = re.compile(r"(?<=>)[^<]+|^[^<]+")

@@ -18,6 +18,14 @@ def text(plain: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(plain, quote=False)))
 
 
+def as_sentence(plain: str) -> str:
+    """A line of the ledger as a sentence: with a full stop, and a capital letter unless it begins with a symbol."""
+    first = plain.split(maxsplit=1)[0]
+    word = first.rstrip(",:;").replace("-", "").replace("'", "")
+    starts = word.isalpha() and word.islower() and (len(word) > 1 or word == "a")
+    return (plain[0].upper() + plain[1:] if starts else plain) + ("" if plain.endswith((".", "?", "!")) else ".")
+
+
 def breakable(path: str) -> Markup:
     """A path that may wrap after its slashes and underscores."""
     return Markup(escape(path).replace("/", "/<wbr>").replace("_", "_<wbr>"))
@@ -26,4 +34,4 @@ def breakable(path: str) -> Markup:
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_TEMPLATES.filters |= {"text": text, "breakable": breakable}
+_TEMPLATES.filters |= {"text": text, "breakable": breakable, "as_sentence": as_sentence}

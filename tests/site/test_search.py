@@ -148,6 +148,20 @@ def test_the_source_under_a_signature_of_the_reference_is_not_searched():
     assert told(reference) == "<pre><code>f(x)</code></pre> <p>Says.</p> " and told(chapter) == text
 
 
+@pytest.mark.parametrize(
+    "formula, line",
+    [
+        (r"N \neq M", "N ≠ M"),
+        (r"\Delta_t \in \mathbb{R}^{B \times N}", "Δ_t ∈ R^B × N"),
+        (r"\frac{q k^\top}{\sqrt{D}}", "q k^T/√D"),
+        (r"\frac{1}{2}\,\lambda", "1/2 λ"),
+    ],
+)
+def test_a_formula_reads_as_one_line(formula, line):
+    index = search.finished(index_of({"text": rf"<p>so \({formula}\), and</p>"}))
+    assert told(index["docs"][0]) == f"<p>so {line}, and</p>"
+
+
 def test_each_claim_is_an_entry_that_leads_to_its_row():
     rows = [search.Row("E1", "a `head` < all", "holds", "yes"), search.Row("E10", "b", "not reached yet")]
     first, second = search.finished(index_of(), rows)["docs"]

@@ -98,6 +98,43 @@ def test_the_palette_turns_from_system_to_light_to_dark(home):
     assert seen == ["default", "default", "slate"]
 
 
+CODE = """() => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+  return new Promise((resolve) => setTimeout(resolve, 200)).then(() =>
+    [...document.querySelectorAll(".highlight:is(.alone, .excerpt) pre > code")].map((code) => {
+      const wide = code.scrollWidth > code.clientWidth + 1, shown = getComputedStyle(code).boxShadow !== "none";
+      const columns = Math.max(...code.textContent.split("\\n").map((line) => line.length));
+      return {columns, wide, shown, reached: code.tabIndex === 0};
+    }));
+}"""
+TO_THE_END = """async () => {
+  const code = document.querySelector("pre > code.more-right");
+  code.scrollLeft = code.scrollWidth;
+  await new Promise((resolve) => setTimeout(resolve, 200));
+  return code.className;
+}"""
+
+
+@pytest.mark.browser
+def test_code_of_88_columns_fits_a_desk_and_scrolls_under_a_shaded_edge_on_a_phone(browser, site, pages):
+    chapters = [name for name in pages if name.startswith(("essay/", "workshop/")) and "highlight" in pages[name].text]
+    seen = {}
+    for size in SIZES:
+        context = still(browser, size)
+        page = context.new_page()
+        for name in chapters:
+            page.goto(site + name.removesuffix("index.html"))
+            for one in page.evaluate(CODE):
+                assert one["wide"] == one["shown"] == one["reached"], (size, name, one)
+                if size == "desktop" and one["columns"] <= 88:
+                    assert not one["wide"], (name, one)
+                seen[size] = seen.get(size, 0) + one["wide"]
+        if size == "phone":
+            assert page.evaluate(TO_THE_END).split() == ["more-left"]
+        context.close()
+    assert seen["phone"] > 20
+
+
 @pytest.mark.browser
 def test_a_lost_reader_finds_the_way_home(home, site):
     answer = home.goto(site + "no/such/page/")

@@ -64,7 +64,7 @@ export default function begin(stage, { signal, rate, window, sizes, start }) {
   fit(whole, length, most);
   const was = svg("path", { class: "signal" }), drawn = svg("path", { class: "drawn", stroke: OKABE_ITO[0] });
   const bars = svg("g", { fill: OKABE_ITO[0] });
-  const past = plot(was, drawn), kept = plot(svg("path", { class: "zero", d: "M0 0H64" }), bars);
+  const past = plot(was, drawn), zero = svg("path", { class: "zero" }), kept = plot(zero, bars);
   const key = (name, word, stroke) => el("span", { class: "key" }, svg("svg", { viewBox: "0 -1 10 2" }, svg("path", { d: "M0 0H10", class: name, stroke })), word);
   const error = el("strong", { class: "error" }), count = el("span"), said = sentence();
   const seconds = (samples) => `${(samples / rate).toFixed(2)} s`;
@@ -78,6 +78,7 @@ export default function begin(stage, { signal, rate, window, sizes, start }) {
     drawn.setAttribute("d", line(guess, (i) => i + 0.5));
     fit(past, window, Math.max(highest(heard), highest(guess)));
     fit(kept, size, highest(state));
+    zero.setAttribute("d", `M0 0H${size}`);
     bars.replaceChildren(...Array.from(state, (c, i) => svg("rect",
       { x: i + 0.1, width: 0.8, y: Math.min(0, -c), height: Math.abs(c) })));
     count.textContent = `the state: ${size} numbers, from slow swings to fast`;

@@ -4,6 +4,7 @@ nox -s docs      build the site into site/ (strict); -- --anew draws every figur
 nox -s serve     read it on http://127.0.0.1:8000
 nox -s tests     unit tests, every snippet, and the site's checks
 nox -s snippets  every fence alone, as `python file.py`
+nox -s exercises grade what you wrote in exercises/; -- CHAPTER for one
 nox -s gpu_tests the kernels on a CUDA device (add --no-venv to use the torch you have)
 nox -s bench     timings against peers; nox -s bench -- NAME for one
 nox -s lint      ruff and pyright
@@ -144,6 +145,13 @@ def snippets(session: nox.Session) -> None:
     python = environment(session)
     run(session, python, "hooks/weights.py", "--snippets", minutes=20)
     run(session, python, "hooks/fences.py", *session.posargs, minutes=30)
+
+
+@nox.session
+def exercises(session: nox.Session) -> None:
+    """Grade what a reader wrote in exercises/, a line for each exercise; `-- mamba` grades those of one chapter."""
+    python = environment(session)
+    run(session, python, "tests/exercises/grading.py", *session.posargs, minutes=10)
 
 
 @nox.session

@@ -31,7 +31,7 @@ def test_ci_runs_what_the_readme_says():
 
 
 def test_every_session_that_a_page_names_exists():
-    assert sessions() == {"docs", "serve", "tests", "snippets", "gpu_tests", "bench", "lint", "mutants"}
+    assert sessions() == {"docs", "serve", "tests", "snippets", "exercises", "gpu_tests", "bench", "lint", "mutants"}
     for page in ("README.md", "CONTRIBUTING.md"):
         for named in re.findall(r"nox (?:--no-venv )?-s ([a-z_ ]+)", (ROOT / page).read_text()):
             assert set(named.split()) <= sessions(), f"{page}: nox -s {named}"

@@ -1,0 +1,216 @@
+"""Grade what a reader wrote in exercises/: one line for each exercise, done or what is not right yet.
+
+nox -s exercises                 all of them
+nox -s exercises -- mamba        those of one chapter
+
+Each check runs the reader's function on cases that its docstring allows, and compares with what the library computes.
+Where they differ, it looks for the mistakes that are made most, and names the one it finds.
+"""
+
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nondual.ops.attention import attention
+from nondual.ops.flash_attention import flash_attention
+from nondual.ops.selective_scan import selective_scan
+
+FOLDER = Path(__file__).parent.parent.parent / "exercises"
+
+
+class NotYetError(Exception):
+    """What is not right yet, in a sentence."""
+
+
+def tensor(what: str, given: Any, shape: tuple[int, ...]) -> Tensor:
+    """The reader's tensor, if it is one of this shape and of finite numbers."""
+    if not isinstance(given, Tensor):
+        raise NotYetError(f"{what} should be a tensor, and is {type(given).__name__}")
+    if tuple(given.shape) != shape:
+        raise NotYetError(f"{what} should have the shape {shape}, and has {tuple(given.shape)}")
+    if not given.isfinite().all():
+        raise NotYetError(f"{what} has numbers that are infinite or not a number")
+    return given
+
+
+def pair(given: Any, what: str) -> tuple[Any, Any]:
+    """The two things that the reader's function should return."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise NotYetError(f"it should return {what}, and returns {type(given).__name__}")
+    return given[0], given[1]
+
+
+def near(a: Tensor, b: Tensor, within: float = 1e-4) -> bool:
+    return torch.allclose(a, b, atol=within, rtol=within)
+
+
+# --- self-attention ------------------------------------------------------------------------------------------------
+
+
+def check_largest(largest: Callable[..., Any]) -> None:
+    lists = [[3.0, -1.0, 2.0, 0.5], [-4.0, 1.0, 2.0], [-5.0, -2.0, -3.0], [0.25], [0.1 * i for i in range(-30, 31)]]
+    for numbers in lists:
+        v = torch.tensor(numbers)[None, None, :, None]
+        q, k = pair(largest(v.clone()), "q and k")
+        q, k = tensor("q", q, (1, 1, 1, 1)), tensor("k", k, tuple(v.shape))
+        out, best = attention(q, k, v).item(), max(numbers)
+        if abs(out - best) < 1e-3:
+            continue
+        case = f"for {', '.join(f'{x:g}' for x in numbers[:4])}{', …' if len(numbers) > 4 else ''}: "
+        if abs(out - sum(numbers) / len(numbers)) < 1e-4:
+            raise NotYetError(
+                case + "every number gets the same weight, and their mean comes out: let the scores differ"
+            )
+        if abs(out - min(numbers)) < 1e-3:
+            farthest = abs(min(numbers)) == max(map(abs, numbers)) and numbers is not lists[0]
+            if farthest and best > 0:
+                raise NotYetError(case + "the number farthest from 0 comes out: let the keys keep their signs")
+            raise NotYetError(case + "the smallest comes out: turn the sign of the query or of the keys")
+        weight = (q @ k.mT).softmax(-1)[0, 0, 0, numbers.index(best)].item()
+        raise NotYetError(
+            case
+            + f"{out:.3f} comes out: the largest has a share of {weight:.0%}. Make the differences of the scores larger"
+        )
+
+
+# --- flash attention -----------------------------------------------------------------------------------------------
+
+
+def check_join(join: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for n1, n2, size in ((25, 15, 1.0), (3, 40, 1.0), (16, 16, 60.0)):
+        q, k, v = (torch.randn(1, 2, n, 16) for n in (5, n1 + n2, n1 + n2))
+        q = size * q
+        (k1, k2), (v1, v2) = k.split((n1, n2), 2), v.split((n1, n2), 2)
+        o1, l1 = flash_attention(q, k1, v1, return_lse=True)
+        o2, l2 = flash_attention(q, k2, v2, return_lse=True)
+        given = join(o1.clone(), l1.clone(), o2.clone(), l2.clone())
+        if isinstance(given, Tensor) and not given.isfinite().all() and size > 1:
+            raise NotYetError(
+                "large scores overflow in exp: take the larger log-sum-exp from both before the exponential"
+            )
+        out, whole = tensor("the result", given, tuple(o1.shape)), flash_attention(q, k, v)
+        if near(out, whole):
+            continue
+        share = torch.sigmoid(l1 - l2)[..., None]
+        linear = (l1 / (l1 + l2))[..., None]
+        if near(out, (o1 + o2) / 2):
+            raise NotYetError("both parts get half: the part whose scores sum to more should get more")
+        if near(out, o1 + o2):
+            raise NotYetError("the two outputs are added as they are: each needs its share, and the shares sum to 1")
+        if near(out, (1 - share) * o1 + share * o2):
+            raise NotYetError("the shares are swapped: the first part gets that of the second")
+        if near(out, linear * o1 + (1 - linear) * o2):
+            raise NotYetError(
+                "the shares are taken of the log-sum-exps: they are logarithms, so exponentiate them first"
+            )
+        off = (out - whole).abs().max().item()
+        raise NotYetError(f"with {n1} and {n2} keys it is off by up to {off:.2g} from attention over all of them")
+
+
+# --- mamba ---------------------------------------------------------------------------------------------------------
+
+
+def check_steps(steps: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    one = torch.ones(1, 1)
+    for length, at in ((200, 70), (12, 0), (50, 49)):
+        x, marked = torch.randn(1, length, 1), torch.zeros(1, length, 1)
+        marked[0, at] = 1
+        delta = tensor("the result", steps(marked.clone()), (1, length, 1))
+        if (delta < 0).any():
+            raise NotYetError("a step is below 0: each should be 0 or more")
+        h, _ = selective_scan(x, delta, -one, one, one, discretization="zoh")
+        if near(h[0, -1], x[0, at]):
+            continue
+        if near(delta, delta[:, :1].expand_as(delta)):
+            raise NotYetError("all steps are the same: the marked input needs another one than the rest")
+        others = delta[marked == 0]
+        if (others > 1e-3).any():
+            raise NotYetError("other inputs enter the state too: a step of 0 leaves it as it is")
+        replaced = 1 - torch.exp(-delta[0, at]).item()
+        raise NotYetError(f"the marked input replaces {replaced:.0%} of the state: make its step longer")
+
+
+def check_in_pieces(in_pieces: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for lengths in ([31, 1, 58], [40], [1, 1, 1, 7]):
+        L = sum(lengths)
+        u, delta = torch.randn(1, L, 6), torch.rand(1, L, 6)
+        A, B, C = -torch.rand(6, 4), torch.randn(1, L, 4), torch.randn(1, L, 4)
+        whole, last = selective_scan(u, delta, A, B, C)
+        y, state = pair(in_pieces(u.clone(), delta.clone(), A, B, C, list(lengths)), "y and the state")
+        y = tensor("y", y, tuple(whole.shape))
+        pieces = [near(a, b) for a, b in zip(y.split(lengths, 1), whole.split(lengths, 1))]
+        if not all(pieces):
+            number = pieces.index(False) + 1
+            if number == 1:
+                raise NotYetError(
+                    "already the first piece differs: it starts from no state, and reads the first inputs"
+                )
+            if number == 2:
+                raise NotYetError("the second piece differs: let it start from the state in which the first one ended")
+            raise NotYetError(
+                f"piece {number} differs: let each start from the newest state, not from that of the first"
+            )
+        if not near(tensor("the state", state, tuple(last.shape)), last):
+            raise NotYetError("y is right, and the state is not the one after the last step")
+
+
+# --- the grading ---------------------------------------------------------------------------------------------------
+
+CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
+    "self_attention": {"largest": check_largest},
+    "flash_attention": {"join": check_join},
+    "mamba": {"steps": check_steps, "in_pieces": check_in_pieces},
+}
+
+
+def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[..., Any] | None) -> str:
+    """Whether an exercise is done, and if not, why."""
+    if function is None:
+        return "not yet: the function is not in the file any more; git can bring it back"
+    try:
+        check(function)
+    except NotImplementedError as todo:
+        return f"not yet begun: {todo}"
+    except NotYetError as fault:
+        return f"not yet: {fault}"
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).stem in CHECKS]
+        where = f" at line {lines[-1]}" if lines else ""
+        return f"not yet: it stops{where} with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return "done"
+
+
+def grade(chapters: list[str], folder: Path = FOLDER) -> list[str]:
+    """A line for each exercise of these chapters."""
+    lines = []
+    for chapter in chapters:
+        try:
+            written = runpy.run_path(str(folder / f"{chapter}.py"))
+        except Exception as error:
+            lines.append(f"{chapter}: not yet: the file does not run: {type(error).__name__}: {error}")
+            continue
+        lines += [f"{chapter}, {name}: {verdict(check, written.get(name))}" for name, check in CHECKS[chapter].items()]
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    if unknown := [chapter for chapter in arguments if chapter not in CHECKS]:
+        print(f"There are no exercises for {', '.join(unknown)}; there are some for {', '.join(CHECKS)}.")
+        return 2
+    torch.set_num_threads(1)
+    print("\n".join(grade(arguments or list(CHECKS))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""The grading of the exercises: a right answer passes, and each of the usual mistakes gets its own sentence."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nondual.ops.selective_scan import selective_scan
+
+ROOT = Path(__file__).parent.parent.parent
+FILE = ROOT / "tests" / "exercises" / "grading.py"
+GRADING = runpy.run_path(str(FILE), run_name="grading")
+CHECKS, verdict, grade = GRADING["CHECKS"], GRADING["verdict"], GRADING["grade"]
+
+
+# --- what readers write --------------------------------------------------------------------------------------------
+
+
+def largest(q=1000.0, keys=lambda v: v):
+    return lambda v: (torch.full((1, 1, 1, 1), q), keys(v))
+
+
+def joined(share):
+    def join(o1, l1, o2, l2):
+        first = share(l1, l2)[..., None]
+        return first * o1 + (1 - first) * o2
+
+    return join
+
+
+def stepping(at, elsewhere):
+    return lambda marked: torch.where(marked == 1, at, elsewhere)
+
+
+def pieces(which, last=True):
+    """Scan piece after piece; `which` chooses the state to start from among those so far."""
+
+    def in_pieces(u, delta, A, B, C, lengths):
+        out, states = [], [None]
+        for parts in zip(*(x.split(lengths, 1) for x in (u, delta, B, C))):
+            y, state = selective_scan(parts[0], parts[1], A, parts[2], parts[3], state=which(states))
+            out.append(y)
+            states.append(state)
+        return torch.cat(out, 1), states[-1 if last else 1]
+
+    return in_pieces
+
+
+RIGHT = [
+    ("self_attention", "largest", largest()),
+    ("self_attention", "largest", lambda v: (torch.full((1, 1, 1, 1), -100.0), -10 * v)),
+    ("flash_attention", "join", joined(lambda a, b: torch.sigmoid(a - b))),
+    ("flash_attention", "join", joined(lambda a, b: (a - torch.logaddexp(a, b)).exp())),
+    ("mamba", "steps", stepping(30.0, 0.0)),
+    ("mamba", "in_pieces", pieces(lambda states: states[-1])),
+]
+WRONG = [
+    ("self_attention", "largest", largest(q=0.0), "every number gets the same weight"),
+    ("self_attention", "largest", largest(q=-1000.0), "the smallest comes out: turn the sign"),
+    ("self_attention", "largest", largest(q=1.0), "2.560 comes out, since the largest has a share of 68%"),
+    ("self_attention", "largest", largest(keys=torch.abs), "the number farthest from 0 comes out"),
+    ("self_attention", "largest", largest(keys=lambda v: v[0]), "k should have the shape (1, 1, 4, 1)"),
+    ("self_attention", "largest", lambda v: v, "it should return q and k, and returns Tensor"),
+    ("flash_attention", "join", joined(lambda a, b: torch.full_like(a, 0.5)), "both parts get half"),
+    ("flash_attention", "join", joined(lambda a, b: torch.sigmoid(b - a)), "the shares are swapped"),
+    ("flash_attention", "join", joined(lambda a, b: a / (a + b)), "they are logarithms, so exponentiate them"),
+    ("flash_attention", "join", joined(lambda a, b: a.exp() / (a.exp() + b.exp())), "large scores overflow in exp"),
+    ("flash_attention", "join", lambda o1, l1, o2, l2: o1 + o2, "each needs its share"),
+    ("flash_attention", "join", lambda o1, l1, o2, l2: o1, "with 25 and 15 keys it is off by up to"),
+    ("mamba", "steps", stepping(30.0, 30.0), "all steps are the same"),
+    ("mamba", "steps", stepping(30.0, 1.0), "other inputs enter the state too"),
+    ("mamba", "steps", stepping(1.0, 0.0), "the marked input replaces 63% of the state"),
+    ("mamba", "steps", stepping(30.0, -1.0), "a step is below 0"),
+    ("mamba", "steps", stepping(float("inf"), 0.0), "infinite or not a number"),
+    ("mamba", "in_pieces", pieces(lambda states: None), "the second piece differs"),
+    ("mamba", "in_pieces", pieces(lambda states: states[min(1, len(states) - 1)]), "piece 3 differs"),
+    ("mamba", "in_pieces", pieces(lambda states: states[-1], last=False), "y is right, and the state is not"),
+    ("mamba", "in_pieces", lambda *given: None, "it should return y and the state, and returns NoneType"),
+]
+
+
+@pytest.mark.parametrize("chapter, name, answer", RIGHT)
+def test_a_right_answer_is_done(chapter, name, answer):
+    assert verdict(CHECKS[chapter][name], answer) == "done"
+
+
+@pytest.mark.parametrize("chapter, name, answer, sentence", WRONG)
+def test_a_mistake_gets_its_sentence(chapter, name, answer, sentence):
+    said = verdict(CHECKS[chapter][name], answer)
+    assert said.startswith("not yet: ") and sentence in said
+
+
+def test_every_exercise_has_three_mistakes_with_sentences_of_their_own():
+    for chapter, checks in CHECKS.items():
+        for name in checks:
+            assert len({sentence for c, n, _, sentence in WRONG if (c, n) == (chapter, name)}) >= 3
+            assert any((c, n) == (chapter, name) for c, n, _ in RIGHT)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stub_is_graded_and_says_what_to_write():
+    assert {file.stem for file in (ROOT / "exercises").glob("*.py")} == set(CHECKS)
+    lines = grade(list(CHECKS))
+    assert len(lines) == sum(map(len, CHECKS.values()))
+    for line in lines:
+        assert re.fullmatch(r"\w+, \w+: not yet begun: \w.{20,}", line), line
+
+
+def test_an_error_in_the_reader_s_code_is_told_with_its_line(tmp_path):
+    folder = tmp_path / "exercises"
+    folder.mkdir()
+    (folder / "mamba.py").write_text("def steps(marked):\n    return marked + missing\n", encoding="utf-8")
+    (folder / "self_attention.py").write_text("def largest(v:\n", encoding="utf-8")
+    assert grade(["mamba"], folder) == [
+        "mamba, steps: not yet: it stops at line 2 with NameError: name 'missing' is not defined",
+        "mamba, in_pieces: not yet: the function is not in the file any more; git can bring it back",
+    ]
+    (said,) = grade(["self_attention"], folder)
+    assert said.startswith("self_attention: not yet: the file does not run: SyntaxError")
+
+
+def test_the_session_grades_one_chapter_or_all_and_names_those_there_are():
+    def graded(*chapters):
+        return subprocess.run([sys.executable, str(FILE), *chapters], capture_output=True, text=True, timeout=150)
+
+    assert [line.split(",")[0] for line in graded("mamba").stdout.splitlines()] == ["mamba", "mamba"]
+    unknown = graded("mamab")
+    assert unknown.returncode == 2 and "self_attention, flash_attention, mamba" in unknown.stdout
+    assert "tests/exercises/grading.py" in (ROOT / "noxfile.py").read_text(encoding="utf-8")

@@ -75,7 +75,8 @@ def check_largest(largest: Callable[..., Any]) -> None:
         weight = (q @ k.mT).softmax(-1)[0, 0, 0, numbers.index(best)].item()
         raise NotYetError(
             case
-            + f"{out:.3f} comes out, since the largest has a share of {weight:.0%}. Make the differences of the scores larger"
+            + f"{out:.3f} comes out, since the largest has a share of {weight:.0%}. "
+            + "Make the differences of the scores larger"
         )
 
 

@@ -53,7 +53,7 @@ def edit(uri: str) -> str | None:
 
 
 _NAMED = re.compile(
-    r"(?P<linked><a\b.*?</a>|<pre\b.*?</pre>)|<code>(?P<file>(?:src|tests|benchmarks|hooks)/[\w/.-]+\.(?:py|toml))"
+    r"(?P<linked><(?P<tag>a|pre|summary)\b.*?</(?P=tag)>)|<code>(?P<file>(?:src|tests|benchmarks|hooks)/[\w/.-]+\.(?:py|toml))"
     r"(?:::(?P<test>[\w:]+))?</code>",
     re.S,
 )

@@ -126,6 +126,7 @@ def test_a_file_that_a_page_names_leads_to_the_repository(tmp_path):
         "<code>tests/gone.py</code>",
         f'<a href="y">{code.format("")}</a>',
         f"<pre>{code.format('')}</pre>",
+        f"<summary>{code.format('')}</summary>",  # it opens something else
     ):
         assert links.to_source(unchanged, tmp_path) == unchanged
 

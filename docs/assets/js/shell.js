@@ -9,6 +9,7 @@
   };
   const reachScrollable = () => {
     for (const node of document.querySelectorAll(SCROLLABLE)) {
+      if (node.closest("details:not([open])")) continue; // to measure what is folded would have it laid out
       if (node.scrollWidth > node.clientWidth + 1) node.tabIndex = 0;
       else if (node.tabIndex === 0) node.removeAttribute("tabindex");
       shade(node);

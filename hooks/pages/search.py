@@ -81,7 +81,7 @@ def shortened(entry: dict[str, Any]) -> dict[str, Any]:
 _SIGNS = {
     "times": "×", "neq": "≠", "ne": "≠", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "cdot": "·", "approx": "≈",
     "in": "∈", "sum": "Σ", "prod": "Π", "partial": "∂", "infty": "∞", "to": "→", "top": "T", "dots": "…", "ldots": "…",
-    "pm": "±", "odot": "⊙", "sqrt": "√", "propto": "∝",
+    "pm": "±", "odot": "⊙", "sqrt": "√", "propto": "∝", "ell": "ℓ",
 }  # fmt: skip
 _GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 _DRESS = {"mathrm", "mathbf", "mathbb", "mathcal", "operatorname", "text", "left", "right", "bar", "hat", "tilde"}
@@ -99,7 +99,9 @@ def read_aloud(formula: str) -> str:
         except KeyError:
             return _SIGNS.get(m[1], "" if m[1] in _DRESS else m[1])
 
-    return " ".join(re.sub(r"[{}\\]", "", re.sub(r"\\([A-Za-z]+)", sign, formula)).split())
+    line = re.sub(r"\\([A-Za-z]+)", sign, formula)
+    line = re.sub(r"([\^_])\{([^{}]*[-+ ][^{}]*)\}", r"\1(\2)", line)  # e^{a - b} as e^(a - b)
+    return " ".join(re.sub(r"[{}\\]", "", line).split())
 
 
 def weighted(entry: dict[str, Any]) -> dict[str, Any]:

@@ -152,9 +152,10 @@ def test_the_source_under_a_signature_of_the_reference_is_not_searched():
     "formula, line",
     [
         (r"N \neq M", "N ≠ M"),
-        (r"\Delta_t \in \mathbb{R}^{B \times N}", "Δ_t ∈ R^B × N"),
+        (r"\Delta_t \in \mathbb{R}^{B \times N}", "Δ_t ∈ R^(B × N)"),
         (r"\frac{q k^\top}{\sqrt{D}}", "q k^T/√D"),
         (r"\frac{1}{2}\,\lambda", "1/2 λ"),
+        (r"e^{m_1 - m}\ell_1", "e^(m_1 - m)ℓ_1"),
     ],
 )
 def test_a_formula_reads_as_one_line(formula, line):

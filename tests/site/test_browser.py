@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from documents import SITE, base_of
-from looking import PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
+from looking import ALIVE, PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
 
 HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
@@ -52,6 +52,8 @@ def test_a_page_that_is_turned_has_the_colours_of_one_that_is_loaded(browser, si
         page.emulate_media(color_scheme=first)
         page.goto(site + name.removesuffix("index.html"))
         page.evaluate("document.fonts.ready.then(() => 0)")
+        assert page.evaluate(ALIVE) == []
+        page.wait_for_timeout(300)  # an interactive figure may draw itself once more when it knows its place
         turn(page, first)
         seen[first, "loaded"] = page.evaluate(COLOURS)
         turn(page, second)

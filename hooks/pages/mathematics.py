@@ -20,9 +20,10 @@ _CODE = re.compile(r"<(pre|code|script|style|annotation)\b.*?</\1>|<!--.*?-->", 
 _TAG = re.compile(r"<[^>]*>")
 _LEFT = re.compile(r"\\[(\[]")
 
+# A string that was put together from pieces is copied into one: quickjs-ng hands over no other.
 _TYPESET = """
 function typeset(source, display) {
-  return katex.renderToString(source, {displayMode: display, throwOnError: true, strict: "error"});
+  return [katex.renderToString(source, {displayMode: display, throwOnError: true, strict: "error"})].join("");
 }
 """
 

@@ -56,7 +56,18 @@ def finish(html: str, *, cells: bool = False) -> str:
     html = fold_drawings(name_boxes(html))
     if not cells:
         html = fold_makings(html)
-    return link_excerpts(hold_punctuation(break_titles(html)))
+    return unmark_plain(link_excerpts(hold_punctuation(break_titles(html))))
+
+
+_PLAIN = re.compile(r'<span class="(?:n|p|o|w)">([^<]*)</span>')
+
+
+def unmark_plain(html: str) -> str:
+    """Take the marks off names, punctuation, operators and spaces in code: they are set in the colour of all text.
+
+    They are a third of a chapter's elements, and a phone takes its time for each.
+    """
+    return _PLAIN.sub(r"\1", html)
 
 
 def link_excerpts(html: str) -> str:

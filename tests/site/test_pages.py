@@ -43,6 +43,12 @@ def test_the_code_of_a_table_is_folded_and_labelled_code_is_not():
     assert blocks.fold_makings(drawn) == drawn
 
 
+def test_in_code_what_has_no_colour_of_its_own_has_no_element():
+    marked = '<span class="n">y</span><span class="w"> </span><span class="o">=</span> <span class="k">None</span>'
+    assert blocks.unmark_plain(marked) == 'y = <span class="k">None</span>'
+    assert blocks.unmark_plain('<span class="note">n</span>') == '<span class="note">n</span>'
+
+
 def test_a_comma_stays_with_its_short_formula():
     short, long = (
         f'<span class="arithmatex">\\({formula}\\)</span>' for formula in ("N", "s_{01} > s_{02} = s_{20} > s_{21}")

@@ -1,12 +1,19 @@
-"""What the site's tests share: the pages of the built site, a server for them, a browser, and a site of one page."""
+"""What the site's tests share: the pages of the built site, a server for them, a browser, and a site of one page.
+
+That page may have an interactive figure: `live_page`.
+"""
 
 import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from documents import SITE, base_of, read_site
+from documents import ROOT, SITE, base_of, read_site
+from snippets import reading
+
+ASSETS = ROOT / "docs" / "assets"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,7 @@ def home(browser, site):
 
 
 PAGE = (
-    '<!doctype html><html lang="en"><head><title>t</title><link rel="icon" href="data:,"></head>'
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>t</title><link rel="icon" href="data:,"></head>'
     '<body><main><h1 id="top">t</h1>{}</main></body></html>'
 )
 
@@ -120,3 +127,54 @@ def small(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.fixture
+def live_page(browser, serve, small):
+    """A function that serves a page with an interactive figure, and gives another that opens the page.
+
+        opened = live_page(figures.live(...), styled=True)
+        page = opened(width=1440)
+
+    `styled` gives the page the site's style sheet and size of type. It is opened in a window of its own, and given once
+    the figure is alive; with scripts=False it stays a drawing.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def serving(figure, *, styled=False):
+            if styled:
+                look = '<style>html { font-size: 125% }</style><link rel="stylesheet" href="assets/css/shell.css">'
+                figure = f'{look}<div class="md-typeset">{figure}</div>'
+            folder = small(figure + '<script type="module" src="assets/js/live/start.js"></script>')
+            for name in ("css/shell.css", *(f"js/live/{file.name}" for file in (ASSETS / "js/live").iterdir())):
+                (folder / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ASSETS / name, folder / "assets" / name)
+            address = stack.enter_context(serve(folder))
+
+            def opened(width=390, *, scripts=True):
+                context = browser.new_context(viewport={"width": width, "height": 844}, java_script_enabled=scripts)
+                stack.callback(context.close)
+                context.set_default_timeout(30_000)
+                page = context.new_page()
+                page.goto(address)
+                if scripts:
+                    page.wait_for_selector("figure.alive")
+                return page
+
+            return opened
+
+        yield serving
+
+
+@pytest.fixture(scope="module")
+def figure_in():
+    """A function: the figure of this script as the page's own code prints it."""
+
+    def printed(page, script):
+        (fence,) = (fence for fence in reading.fences(page) if f'script="{script}"' in fence.code)
+        out = io.StringIO()
+        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out):
+            exec(compile(fence.code, str(page), "exec"), {"__name__": "fence"})
+        return out.getvalue()
+
+    return printed

@@ -51,7 +51,7 @@ def test_what_a_pages_policy_refuses_is_caught(browser, serve, small, body, faul
         "y_js": 'document.getElementById("x").innerHTML = "<img alt src=data:, onerror=late()>"',
     }
     folder = small(body, **scripts)
-    page = (folder / "index.html").read_text(encoding="utf-8").replace("<head>", '<head><meta charset="utf-8">')
+    page = (folder / "index.html").read_text(encoding="utf-8")
     page = with_policy(page.replace(body, "")).replace("</h1>", f"</h1>{body}")
     (folder / "index.html").write_text(page, encoding="utf-8")
     with serve(folder) as address, browser.new_page() as shown:

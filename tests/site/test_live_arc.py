@@ -1,8 +1,5 @@
 """Home's interactive figure: what is read beside each table is the row that torch computed."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,13 +9,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from nondual import figures  # noqa: E402
 
-LIVE = Path(__file__).parent.parent.parent / "docs" / "assets" / "js" / "live"
 TOKENS = ["a", "b", "c", "d", "e"]
 
 
 @pytest.fixture
-def figure(browser, serve, small):
-    """A page with one such figure over random tables: the page, and the tables."""
+def figure(live_page):
+    """A function that opens a page with one such figure over random tables, and the tables."""
     torch.manual_seed(0)
     tables = [torch.randn(4, 5).softmax(-1), torch.randn(5, 5).softmax(-1), torch.rand(5, 5).tril()]
     panels = [{"title": f"20{14 + i}: way {i}", "note": "so", "rows": table.tolist()} for i, table in enumerate(tables)]
@@ -27,21 +23,13 @@ def figure(browser, serve, small):
     ax.imshow(tables[1])
     data = {"tokens": TOKENS, "start": 2, "panels": panels}
     html = figures.live(fig, script="arc", data=data, name="arc", alt="three tables", caption="Three tables.")
-    folder = small(html + '<script type="module" src="live/start.js"></script>')
-    shutil.copytree(LIVE, folder / "live")
-    with serve(folder) as address:
-        context = browser.new_context(viewport={"width": 390, "height": 844})
-        context.set_default_timeout(30_000)
-        page = context.new_page()
-        page.goto(address)
-        yield page, tables
-        context.close()
+    return live_page(html), tables
 
 
 @pytest.mark.browser
 def test_each_word_reads_its_row_by_mouse_and_by_keyboard(figure):
-    page, tables = figure
-    page.wait_for_selector("figure.alive")
+    opened, tables = figure
+    page = opened()
     for i, token in enumerate(TOKENS):
         button = page.get_by_role("button", name=token, exact=True)
         button.click() if i % 2 else button.press("Enter")
@@ -56,10 +44,6 @@ def test_each_word_reads_its_row_by_mouse_and_by_keyboard(figure):
 
 
 @pytest.mark.browser
-def test_without_a_script_the_drawing_stays(browser, figure):
-    address = figure[0].url
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto(address)
+def test_without_a_script_the_drawing_stays(figure):
+    page = figure[0](scripts=False)
     assert page.locator("figure svg").is_visible() and page.locator("button").count() == 0
-    context.close()

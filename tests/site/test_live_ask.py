@@ -1,9 +1,7 @@
 """Ask the sentence: the percentages beside the words are the weights that torch computed, in whole percents."""
 
 import re
-import shutil
 import string
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +12,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from nondual import figures  # noqa: E402
 
-LIVE = Path(__file__).parent.parent.parent / "docs" / "assets" / "js" / "live"
 DIGITS = string.digits + string.ascii_letters + "".join(map(chr, range(0xC0, 0xE7)))
 TEXTS = {"the cat saw the cow": 2, "it was warm": 1}  # and which of its words is chosen at first
 TOKENS = [["start", *text.split(), "end"] for text in TEXTS]
@@ -27,7 +24,7 @@ PRESETS = [
 
 
 @pytest.fixture
-def figure(browser, serve, small):
+def figure(live_page):
     """A page with the figure over random weights: a function that opens it, and the weights (L, H, N, N)."""
     torch.manual_seed(0)
     weights = [(3 * torch.randn(LAYERS, HEADS, len(tokens), len(tokens))).softmax(-1) for tokens in TOKENS]
@@ -40,27 +37,7 @@ def figure(browser, serve, small):
     data = {"digits": DIGITS, "layers": LAYERS, "heads": HEADS, "sentences": sentences, "presets": PRESETS}
     figures.style()
     html = figures.live(plt.figure(figsize=(3, 2)), script="ask", data=data, name="ask", alt="weights", caption="So.")
-    css = LIVE.parent.parent / "css" / "shell.css"
-    folder = small(
-        '<meta charset="utf-8"><style>html { font-size: 125% }</style><link rel="stylesheet" href="shell.css">'
-        f'<div class="md-typeset">{html}</div>'
-        '<script type="module" src="live/start.js"></script>',
-        shell_css=css.read_text(encoding="utf-8"),
-    )
-    shutil.copytree(LIVE, folder / "live")
-    contexts = []
-
-    def opened(width=390, **options):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 844}, **options))
-        contexts[-1].set_default_timeout(30_000)
-        page = contexts[-1].new_page()
-        page.goto(address)
-        return page
-
-    with serve(folder) as address:
-        yield opened, weights
-        for context in contexts:
-            context.close()
+    return live_page(html, styled=True), weights
 
 
 def shown(page):
@@ -83,7 +60,6 @@ def set_to(page, name, value):
 def test_every_word_and_head_shows_its_own_weights_and_says_the_largest(figure):
     opened, weights = figure
     page = opened()
-    page.wait_for_selector("figure.alive")
     for number, (text, first) in enumerate(TEXTS.items()):
         page.get_by_label("Sentence", exact=True).select_option(text)
         words = page.get_by_role("group", name="A word of the sentence").get_by_role("button")
@@ -108,7 +84,6 @@ def test_every_word_and_head_shows_its_own_weights_and_says_the_largest(figure):
 @pytest.mark.browser
 def test_words_that_stand_twice_are_told_apart_and_markers_are_no_buttons(figure):
     page = figure[0]()
-    page.wait_for_selector("figure.alive")
     page.get_by_role("group", name="A word of the sentence").get_by_role("button").nth(3).click()
     assert "the second “the” gives" in page.locator(".said").inner_text()
     assert page.get_by_role("button", name=re.compile("^(start|end)")).count() == 0
@@ -119,7 +94,6 @@ def test_words_that_stand_twice_are_told_apart_and_markers_are_no_buttons(figure
 def test_a_preset_sets_the_head_and_what_it_names_and_keeps_the_rest(figure):
     opened, weights = figure
     page = opened()
-    page.wait_for_selector("figure.alive")
     assert shown(page) == percents(weights[0][1, 2, 5]) == [0, 100, 0, 0, 0, 0, 0]  # the first preset is the first view
     page.get_by_role("button", name="another").press("Space")
     assert shown(page) == percents(weights[0][0, 1, 5])
@@ -138,7 +112,6 @@ def test_a_preset_sets_the_head_and_what_it_names_and_keeps_the_rest(figure):
 @pytest.mark.parametrize("width", [390, 1440])
 def test_it_fits_the_screen_in_a_line_or_in_a_column(figure, width):
     page = figure[0](width)
-    page.wait_for_selector("figure.alive")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     tops = page.locator(".ask-line button").evaluate_all("all => new Set(all.map(b => b.offsetTop)).size")
     words = page.locator(".ask-line button").count()
@@ -151,5 +124,5 @@ def test_it_fits_the_screen_in_a_line_or_in_a_column(figure, width):
 
 @pytest.mark.browser
 def test_without_a_script_the_drawing_stays(figure):
-    page = figure[0](java_script_enabled=False)
+    page = figure[0](scripts=False)
     assert page.locator("figure svg").is_visible() and page.locator("button").count() == 0

@@ -1,9 +1,6 @@
 """Hold or forget, the Mamba chapter's figure: states, matrices and sentence are what torch computes from the gates."""
 
-import contextlib
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 from nondual import figures  # noqa: E402
 from nondual.ops.selective_scan import selective_scan  # noqa: E402
 
-LIVE = Path(__file__).parent.parent.parent / "docs" / "assets" / "js" / "live"
 X = [0.3, -0.5, 0.2, 0.9, -0.4, 0.6]
 READ = [0.06, 0.03, 0.29, 0.07, 0.381, 0.165]
 PRESETS = [
@@ -28,27 +24,13 @@ DATA = {"x": X, "step": 0.2, "text": [".", "c", ".", "a", ".", "?"], "presets": 
 
 
 @pytest.fixture
-def page_of(browser, serve, small):
+def page_of(live_page):
     """A function that opens a page with one such figure, with or without scripts."""
     figures.style()
     fig, ax = plt.subplots(figsize=(3, 2))
     ax.bar(range(6), X)
     html = figures.live(fig, script="hold", data=DATA, name="hold", alt="six inputs", caption="Six inputs.")
-    folder = small(html + '<script type="module" src="live/start.js"></script>')
-    shutil.copytree(LIVE, folder / "live")
-    with serve(folder) as address, contextlib.ExitStack() as stack:
-
-        def opened(*, scripts=True):
-            context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=scripts)
-            stack.callback(context.close)
-            context.set_default_timeout(30_000)
-            page = context.new_page()
-            page.goto(address)
-            if scripts:
-                page.wait_for_selector("figure.alive")
-            return page
-
-        yield opened
+    return live_page(html)
 
 
 def told(gates):
@@ -71,7 +53,7 @@ def number(x):
 
 def colours(page, weights):
     """The colours that the figures' own scale gives these weights."""
-    script = "async (w) => { const { cividis } = await import('/live/core.js'); return w.map(cividis); }"
+    script = "async (w) => { const { cividis } = await import('/assets/js/live/core.js'); return w.map(cividis); }"
     return page.evaluate(script, weights)
 
 

@@ -1,9 +1,6 @@
 """What N numbers remember, the Mamba chapter's figure: state, drawing and loss are those of nondual's HiPPO-LegT."""
 
-import contextlib
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 from nondual import figures  # noqa: E402
 from nondual.efficient_attention.hippo import legt_states, reconstruct  # noqa: E402
 
-LIVE = Path(__file__).parent.parent.parent / "docs" / "assets" / "js" / "live"
 SIZES, WINDOW, LENGTH, RATE = [2, 4, 8, 16, 32, 64], 160, 400, 80
 
 
@@ -28,7 +24,7 @@ def signal():
 
 
 @pytest.fixture
-def page_of(browser, serve, small, signal):
+def page_of(live_page, signal):
     """A function that opens a page with one such figure, with or without scripts."""
     figures.style()
     fig, ax = plt.subplots(figsize=(3, 2))
@@ -41,21 +37,7 @@ def page_of(browser, serve, small, signal):
         "start": {"now": 240, "size": 16},
     }
     html = figures.live(fig, script="remember", data=data, name="eeg", alt="a signal", caption="A signal.")
-    folder = small(html + '<script type="module" src="live/start.js"></script>')
-    shutil.copytree(LIVE, folder / "live")
-    with serve(folder) as address, contextlib.ExitStack() as stack:
-
-        def opened(*, scripts=True):
-            context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=scripts)
-            stack.callback(context.close)
-            context.set_default_timeout(30_000)
-            page = context.new_page()
-            page.goto(address)
-            if scripts:
-                page.wait_for_selector("figure.alive")
-            return page
-
-        yield opened
+    return live_page(html)
 
 
 def heights(page, name):

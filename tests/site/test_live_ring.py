@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 from nondual import figures  # noqa: E402
 from nondual.tasks import RING  # noqa: E402
 
-ASSETS = Path(__file__).parent.parent.parent / "docs" / "assets"
 NAMES = ["rock", "scissors", "paper"]
 THIRD = (2, 0, 1)  # the one that beats each
 CARDS = 8
@@ -23,30 +20,12 @@ START = [[0.0, 0.0, 2.0], [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]]
 
 
 @pytest.fixture
-def figure(browser, serve, small):
+def figure(live_page):
     """A function that opens a page with the figure."""
     data = {"names": NAMES, "beats": RING, "scores": START, "cards": CARDS}
     figures.style()
     html = figures.live(plt.figure(figsize=(3, 2)), script="ring", data=data, name="ring", alt="a ring", caption="So.")
-    folder = small(
-        '<meta charset="utf-8"><style>html { font-size: 125% }</style><link rel="stylesheet" href="shell.css">'
-        f'<div class="md-typeset">{html}</div><script type="module" src="live/start.js"></script>',
-        shell_css=(ASSETS / "css" / "shell.css").read_text(encoding="utf-8"),
-    )
-    shutil.copytree(ASSETS / "js" / "live", folder / "live")
-    contexts = []
-
-    def opened(width=390, **options):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 844}, **options))
-        contexts[-1].set_default_timeout(30_000)
-        page = contexts[-1].new_page()
-        page.goto(address)
-        return page
-
-    with serve(folder) as address:
-        yield opened
-        for context in contexts:
-            context.close()
+    return live_page(html, styled=True)
 
 
 def move(page, label, value):
@@ -86,7 +65,6 @@ def check(page, scores):
 @pytest.mark.browser
 def test_symmetric_scores_get_two_of_three_in_every_order_and_free_ones_three(figure):
     page = figure()
-    page.wait_for_selector("figure.alive")
     assert check(page, START) == 2
     assert page.get_by_role("slider").count() == 3
     reached = set()
@@ -116,7 +94,6 @@ def test_symmetric_scores_get_two_of_three_in_every_order_and_free_ones_three(fi
 @pytest.mark.browser
 def test_the_keyboard_moves_a_score_and_the_result_is_spoken(figure):
     page = figure()
-    page.wait_for_selector("figure.alive")
     slider = page.get_by_role("slider", name="Rock and scissors")
     for _ in range(3):
         slider.press("ArrowRight")
@@ -131,7 +108,6 @@ def test_the_keyboard_moves_a_score_and_the_result_is_spoken(figure):
 @pytest.mark.parametrize("width", [390, 1440])
 def test_it_fits_the_screen_and_its_text_is_large_enough(figure, width):
     page = figure(width)
-    page.wait_for_selector("figure.alive")
     page.get_by_role("checkbox").check()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     sizes = page.locator(".stage *").evaluate_all(
@@ -145,5 +121,5 @@ def test_it_fits_the_screen_and_its_text_is_large_enough(figure, width):
 
 @pytest.mark.browser
 def test_without_a_script_the_drawing_stays(figure):
-    page = figure(java_script_enabled=False)
+    page = figure(scripts=False)
     assert page.locator("figure svg").is_visible() and page.get_by_role("slider").count() == 0

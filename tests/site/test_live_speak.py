@@ -1,8 +1,6 @@
 """The model that writes in the Mamba chapter: its scores and steps in the browser are torch's on the same weights."""
 
-import contextlib
 import importlib
-import io
 import json
 import math
 import shutil
@@ -10,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from snippets import reading
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib").use("Agg")
@@ -18,7 +15,6 @@ pytest.importorskip("safetensors")
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "essay" / "mamba.md"
-LIVE = ROOT / "docs" / "assets" / "js" / "live"
 WEIGHTS = ROOT / "docs" / "assets" / "models" / "speak.bin"
 MEASURED = json.loads((ROOT / "docs" / "measured" / "speak.json").read_text(encoding="utf-8"))
 TEXT = "ROMEO:\nBut soft, what light through yonder window breaks? 'Tis 1597"
@@ -40,35 +36,25 @@ def stored(speak):
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def drawn(figure_in):
     """The figure as the chapter's own code prints it."""
-    (fence,) = (fence for fence in reading.fences(PAGE) if 'script="speak"' in fence.code)
-    printed = io.StringIO()
-    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
-        exec(compile(fence.code, str(PAGE), "exec"), {"__name__": "fence"})
-    return printed.getvalue()
+    return figure_in(PAGE, "speak")
 
 
 @pytest.fixture
-def page_of(browser, serve, small, drawn):
+def page_of(live_page, drawn, tmp_path):
     """A function that opens a page with that figure, with or without scripts, and with or without its weights."""
-    body = f'{drawn}<script type="module" src="assets/js/live/start.js"></script>'
-    folder = small(body)
-    shutil.copytree(LIVE, folder / "assets" / "js" / "live")
-    with serve(folder) as address, contextlib.ExitStack() as stack:
+    opened = live_page(drawn)
 
-        def opened(*, scripts=True, weights=True):
-            if weights:
-                (folder / "assets" / "models").mkdir(exist_ok=True)
-                shutil.copyfile(WEIGHTS, folder / "assets" / "models" / "speak.bin")
-            context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=scripts)
-            stack.callback(context.close)
-            context.set_default_timeout(60_000)
-            page = context.new_page()
-            page.goto(address)
-            return page
+    def with_weights(*, scripts=True, weights=True):
+        if weights:
+            (tmp_path / "assets" / "models").mkdir(exist_ok=True)
+            shutil.copyfile(WEIGHTS, tmp_path / "assets" / "models" / "speak.bin")
+        page = opened(scripts=scripts)
+        page.set_default_timeout(60_000)
+        return page
 
-        yield opened
+    return with_weights
 
 
 def said(page):
@@ -168,7 +154,6 @@ def test_weights_load_on_a_click_and_the_reader_sees_it_write_and_stops_it(page_
     page = page_of()
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    page.wait_for_selector("figure.alive")
     assert not page.get_by_role("button", name="Write").is_enabled() and not any("speak.bin" in url for url in asked)
     page.get_by_role("button", name="Load the model (194 kB)").click()
     page.wait_for_function("document.querySelector('.said').textContent.includes('The model is loaded')")
@@ -194,7 +179,6 @@ def test_weights_load_on_a_click_and_the_reader_sees_it_write_and_stops_it(page_
 @pytest.mark.browser
 def test_the_strip_has_a_bar_for_each_of_the_last_characters_and_follows_the_layer(page_of, drawn):
     page = page_of()
-    page.wait_for_selector("figure.alive")
 
     def heights():
         return page.locator(".speak-strip rect").evaluate_all("(all) => all.map((bar) => +bar.getAttribute('height'))")

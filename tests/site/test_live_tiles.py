@@ -1,14 +1,10 @@
 """The tile scrubber of the flash-attention chapter: every number that the browser shows is the one torch computes."""
 
-import contextlib
-import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from snippets import reading
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib").use("Agg")
@@ -17,35 +13,18 @@ from nondual.ops.flash_attention import reference  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "essay" / "flash_attention.md"
-LIVE = ROOT / "docs" / "assets" / "js" / "live"
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def drawn(figure_in):
     """The figure as the chapter's own code prints it."""
-    (fence,) = (fence for fence in reading.fences(PAGE) if 'script="tiles"' in fence.code)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(fence.code, str(PAGE), "exec"), {"__name__": "fence"})
-    return printed.getvalue()
+    return figure_in(PAGE, "tiles")
 
 
 @pytest.fixture
-def page_of(browser, serve, small, drawn):
+def page_of(live_page, drawn):
     """A function that opens a page with that figure, with or without scripts."""
-    folder = small(drawn + '<script type="module" src="live/start.js"></script>')
-    shutil.copytree(LIVE, folder / "live")
-    with serve(folder) as address, contextlib.ExitStack() as stack:
-
-        def opened(*, scripts=True):
-            context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=scripts)
-            stack.callback(context.close)
-            context.set_default_timeout(30_000)
-            page = context.new_page()
-            page.goto(address)
-            return page
-
-        yield opened
+    return live_page(drawn)
 
 
 def expected(data, forget):
@@ -79,7 +58,6 @@ def printed(x, digits=2):
 def test_every_number_is_torchs_at_each_tile_for_each_query_with_and_without_rescaling(page_of, drawn):
     data = json.loads(re.search(r'class="data">(.*?)</script>', drawn)[1])
     page = page_of()
-    page.wait_for_selector("figure.alive")
     tile, forget = page.get_by_label("Tile"), page.get_by_label("forget the rescaling")
     query = page.get_by_label("Query")
     tokens = query.locator("option").all_inner_texts()
@@ -136,7 +114,6 @@ def test_every_number_is_torchs_at_each_tile_for_each_query_with_and_without_res
 @pytest.mark.browser
 def test_a_row_can_be_clicked_and_the_sentence_is_spoken_once_the_reader_stops(page_of):
     page = page_of()
-    page.wait_for_selector("figure.alive")
     page.locator("table.tiles tbody tr").nth(2).click()
     assert page.get_by_label("Query").input_value() == "cat"
     assert page.locator("tr.chosen th").inner_text() == "cat"

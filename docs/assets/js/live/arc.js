@@ -1,5 +1,5 @@
 // One sentence through six mechanisms: choose a word, and see what it takes from the others in each.
-import { buttons, cividis, el, sentence, svg } from "./core.js";
+import { buttons, cividis, el, percent, sentence, svg } from "./core.js";
 
 export default function begin(stage, { tokens, start, panels }) {
   const said = sentence({ shown: false }), size = tokens.length;
@@ -27,7 +27,7 @@ export default function begin(stage, { tokens, start, panels }) {
       if (!own) { reading.textContent = "none of these words asks"; continue; }
       frame.setAttribute("y", chosen);
       const row = rows[chosen], sum = row.reduce((a, b) => a + b, 0);
-      const top = row.indexOf(Math.max(...row)), share = `${Math.round((100 * row[top]) / sum)}%`;
+      const top = row.indexOf(Math.max(...row)), share = percent(row[top] / sum);
       reading.textContent = `most from ${tokens[top]}: ${share}`;
       heard.push(`${title.slice(6)}: ${tokens[top]}, ${share}`);
     }

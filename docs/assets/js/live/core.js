@@ -78,6 +78,12 @@ export function sentence({ shown: visible = true } = {}) {
   return node;
 }
 
+/** A number with so many decimals, and a minus sign that is as wide as a plus. */
+export const decimal = (x, digits = 2) => x.toFixed(digits).replace("-", "−");
+
+/** A share from 0 to 1 in whole percents. */
+export const percent = (x) => `${Math.round(100 * x)}%`;
+
 /** Weights of scores, which sum to 1; -Infinity gets 0. */
 export function softmax(scores) {
   const most = Math.max(...scores);

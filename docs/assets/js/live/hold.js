@@ -1,9 +1,7 @@
 // One state told one number after another, h = (1 - g) h + g x: gates that the reader opens, beside one step for all.
-import { buttons, cividis, el, OKABE_ITO, sentence, slider, svg } from "./core.js";
+import { buttons, cividis, decimal, el, OKABE_ITO, percent, sentence, slider, svg } from "./core.js";
 
-const number = (x) => x.toFixed(2).replace("-", "−");
 const isLetter = (token) => token >= "a" && token <= "z";
-const percent = (x) => `${Math.round(100 * x)}%`;
 
 /** The state after each step, and what each step has left of each input. */
 function scan(x, gates) {
@@ -51,7 +49,7 @@ export default function begin(stage, { x, text, presets, step: first }) {
     return { node, draw: ({ states: h, left }) => {
       h.forEach((value, t) => grow(bars[t], value));
       left.forEach((row, t) => row.forEach((weight, s) => cells[t][s].setAttribute("fill", s > t ? "none" : cividis(weight))));
-      end.textContent = `at the end h = ${number(h.at(-1))}`;
+      end.textContent = `at the end h = ${decimal(h.at(-1))}`;
     } };
   };
 
@@ -73,28 +71,28 @@ export default function begin(stage, { x, text, presets, step: first }) {
     fixed.draw(twin);
     columns.forEach(({ node, name, token, opening, gate }, t) => {
       node.setAttribute("aria-pressed", gates[t] >= 0.5);
-      name.textContent = node.title = `Input ${t + 1}: ${number(x[t])}; gate ${number(gates[t])}; ` +
-        `state ${number(mine.states[t])}; the twin's ${number(twin.states[t])}`;
+      name.textContent = node.title = `Input ${t + 1}: ${decimal(x[t])}; gate ${decimal(gates[t])}; ` +
+        `state ${decimal(mine.states[t])}; the twin's ${decimal(twin.states[t])}`;
       token.textContent = read ? text[t] : t + 1;
       opening.setAttribute("y", 1 - gates[t]);
       opening.setAttribute("height", gates[t]);
-      gate.textContent = gates[t] === 0 || gates[t] === 1 ? gates[t] : number(gates[t]).slice(1);
+      gate.textContent = gates[t] === 0 || gates[t] === 1 ? gates[t] : decimal(gates[t]).slice(1);
     });
     head.textContent = read ? "text" : "step";
     const last = mine.left.at(-1), top = last.indexOf(Math.max(...last)), best = nearest(last);
     const mean = (behind) => gates.filter((_, t) => behind === isLetter(text[t - 1])).reduce((a, b, _, all) => a + b / all.length, 0);
     const opens = !read || moved ? "" :
-      `Its gate is ${number(mean(true))} on average just after a letter, and ${number(mean(false))} elsewhere. `;
+      `Its gate is ${decimal(mean(true))} on average just after a letter, and ${decimal(mean(false))} elsewhere. `;
     said.say(last[top] === 0 ? "All gates are closed: no input has entered, and the state stays zero." :
       opens + `At the end the gates have left ${percent(last[top])} of input ${top + 1}, more than of any other. ` +
-      `The twin, with g = ${number(step)}, has left ${percent(twin.left.at(-1)[top])} of it. ` + (best.off < 0.005 ?
-        `With g = ${number(best.step)} it weighs every input as the gates do.` :
-        `No single step weighs the inputs as the gates do: the nearest, g = ${number(best.step)}, is off by ` +
+      `The twin, with g = ${decimal(step)}, has left ${percent(twin.left.at(-1)[top])} of it. ` + (best.off < 0.005 ?
+        `With g = ${decimal(best.step)} it weighs every input as the gates do.` :
+        `No single step weighs the inputs as the gates do: the nearest, g = ${decimal(best.step)}, is off by ` +
         `${Math.round(100 * best.off)} percentage points for input ${best.at + 1}.`));
   };
   const choose = (i) => { gates = [...presets[i].gates]; read = presets[i].read; moved = false; draw(); };
   const pick = buttons({ label: "Gates to begin with", options: presets.map(({ name }) => name), onchange: choose });
-  const range = slider({ label: "Twin's step g", min: 0.01, max: 1, step: 0.01, value: step, format: number,
+  const range = slider({ label: "Twin's step g", min: 0.01, max: 1, step: 0.01, value: step, format: decimal,
     oninput: (given) => { step = given; draw(); } });
   const head = el("span", { class: "token" });
   stage.append(el("div", { class: "controls" }, pick), el("p", { class: "ask" }, "Press a position to open or close its gate:"),

@@ -1,5 +1,5 @@
 // A recording is told to N numbers, one sample after another (HiPPO-LegT): what they can tell of the last window.
-import { buttons, el, OKABE_ITO, sentence, svg } from "./core.js";
+import { buttons, el, OKABE_ITO, percent, sentence, svg } from "./core.js";
 
 const zeros = (rows, columns) => Array.from({ length: rows }, () => new Float64Array(columns));
 
@@ -82,11 +82,11 @@ export default function begin(stage, { signal, rate, window, sizes, start }) {
     bars.replaceChildren(...Array.from(state, (c, i) => svg("rect",
       { x: i + 0.1, width: 0.8, y: Math.min(0, -c), height: Math.abs(c) })));
     count.textContent = `the state: ${size} numbers, from slow swings to fast`;
-    error.textContent = `lost: ${Math.round(100 * lost)}%`;
+    error.textContent = `lost: ${percent(lost)}`;
     range.setAttribute("aria-valuetext", seconds(now));
     output.textContent = seconds(now);
     said.say(`At ${seconds(now)} the state has been told ${now} samples. Drawn from its ${size} numbers alone, ` +
-      `the last ${window / rate} seconds lose ${Math.round(100 * lost)}% of the signal (root mean square).`);
+      `the last ${window / rate} seconds lose ${percent(lost)} of the signal (root mean square).`);
   };
   const pick = buttons({ label: "N, the numbers in the state", options: sizes.map(String), value: sizes.indexOf(size),
     onchange: (i) => { size = sizes[i]; draw(); } });

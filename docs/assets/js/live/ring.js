@@ -1,8 +1,7 @@
 // Three players, each of whom should look at the one it beats. Choose the scores and see how many can.
-import { el, sentence, slider, softmax, svg, toggle } from "./core.js";
+import { decimal, el, percent, sentence, slider, softmax, svg, toggle } from "./core.js";
 
 const WHERE = [[160, 40], [280, 232], [40, 232]], RADIUS = 36;
-const number = (x) => x.toFixed(1).replace("-", "−");
 const upper = (text) => text[0].toUpperCase() + text.slice(1);
 
 /** An arrow from one player to another, drawn by `set(weight)`; the two arrows of a pair bend away from each other. */
@@ -25,7 +24,7 @@ function arrow(from, to, right) {
     line.setAttribute("stroke-width", 1 + 9 * weight);
     head.setAttribute("d", `M${tip} L${corner(1, 4 + 6 * weight)} L${corner(-1, 4 + 6 * weight)}Z`);
     for (const part of [line, head]) part.setAttribute("opacity", 0.35 + 0.65 * weight);
-    text.textContent = `${Math.round(100 * weight)}%`;
+    text.textContent = percent(weight);
   };
   return node;
 }
@@ -46,7 +45,7 @@ export default function begin(stage, { names, beats, scores: given, cards }) {
     names.forEach((name, i) => {
       const [prey, hunter] = others(i), weights = softmax([scores[i][prey], scores[i][hunter]]);
       weights.forEach((weight, k) => arrows[i][k].set(weight));
-      const [one, other] = weights.map((weight) => `${Math.round(100 * weight)}%`);
+      const [one, other] = weights.map(percent);
       looks[i].textContent = `${upper(name)} gives ${one} to ${names[prey]} and ${other} to ${names[hunter]}: ` +
         (gaps[i] > 0 ? "right." : gaps[i] < 0 ? "wrong." : "both alike.");
     });
@@ -56,7 +55,7 @@ export default function begin(stage, { names, beats, scores: given, cards }) {
     const mode = free ? "free" : "symmetric";
     most[mode] = Math.max(most[mode], right);
     said.say(`With these ${mode} scores, ${right} of 3 look at the one that they beat. ` +
-      `If each holds one of ${cards} cards, ${Math.round(100 * named)}% of the cards are named rightly.`);
+      `If each holds one of ${cards} cards, ${percent(named)} of the cards are named rightly.`);
     record.textContent = `Your best so far: ${most.symmetric} of 3 with symmetric scores` +
       (most.free ? `, ${most.free} of 3 with free ones.` : ".");
   };
@@ -64,7 +63,7 @@ export default function begin(stage, { names, beats, scores: given, cards }) {
   // Along the ring first: these three are the sliders of a symmetric score. The three in the other direction follow them.
   const along = names.map((_, i) => [i, beats[i]]), back = along.map(([i, j]) => [j, i]);
   const sliders = [...along, ...back].map(([i, j]) => slider({ label: "", min: -3, max: 3, step: 0.1, value: scores[i][j],
-    format: number, oninput: (value) => {
+    format: (x) => decimal(x, 1), oninput: (value) => {
       scores[i][j] = value;
       if (!free) scores[j][i] = value;
       draw();

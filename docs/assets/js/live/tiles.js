@@ -1,8 +1,7 @@
 // Keys pass in tiles; each query keeps a maximum m, a sum l and an output. Scrub, choose a query, forget to rescale.
-import { choice, cividis, el, OKABE_ITO, sentence, slider, svg, toggle } from "./core.js";
+import { choice, cividis, decimal, el, OKABE_ITO, sentence, slider, svg, toggle } from "./core.js";
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
-const text = (x, digits = 2) => x.toFixed(digits).replace("-", "−");
 
 /** What one query holds after each tile, and by how much its output is off from the softmax over the keys so far. */
 function pass(row, values, tile, rescale) {
@@ -55,7 +54,7 @@ export default function begin(stage, { tokens, scores, values, tile, start }) {
         cell.className = `weight ${of < at ? "dropped" : of === at ? `here ${side}` : ""}`;
         cell.style.background = of > at ? "" : cividis(step.weights[j]);
       });
-      [m.textContent, l.textContent, error.textContent] = [step.m, step.l, step.error].map((x) => text(x));
+      [m.textContent, l.textContent, error.textContent] = [step.m, step.l, step.error].map((x) => decimal(x));
       bars.forEach((bar, d) => {
         bar.setAttribute("fill", OKABE_ITO[step.out[d] < 0 ? 0 : 3]);
         bar.setAttribute("fill-opacity", Math.min(1, Math.abs(step.out[d]) / most));
@@ -63,14 +62,14 @@ export default function begin(stage, { tokens, scores, values, tile, start }) {
     });
     const all = runs[+forget].map((steps) => steps[at - 1].error), worst = all.indexOf(Math.max(...all));
     const { before, m, factor, added, l, out, error } = runs[+forget][query][at - 1];
-    const rise = at === 1 ? "the first tile sets" : m > before.m ? `it rose from ${text(before.m, 3)}, so` : "it stayed, so";
-    working.textContent = `“${tokens[query]}”: m = ${text(m, 3)}; ${rise} ` + (at === 1 ? `ℓ = ${text(l, 3)}` :
-      `ℓ = ${text(factor, 3)} × ${text(before.l, 3)} + ${text(added, 3)} = ${text(l, 3)}`) +
-      `. The output begins ${out.slice(0, 3).map((x) => text(x, 3)).join(", ")}.`;
+    const rise = at === 1 ? "the first tile sets" : m > before.m ? `it rose from ${decimal(before.m, 3)}, so` : "it stayed, so";
+    working.textContent = `“${tokens[query]}”: m = ${decimal(m, 3)}; ${rise} ` + (at === 1 ? `ℓ = ${decimal(l, 3)}` :
+      `ℓ = ${decimal(factor, 3)} × ${decimal(before.l, 3)} + ${decimal(added, 3)} = ${decimal(l, 3)}`) +
+      `. The output begins ${out.slice(0, 3).map((x) => decimal(x, 3)).join(", ")}.`;
     const wrong = all.filter((x) => x >= 0.005).length;
     said.say(`After tile ${at} of ${tiles}, “${tokens[query]}” has read ${at * tile} of ${tokens.length} keys. ` +
-      (error < 0.005 ? "Its output is exact for these keys" : `Its output is off by ${text(error)}`) + (!wrong ?
-      ", like every other." : `; ${wrong} of ${tokens.length} outputs are wrong, that of “${tokens[worst]}” most, by ${text(all[worst])}.`));
+      (error < 0.005 ? "Its output is exact for these keys" : `Its output is off by ${decimal(error)}`) + (!wrong ?
+      ", like every other." : `; ${wrong} of ${tokens.length} outputs are wrong, that of “${tokens[worst]}” most, by ${decimal(all[worst])}.`));
   };
   const pick = choice({ label: "Query", options: tokens, value: query, onchange: (i) => { query = i; draw(); } });
   const scrub = slider({ label: "Tile", min: 1, max: tiles, step: 1, value: at,

@@ -39,7 +39,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import MEASURED, alternate, ratio, write
-from benchmarks.shakespeare_run import BATCH, CHOOSE_ON, CONTEXT, EVERY, HELD_OUT, MODELS, Run, carry_out, read, size
+from benchmarks.shakespeare_run import (
+    BATCH,
+    CHOOSE_ON,
+    CONTEXT,
+    EVERY,
+    HELD_OUT,
+    MODELS,
+    TRAINING,
+    Run,
+    carry_out,
+    read,
+    size,
+)
 from nondual.language_models.causal import CausalLM
 from nondual.store import cache_folder
 from nondual.training import optimiser
@@ -193,8 +205,7 @@ def main(options: list[str]) -> None:
         steps=STEPS,
         sweep_seed=SWEEP_SEED,
         seeds=list(SEEDS),
-        optimiser="AdamW, betas 0.9 and 0.95, decay 0.1 on matrices, gradients clipped at 1",
-        schedule="a tenth of the steps up, then along a cosine down to a tenth of the learning rate",
+        **TRAINING,
         rate_of_a_model="the lowest loss with sweep_seed, at the end of training, on the play chosen_on",
         intervals="95 %, of the mean of the differences paired by seed, Student's t with two degrees of freedom",
         models={

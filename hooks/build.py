@@ -73,19 +73,15 @@ _taken = {}  # what a page lets its reader take away, by its path in the site
 
 
 def on_page_content(html, page, config, files):
-    html, taken = downloads.taken_away(
-        finish(html, page.file.src_uri, root_of(config)),
-        page.file.content_string,
-        page.file.src_uri,
-        root_of(config),
-    )
+    uri, root = page.file.src_uri, root_of(config)
+    html, taken = downloads.taken_away(finish(html, uri, root), page.file.content_string, uri, root)
     _taken.update(taken)
-    if not page.meta.get("description"):
-        page.meta["description"] = llms.first_paragraph(html) or config.site_description
-    page.meta["thesis"] = llms.first_paragraph(html) or page.meta["description"]
-    page.edit_url = links.edit(page.file.src_uri)
+    first = llms.first_paragraph(html)
+    page.meta["description"] = page.meta.get("description") or first or config.site_description
+    page.meta["thesis"] = first or page.meta["description"]
+    page.edit_url = links.edit(uri)
     if config.site_url:
-        page.meta["card"] = social.name(page.file.src_uri)
+        page.meta["card"] = social.name(uri)
     return html
 
 
@@ -116,17 +112,17 @@ def on_nav(nav, config, files):
 
 def on_post_build(config):
     """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts."""
-    site = Path(config.site_dir)
-    (site / "claims.json").write_text(published(root_of(config)), encoding="utf-8")
+    site, root = Path(config.site_dir), root_of(config)
+    (site / "claims.json").write_text(published(root), encoding="utf-8")
     for path, text in _taken.items():
         (site / path).parent.mkdir(parents=True, exist_ok=True)
         (site / path).write_text(text, encoding="utf-8")
     if not os.environ.get("CI"):
-        for name in downloads.keep(_taken, root_of(config)):
+        for name in downloads.keep(_taken, root):
             log.info(f"{name} was written anew: commit it")
     if not _serving:
-        fonts.cut(site, None if ANEW else root_of(config) / ".cache" / "fonts")
-    rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root_of(config))]
+        fonts.cut(site, None if ANEW else root / ".cache" / "fonts")
+    rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root)]
     search.complete(site / "search" / "search_index.json", rows)
     entries = [
         llms.Entry(
@@ -149,10 +145,10 @@ def write_for_others(config, site):
     versions = feed.versions(changelog.read_text(encoding="utf-8"))
     told = feed.atom(versions, config.site_url, config.site_name, feed.changed(changelog))
     (site / feed.FEED).write_text(told, encoding="utf-8")
+    own_fonts = Path(config.docs_dir) / "assets" / "fonts"
     for page in _navigation:
-        picture = site / social.name(page.file.src_uri)
         if not page.file.src_uri.startswith("reference/"):
+            picture = site / social.name(page.file.src_uri)
             picture.parent.mkdir(parents=True, exist_ok=True)
-            fonts_folder = Path(config.docs_dir) / "assets" / "fonts"
             title = config.site_description.partition(":")[0] if page.is_homepage else llms.plain(page.title)
-            picture.write_bytes(social.card(title, page.meta["thesis"], config.site_name, fonts_folder))
+            picture.write_bytes(social.card(title, page.meta["thesis"], config.site_name, own_fonts))

@@ -152,10 +152,7 @@ def show(
         ValueError: If `name` is not an id, if `alt` or `caption` is empty, or if there are no panels.
     """
     _check_words(name, alt, caption)
-    kind = "drawn wide" if wide else "drawn"
-    return (
-        f'<figure class="{kind}" id="{name}">{_plate(fig, name, alt, phone)}<figcaption>{caption}</figcaption></figure>'
-    )
+    return _figure(_plate(fig, name, alt, phone), name, caption, wide)
 
 
 def live(
@@ -193,11 +190,8 @@ def live(
     if not re.fullmatch("[a-z]+", script):
         raise ValueError(f"script must be lower-case letters, got {script!r}.")
     numbers = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<figure class="{"drawn wide" if wide else "drawn"}" id="{name}" data-live="{script}">'
-        f'{_plate(fig, name, alt, phone)}<script type="application/json" class="data">{numbers}</script>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    inside = f'{_plate(fig, name, alt, phone)}<script type="application/json" class="data">{numbers}</script>'
+    return _figure(inside, name, caption, wide, attributes=f' data-live="{script}"')
 
 
 def steps(frames: Sequence[tuple[str, Figure]], *, name: str, alt: str, caption: str, wide: bool = False) -> str:
@@ -227,11 +221,14 @@ def steps(frames: Sequence[tuple[str, Figure]], *, name: str, alt: str, caption:
             f'<label for="{name}-{number}">{escape(word)}</label>'
         )
         plates.append(f'<div class="plate">{_svg(fig, f"{name}-{number}", f"{alt} {word}")}</div>')
-    return (
-        f'<figure class="{"drawn steps wide" if wide else "drawn steps"}" id="{name}"><fieldset>'
-        f"<legend>Step</legend>{''.join(buttons)}"
-        f'<div class="plates">{"".join(plates)}</div></fieldset><figcaption>{caption}</figcaption></figure>'
-    )
+    inside = f'<fieldset><legend>Step</legend>{"".join(buttons)}<div class="plates">{"".join(plates)}</div></fieldset>'
+    return _figure(inside, name, caption, wide, kind="drawn steps")
+
+
+def _figure(inside: str, name: str, caption: str, wide: bool, *, kind: str = "drawn", attributes: str = "") -> str:
+    """What a figure holds, with its caption below."""
+    kind += " wide" if wide else ""
+    return f'<figure class="{kind}" id="{name}"{attributes}>{inside}<figcaption>{caption}</figcaption></figure>'
 
 
 def _check_words(name: str, alt: str, caption: str) -> None:

@@ -36,6 +36,16 @@ def test_the_same_drawing_gives_the_same_bytes():
     assert drawn() == drawn()
 
 
+def test_ids_are_numbered_and_so_the_same_in_every_process():
+    """matplotlib names a clip path by its address in memory."""
+    fig, ax = plt.subplots()
+    (line,) = ax.plot([0, 1], [1, 0])
+    line.set_clip_path(plt.Circle((0.5, 0.5), 0.2, transform=ax.transData))
+    html = figures.show(fig, **WORDS)
+    referenced = re.findall(r'(?:url\(#|href="#)([^")]+)', html)
+    assert "clipPath" in html and set(referenced) == {f"pair-id{i + 1}" for i in range(len(set(referenced)))}
+
+
 def test_text_is_text_and_black_is_the_ink_of_the_page():
     html = drawn()
     assert ">saṃskāra &amp; co</text>" in html

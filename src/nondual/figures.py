@@ -270,9 +270,11 @@ def _inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    named = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda given: f' id="{name}-{given[1]}"' if given[1] in named else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    # matplotlib takes the id of a clip path from a memory address: ids are numbered in the order of their first use.
+    used = dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    ids = {old: f"{name}-id{number}" for number, old in enumerate(used, 1)}
+    svg = re.sub(r' id="([^"]+)"', lambda given: f' id="{ids[given[1]]}"' if given[1] in ids else "", svg)
+    svg = re.sub(r'(url\(#|href="#)([^")]+)', lambda given: given[1] + ids[given[2]], svg)
     svg = re.sub(r"#010101|#000000", "currentColor", svg)
     ((width, height), *_) = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     width, height = float(width), float(height)

@@ -52,6 +52,11 @@ def test_text_is_text_and_black_is_the_ink_of_the_page():
     assert "currentColor" in html and not re.search("#000000|#010101|<metadata|<!DOCTYPE", html)
 
 
+def test_it_brings_no_style_sheet_and_its_lines_still_join_round():
+    """The style sheet is the one that matplotlib writes today: where that changes, `figures._inline` has to follow."""
+    assert "<style" not in drawn() and 'stroke-linejoin="round"' in drawn()
+
+
 def test_it_is_named_and_described():
     html = drawn()
     assert 'id="heads"' in html and 'role="img"' in html

@@ -133,11 +133,3 @@ _SEARCH = 'data-md-component="search" role="dialog"'
 def name_search(page: str) -> str:
     """Tell a screen reader what the search dialog is; the theme leaves it nameless."""
     return page.replace(_SEARCH, f'{_SEARCH} aria-label="Search"')
-
-
-_STROKES = re.compile(r'<style type="text/css">\*\{stroke-linejoin: round; stroke-linecap: butt\}</style>')
-
-
-def lift_strokes(page: str) -> str:
-    """Take out the style sheet in each drawing: it has a browser style the whole page anew. shell.css has its rule."""
-    return _STROKES.sub("", page)

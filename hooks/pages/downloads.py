@@ -302,7 +302,7 @@ def alone(drawings: list[str], title: str, *, row: bool = False) -> str:
     for drawing, (w, h) in zip(drawings, sizes):
         x, y = (at, 0) if row else (0, at)
         place = f'x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" viewBox="0 0 {w:g} {h:g}"'
-        opening = f'<svg {place} fill="{INK}" stroke-linejoin="round">'  # on a page, its style sheet says the latter
+        opening = f'<svg {place} fill="{INK}" stroke-linejoin="round">'
         parts.append(re.sub(r"<svg\b[^>]*>", opening, drawing, count=1).replace("currentColor", INK))
         at += (w if row else h) + _GAP
     return (

@@ -7,6 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import markdown
+from markdown.extensions.toc import slugify
+
 from pages.links import REPOSITORY
 
 FEED = "changelog.xml"
@@ -80,15 +83,12 @@ def atom(found: list[Version], site: str, name: str, today: str) -> str:
 
 def _slug(version: Version) -> str:
     """The anchor of a version on the page, as the headings get theirs."""
-    title = f"[{version.name}]" + (f" - {version.date}" if version.date else "")
-    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+    return slugify(f"[{version.name}]" + (f" - {version.date}" if version.date else ""), "-")
 
 
 def _inline(text: str) -> str:
     """Code, emphasis and links of a line of Markdown as HTML."""
-    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
-    html = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", html)
-    return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r'<a href="\2">\1</a>', html)
+    return markdown.markdown(text).removeprefix("<p>").removesuffix("</p>")
 
 
 def changed(file: Path) -> str:

@@ -50,7 +50,7 @@ def publish(page: str, uri: str, *, policy: bool = True) -> str:
         ValueError: If a formula cannot be typeset, or a script stands where the policy forbids one; names the page.
     """
     try:
-        page = mathematics.typeset(blocks.lift_strokes(blocks.name_search(page)))
+        page = mathematics.typeset(blocks.name_search(page))
         return security.with_policy(page) if policy else page
     except ValueError as error:
         raise ValueError(f"{uri}: {error}") from None

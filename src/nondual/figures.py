@@ -270,6 +270,8 @@ def _inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as an element of a page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # This style sheet would have a browser style the whole page anew; what it says stands in the opening tag below.
+    svg = re.sub(r"<style[^>]*>\*\{stroke-linejoin: round; stroke-linecap: butt\}</style>", "", svg)
     # matplotlib takes the id of a clip path from a memory address: ids are numbered in the order of their first use.
     used = dict.fromkeys(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     ids = {old: f"{name}-id{number}" for number, old in enumerate(used, 1)}
@@ -280,6 +282,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
     width, height = float(width), float(height)
     opening = (
         f'<svg viewBox="0 0 {width:g} {height:g}" style="--natural:{width * 4 / 3:.0f}px" fill="currentColor" '
+        'stroke-linejoin="round" '
         f'role="img" aria-label="{escape(alt)}" data-search-exclude xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )

@@ -157,18 +157,6 @@ def test_a_link_leads_from_one_pages_folder_to_anothers(tmp_path):
     assert chapter("gone.md") is None
 
 
-def test_the_style_sheet_of_a_drawing_is_taken_out_and_any_other_stays():
-    """The first is the one that matplotlib writes today: where it changes, shell.css has to follow."""
-    from matplotlib import pyplot
-
-    from nondual import figures
-
-    figures.style()
-    drawing = figures.show(pyplot.figure(), name="x", alt="x", caption="x")
-    assert drawing.count("<style") == 1 and "<style" not in blocks.lift_strokes(drawing)
-    assert blocks.lift_strokes("<style>p { x: y }</style>") == "<style>p { x: y }</style>"
-
-
 def test_one_file_knows_the_program_that_builds_the_site():
     imports = re.compile(r"^\s*(?:import|from) (?:mkdocs|markdown_exec)\b", re.MULTILINE)
     hooks = ROOT / "hooks"

@@ -132,7 +132,7 @@ def measure(name, batch, length, channels, states, label, limits, exps) -> dict:
         "channels": channels,
         "states": states,
         "dtype": label,
-        "spans": kernels.spans_of(given["u"]),
+        "spans": {kernel: kernels.spans_of(given["u"], kernel) for kernel in ("forward", "backward")},
         "refused": refused,
     }
     elements = batch * length * channels

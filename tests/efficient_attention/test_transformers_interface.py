@@ -656,7 +656,7 @@ def test_on_a_gpu_it_is_as_near_the_truth_as_eager(make, dtype):
     real = torch.ones_like(inputs)
     real[0, :9] = 0
     theirs, ours = (x[real.bool()] for x in both(model, input_ids=inputs, attention_mask=real))
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")  # eager's mask overflows in float64 where a row sees nothing
     truth = model.double()(inputs, attention_mask=real)[0][real.bool()]
     assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + 1e-5
 

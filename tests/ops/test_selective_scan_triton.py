@@ -58,7 +58,7 @@ def once(monkeypatch):
 @pytest.fixture
 def levels(monkeypatch):
     """A function that sets into how many spans time is cut."""
-    return lambda spans: monkeypatch.setattr(tiles, "spans_of", lambda u: spans)
+    return lambda spans: monkeypatch.setattr(tiles, "spans_of", lambda u, kernel: spans)
 
 
 RESETS = {
@@ -258,12 +258,13 @@ def test_nan_is_forgotten_between_the_levels_too(device, levels):
 
 
 @everywhere
-def test_two_levels_take_over_by_their_rule(device):
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_two_levels_take_over_by_their_rule(device, kernel):
     def spans(b, length, d):
-        return kernels.spans_of(torch.empty(1, device=device).expand(b, length, d))
+        return kernels.spans_of(torch.empty(1, device=device).expand(b, length, d), kernel)
 
     chip = 8 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
-    full = tiles.FULL * chip
+    full = tiles.FULL[kernel] * chip
     assert spans(1, 100 * CHUNK, full) == spans(full, 100 * CHUNK, 1) == 1
     assert spans(1, 100 * CHUNK, full // 2) == 4
     assert spans(1, 100 * CHUNK, 1) == 50  # no span is shorter than two chunks
@@ -390,7 +391,7 @@ def test_without_a_gradient_nothing_is_kept(device):
     *_, checkpoint, ungated = torch.ops.nondual.selective_scan(*(own[x] for x in order), None, False)
     assert checkpoint.numel() == ungated.numel() == 0
     *_, checkpoint, ungated = torch.ops.nondual.selective_scan(*(own[x] for x in order), None, True)
-    assert checkpoint.shape == (1, 2, 2, 3) and ungated.shape == given["u"].shape
+    assert checkpoint.shape == (1, 2, 3, 2) and ungated.shape == given["u"].shape
     with torch.no_grad():
         quiet = selective_scan(**given, impl="triton")
     for a, b in zip(quiet, selective_scan(**given, impl="triton")):

@@ -195,6 +195,8 @@ def _sdpa(q, k, v, mask, causal, scale, dropout):
     """torch's fused kernels: the same result, no weights."""
     if mask is not None and mask.is_floating_point() and (q.device.type != "cpu" or q.dtype == torch.float64):
         mask = mask.to(q.dtype)  # a float32 mask beside other queries is taken by torch's kernels for a CPU alone
+    if scale is not None and scale <= 0 and q.device.type == "cuda":  # torch 2.11's cuDNN gives NaN gradients there
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     grouped = True if q.shape[1] != k.shape[1] else False  # with dynamic shapes `!=` alone gives a SymBool
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped), None
 

@@ -38,18 +38,15 @@ def backward_kernel(
     o_lo, o_hi = tl.arange(0, D_LO)[:, None, None, None], tl.arange(0, D_HI)[None, None, :, None]
     o_tile = o_n[None, :, None, :]
     o_lane = i_block * BLOCK_D + o_lo * D_HI + o_hi
-    # Three orders of the tile in memory: (D, N); that of the scratch memory, in which each thread has N_LO numbers side
-    # by side; and the forward kernel's (N, D), in which no thread has two numbers side by side.
+    # Two orders of the tile in memory: (D, N), and that of the scratch memory, in which each thread has N_LO numbers
+    # side by side.
     o_h = (i_g * WIDTH + o_lane) * N + o_tile
     o_scratch = ((o_lo * N_HI + o_tile // N_LO) * D_HI + o_hi) * N_LO + o_tile % N_LO
-    o_forward = tl.multiple_of(o_tile * D + i_g * WIDTH + o_lane, [1, 1, 1, 1])
     if N_LO == 4:
-        # These hints make the compiler choose the same layout for all three, that of the tile: it gives a thread
-        # neighbours along the axis that has the longest contiguous run. They only steer the layout. The 4 is true of
-        # o_h and o_scratch. It is not true of o_forward, whose hint of alignment is 1: it is never loaded as a vector.
+        # These hints, which are true, make the compiler choose the same layout for both, that of the tile: it gives a
+        # thread neighbours along the axis that has the longest contiguous run.
         o_h = tl.max_contiguous(o_h, [1, 2, 2, 4])
         o_scratch = tl.max_contiguous(o_scratch, [1, 2, 2, 4])
-        o_forward = tl.max_contiguous(o_forward, [1, 2, 2, 4])
     m_h = (o_tile < N) & (o_lane < WIDTH)
     b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
     b_q = tl.zeros((D_LO, N_HI, D_HI, N_LO), tl.float32)
@@ -96,7 +93,7 @@ def backward_kernel(
         begin = first + (chunks - 1 - j) * CHUNK
         end = tl.minimum(begin + CHUNK, last)
         i_chunk = i_b * tl.cdiv(length, CHUNK) + begin // CHUNK
-        b_h = tl.load(p_checkpoint + i_chunk * (N * D) + o_forward, mask=m_h, other=0.0)
+        b_h = tl.load(p_checkpoint + i_chunk * (N * D) + o_h, mask=m_h, other=0.0)
         parts = tl.cdiv(end - begin, STEPS)
         for i in tl.range(0, parts - 1):
             tl.store(p_scratch + i * SIZE + o_scratch, b_h)

@@ -10,28 +10,42 @@ from nondual.ops.selective_scan.triton.primitives import LOG2_E, checkpoint, loa
 
 
 @triton.jit
-def scan_steps(
-    b_h, b_A, b_B, b_C, b_D, b_bias, p_u, p_delta, p_B, p_C, p_D, p_z, p_reset, p_y, p_ungated, t, o_d, m_d, o_n,
+def load_group(
+    p_u, p_delta, p_B, p_C, p_z, p_reset, t, last, o_d, o_n,
     S_U: tl.constexpr, S_DELTA: tl.constexpr, S_Z: tl.constexpr, S_B: tl.constexpr, S_C: tl.constexpr,
-    D: tl.constexpr, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr,
+    STEPS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """STEPS steps of (1) to (5), from time t.
+    """What STEPS steps read from time t on: u, delta, B, C, z and resets, each a tuple, () for what is not read.
+
+    B and C are not read where S_B or S_C is 0. At an EDGE, steps from `last` on are 0.
+    """
+    b_us = load_steps(p_u, t, S_U, o_d, STEPS, last, EDGE)  # (BLOCK_D,) each
+    b_deltas = load_steps(p_delta, t, S_DELTA, o_d, STEPS, last, EDGE)
+    b_Bs, b_Cs, b_zs, resets = (), (), (), ()
+    if S_B > 0:
+        b_Bs = load_steps(p_B, t, S_B, o_n, STEPS, last, EDGE)  # (N_HI, N_LO) each
+    if S_C > 0:
+        b_Cs = load_steps(p_C, t, S_C, o_n, STEPS, last, EDGE)
+    if p_z is not None:
+        b_zs = load_steps(p_z, t, S_Z, o_d, STEPS, last, EDGE)
+    if p_reset is not None:
+        resets = load_steps(p_reset, t, 1, 0, STEPS, last, EDGE)
+    return b_us, b_deltas, b_Bs, b_Cs, b_zs, resets
+
+
+@triton.jit
+def scan_steps(
+    b_h, group, b_A, b_B, b_C, b_D, b_bias, p_D, p_z, p_reset, p_y, p_ungated, t, o_d, m_d,
+    S_B: tl.constexpr, S_C: tl.constexpr, D: tl.constexpr, SOFTPLUS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """STEPS steps of (1) to (5), from time t, on what `load_group` has read.
 
     Without p_y only the states are computed. Where S_B or S_C is 0, b_B or b_C serves every step.
 
     Returns:
         The new states, the sum of Δ over these steps, and whether there is a reset among them.
     """
-    b_us = load_steps(p_u, t, S_U, o_d, STEPS)  # (BLOCK_D,) each
-    b_deltas = load_steps(p_delta, t, S_DELTA, o_d, STEPS)
-    if S_B > 0:
-        b_Bs = load_steps(p_B, t, S_B, o_n, STEPS)  # (BLOCK_N,) each
-    if p_y is not None and S_C > 0:
-        b_Cs = load_steps(p_C, t, S_C, o_n, STEPS)
-    if p_z is not None:
-        b_zs = load_steps(p_z, t, S_Z, o_d, STEPS)
-    if p_reset is not None:
-        resets = load_steps(p_reset, t, 1, 0, STEPS)
+    b_us, b_deltas, b_Bs, b_Cs, b_zs, resets = group
     b_time = tl.zeros(o_d.shape, tl.float32)
     had_reset = False
     # --8<-- [start:scan_steps]
@@ -42,13 +56,13 @@ def scan_steps(
             had_reset = had_reset | (resets[k] != 0)
             b_h = tl.where(resets[k] != 0, 0.0, b_h)
         if S_B > 0:
-            b_B = b_Bs[k][:, None]
-        b_a = tl.exp2(b_delta[None, :] * b_A)  # (2)  (BLOCK_N, BLOCK_D)
-        b_h = b_a * b_h + (b_delta * b_us[k])[None, :] * b_B  # (3)
+            b_B = b_Bs[k][:, None, :]
+        b_a = tl.exp2(b_delta[None, :, None] * b_A)  # (2)  (N_HI, BLOCK_D, N_LO)
+        b_h = b_a * b_h + (b_delta * b_us[k])[None, :, None] * b_B  # (3)
         if p_y is not None:
             if S_C > 0:
-                b_C = b_Cs[k][:, None]
-            b_s = tl.sum(b_h * b_C, 0)  # (4)
+                b_C = b_Cs[k][:, None, :]
+            b_s = tl.sum(tl.sum(b_h * b_C, 2), 0)  # (4)
             if p_D is not None:
                 b_s += b_D * b_us[k]
             if p_ungated is not None:
@@ -67,9 +81,9 @@ def forward_kernel(
     s_ub, s_deltab, s_zb, length, span, spans,
     S_U: tl.constexpr, S_DELTA: tl.constexpr, S_Z: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     GROUPS: tl.constexpr, B_GROUPS: tl.constexpr, C_GROUPS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    N_HI: tl.constexpr, BLOCK_D: tl.constexpr, N_LO: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of channels through a span of time, each channel's states in the registers of one thread.
+    """One program: a block of channels through a span of time, each channel's states shared by 32 / BLOCK_D threads.
 
     p_end receives the span's last state. With p_decay this is the first of two levels: it begins with a state of zero,
     has no p_y, and stores the decay over the span, or -1 where a reset lies within the span.
@@ -79,13 +93,14 @@ def forward_kernel(
     o_width = i_block * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_width < WIDTH
     o_d = i_g * WIDTH + tl.minimum(o_width, WIDTH - 1)  # lanes past the end load the last channel, and store nothing
-    o_n = tl.arange(0, BLOCK_N)
-    # (BLOCK_N, BLOCK_D): neighbouring threads have neighbouring channels. The hint promises no alignment: otherwise
-    # a thread would be given four channels, with fewer states of each, and the sum over N would cross threads.
-    o_h = tl.multiple_of(o_n[:, None] * D + (i_g * WIDTH + o_width)[None, :], [1, 1])
-    m_h = (o_n < N)[:, None] & m_d[None, :]
+    BLOCK_N: tl.constexpr = N_HI * N_LO
+    o_n = tl.arange(0, N_HI)[:, None] * N_LO + tl.arange(0, N_LO)[None, :]  # (N_HI, N_LO)
+    o_h = (i_g * WIDTH + o_width)[None, :, None] * N + o_n[:, None, :]  # (N_HI, BLOCK_D, N_LO)
+    if N_LO == 4:  # this hint, which is true, makes the compiler give a thread four neighbouring states
+        o_h = tl.max_contiguous(o_h, [1, 2, 4])
+    m_h = (o_n < N)[:, None, :] & m_d[None, :, None]
     b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2_E
-    b_h = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_h = tl.zeros((N_HI, BLOCK_D, N_LO), tl.float32)
     i_bs = i_b * spans + i_span
     if p_start is not None:
         b_h = tl.load(p_start + i_bs * (N * D) + o_h, mask=m_h, other=0.0)
@@ -121,6 +136,25 @@ def forward_kernel(
     had_reset = False
     bounds = (first, whole, last)
     for PART in tl.static_range(0, 2):  # groups of STEPS steps, then the steps that are left over, one at a time
+        group = load_group(
+            p_u=p_u,
+            p_delta=p_delta,
+            p_B=p_B,
+            p_C=p_C,
+            p_z=p_z,
+            p_reset=p_reset,
+            t=bounds[PART],
+            last=last,
+            o_d=o_d,
+            o_n=o_n,
+            S_U=S_U,
+            S_DELTA=S_DELTA,
+            S_Z=S_Z,
+            S_B=B_GROUPS * BLOCK_N,
+            S_C=C_GROUPS * BLOCK_N if p_y is not None else 0,
+            STEPS=STEPS if PART == 0 else 1,
+            EDGE=True,
+        )
         for t in tl.range(bounds[PART], bounds[PART + 1], STEPS if PART == 0 else 1):
             checkpoint(
                 p=p_checkpoint,
@@ -133,17 +167,36 @@ def forward_kernel(
                 SIZE=N * D,
                 CHUNK=CHUNK,
             )
+            # --8<-- [start:coming]
+            # The next group is loaded before this one is used: a step that loads what it uses waits for memory.
+            coming = load_group(
+                p_u=p_u,
+                p_delta=p_delta,
+                p_B=p_B,
+                p_C=p_C,
+                p_z=p_z,
+                p_reset=p_reset,
+                t=tl.minimum(t + (STEPS if PART == 0 else 1), bounds[PART + 1] - (STEPS if PART == 0 else 1)),
+                last=last,
+                o_d=o_d,
+                o_n=o_n,
+                S_U=S_U,
+                S_DELTA=S_DELTA,
+                S_Z=S_Z,
+                S_B=B_GROUPS * BLOCK_N,
+                S_C=C_GROUPS * BLOCK_N if p_y is not None else 0,
+                STEPS=STEPS if PART == 0 else 1,
+                EDGE=False,
+            )
+            # --8<-- [end:coming]
             b_h, b_more_time, more_reset = scan_steps(
                 b_h=b_h,
+                group=group,
                 b_A=b_A,
                 b_B=b_B,
                 b_C=b_C,
                 b_D=b_D,
                 b_bias=b_bias,
-                p_u=p_u,
-                p_delta=p_delta,
-                p_B=p_B,
-                p_C=p_C,
                 p_D=p_D,
                 p_z=p_z,
                 p_reset=p_reset,
@@ -152,22 +205,19 @@ def forward_kernel(
                 t=t,
                 o_d=o_d,
                 m_d=m_d,
-                o_n=o_n,
-                S_U=S_U,
-                S_DELTA=S_DELTA,
-                S_Z=S_Z,
                 S_B=B_GROUPS * BLOCK_N,
                 S_C=C_GROUPS * BLOCK_N,
                 D=D,
                 SOFTPLUS=SOFTPLUS,
                 STEPS=STEPS if PART == 0 else 1,
             )
+            group = coming
             if p_decay is not None:
                 b_time += b_more_time
                 had_reset = had_reset | more_reset
     tl.store(p_end + i_bs * (N * D) + o_h, b_h, mask=m_h)
     if p_decay is not None:
-        b_decay = tl.where(had_reset, -1.0, tl.exp2(b_time[None, :] * b_A))
+        b_decay = tl.where(had_reset, -1.0, tl.exp2(b_time[None, :, None] * b_A))
         tl.store(p_decay + i_bs * (N * D) + o_h, b_decay, mask=m_h)
 
 

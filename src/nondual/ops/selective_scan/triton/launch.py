@@ -18,8 +18,8 @@ class Launcher:
 
     u, delta, z and dy keep their layout where the channels of a step lie side by side, and are copied otherwise. B and
     C, which every channel of a group reads, become (B, L, G, BLOCK_N) in float32, with zeros for the missing states.
-    What has both channels and states, as A and the states themselves, is (…, D, N) for the backward kernel, where a
-    thread has neighbouring states, and (…, N, D) for the others, where neighbouring threads have neighbouring channels.
+    What has both channels and states, as A and the states themselves, is (…, D, N), since a thread has neighbouring
+    states; for the adjoint kernel, where neighbouring threads have neighbouring channels, it is (…, N, D).
     """
 
     def __init__(
@@ -38,19 +38,23 @@ class Launcher:
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         self.b_groups, self.c_groups = (0 if x.ndim == 2 else x.shape[2] for x in (B, C))
         self.groups = math.lcm(max(1, self.b_groups), max(1, self.c_groups))
+
+    def cut(self, kernel: str) -> None:
+        """Set how many spans there are, and their length, a whole number of chunks."""
         chunks = triton.cdiv(self.length, tiles.CHUNK)
-        self.span = triton.cdiv(chunks, tiles.spans_of(u)) * tiles.CHUNK
+        self.span = triton.cdiv(chunks, tiles.spans_of(self.u, kernel)) * tiles.CHUNK
         self.spans = triton.cdiv(self.length, self.span)
 
     def forward(self, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, the last state, and with `save` what the backward pass needs, as `empty_outputs` has it."""
+        self.cut("forward")
         y, last, checkpoints, ungated = empty_outputs(self.u, self.A, self.z, save)
         config = tiles.configuration("forward", self.states, self.reset is not None)
         both_levels = {
             **self.inputs(),
             "p_u": self.u,
-            "p_A": states_first(self.A),
-            "p_B": self.B if self.b_groups else states_first(self.B),
+            "p_A": self.A,
+            "p_B": self.B,
             **strides("b", u=self.u),
             "S_U": self.u.stride(1),
             "B_GROUPS": self.b_groups,
@@ -58,11 +62,11 @@ class Launcher:
             **config,
         }
         programs = self.programs(config["BLOCK_D"])
-        start = None if self.initial is None else states_first(self.initial)
-        end = self.per_span()
+        start = self.initial
+        end = self.per_span(self.channels, self.states)
         with torch.cuda.device_of(self.u):
             if self.spans > 1:
-                decay = self.per_span()
+                decay = torch.empty_like(end)
                 forward_kernel[(programs,)](
                     **both_levels | {"p_z": None},
                     p_C=None,
@@ -77,7 +81,7 @@ class Launcher:
                 start = self.pass_on(end, decay, start, reverse=False)
             forward_kernel[(programs,)](
                 **both_levels,
-                p_C=self.C if self.c_groups else states_first(self.C),
+                p_C=self.C,
                 p_D=self.D,
                 p_start=start,
                 p_y=y,
@@ -86,12 +90,13 @@ class Launcher:
                 p_end=end,
                 p_decay=None,
             )
-        return y, last.copy_(end[:, -1].mT), checkpoints, ungated
+        return y, last.copy_(end[:, -1]), checkpoints, ungated
 
     def backward(
         self, dy: Tensor | None, d_last: Tensor | None, checkpoints: Tensor, ungated: Tensor
     ) -> tuple[Tensor, ...]:
         """The gradients of u, delta, A, B, C, D, z, bias and the initial state, of size 0 for what was not given."""
+        self.cut("backward")
         grads = empty_gradients(*self.differentiable)
         du, ddelta, dA, dB, dC, dD, dz, dbias, dstate = grads
         dy = contiguous_rows(self.u.new_zeros(()).expand(self.u.shape) if dy is None else dy)
@@ -156,7 +161,7 @@ class Launcher:
 
     def between_spans(self, end: Tensor | None, both_levels: dict) -> Tensor:
         """q after each span (B, spans, D, N), by the first of two levels, from the last state's gradient (B, D, N)."""
-        local, decay = self.per_span(), self.per_span()
+        local, decay = (self.per_span(self.states, self.channels) for _ in range(2))
         config = tiles.configuration("adjoint", self.states)
         adjoint_kernel[(self.programs(config["BLOCK_D"]),)](
             **both_levels,
@@ -171,7 +176,7 @@ class Launcher:
 
     def pass_on(self, local: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         """The state before each span; in reverse, q after each span."""
-        start, size, block = self.per_span(), self.states * self.channels, 256
+        start, size, block = torch.empty_like(local), self.states * self.channels, 256
         pass_kernel[(self.batch * triton.cdiv(size, block),)](
             p_start=start,
             p_local=local,
@@ -217,9 +222,9 @@ class Launcher:
         """An empty float32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
-    def per_span(self) -> Tensor:
-        """An empty tensor for a state of each span (B, spans, N, D)."""
-        return self.empty(self.batch, self.spans, self.states, self.channels)
+    def per_span(self, *shape: int) -> Tensor:
+        """An empty tensor for a state of each span (B, spans, …)."""
+        return self.empty(self.batch, self.spans, *shape)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -243,7 +248,7 @@ def wide_rows(x: Tensor) -> Tensor:
 def empty_outputs(u: Tensor, A: Tensor, z: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors for y (B, L, D), the last state (B, D, N), and what is saved for the backward pass.
 
-    That is the state at the start of each chunk (B, chunks, N, D) and, with a gate, the outputs before it (B, L, D);
+    That is the state at the start of each chunk (B, chunks, D, N) and, with a gate, the outputs before it (B, L, D);
     both of size 0 without `save`. Outputs before the gate may be too large for float16 though y is not: they are then
     saved in float32.
     """
@@ -255,7 +260,7 @@ def empty_outputs(u: Tensor, A: Tensor, z: Tensor | None, save: bool) -> tuple[T
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
         torch.empty(batch, channels, states, **new),
-        torch.empty(batch, chunks, states, channels, **new),
+        torch.empty(batch, chunks, channels, states, **new),
         torch.empty(gated, dtype=torch.float32 if u.dtype == torch.float16 else u.dtype, device=u.device),
     )
 

@@ -7,7 +7,7 @@ from nondual.ops.kernels import multiprocessors
 from nondual.ops.selective_scan.triton.primitives import INTERPRETED
 
 CHUNK = 8 if INTERPRETED else 64  # steps between two checkpoints, which are N/64 float32 numbers for each number of u
-FULL = 64  # channels for each multiprocessor from which on one level fills the chip
+FULL = {"forward": 96, "backward": 192}  # channels for each multiprocessor from which on one level fills the chip
 TILES = {  # of the backward kernel, by N up to a power of two: D_LO, N_HI, D_HI, N_LO, STEPS, num_warps
     1: (4, 1, 32, 1, 2, 1),
     2: (4, 1, 32, 2, 2, 1),
@@ -18,6 +18,18 @@ TILES = {  # of the backward kernel, by N up to a power of two: D_LO, N_HI, D_HI
     64: (4, 16, 8, 4, 2, 4),
     128: (4, 32, 8, 4, 2, 8),
     256: (2, 64, 8, 4, 2, 8),
+}
+
+FORWARD = {  # of the forward kernel, likewise: N_HI, BLOCK_D, N_LO, STEPS, num_warps
+    1: (1, 32, 1, 8, 1),
+    2: (1, 32, 2, 8, 1),
+    4: (1, 32, 4, 8, 1),
+    8: (2, 32, 4, 4, 1),
+    16: (4, 16, 4, 8, 1),
+    32: (8, 16, 4, 4, 1),
+    64: (16, 16, 4, 2, 1),
+    128: (32, 4, 4, 2, 1),
+    256: (64, 2, 4, 2, 1),
 }
 
 
@@ -36,6 +48,8 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
     block_n = triton.next_power_of_2(states)
     if kernel == "backward":
         config = dict(zip(("D_LO", "N_HI", "D_HI", "N_LO", "STEPS", "num_warps"), TILES[block_n]))
+    elif kernel == "forward":
+        config = dict(zip(("N_HI", "BLOCK_D", "N_LO", "STEPS", "num_warps"), FORWARD[block_n]))
     else:
         warps = 1 if block_n <= 16 else 2 if block_n <= 64 else 4
         config = {"BLOCK_D": min(32 * warps, 8192 // block_n), "BLOCK_N": block_n}
@@ -45,16 +59,16 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
     return config | {"num_stages": 1}
 
 
-def spans_of(u: Tensor) -> int:
-    """Into how many spans time is cut; 1 where one level is enough.
+def spans_of(u: Tensor, kernel: str) -> int:
+    """Into how many spans time is cut for the "forward" or the "backward" kernel; 1 where one level is enough.
 
-    The rule: two levels take over where there are fewer channels, B · D, than 64 for each multiprocessor (8,448 on an
-    H100), since a thread holds a channel. Time is then cut until there are twice as many, into spans of at least two
-    chunks; a sequence shorter than two such spans stays whole. Scanning twice adds 6 instructions for an element to the
-    forward's 9 and 7 to the backward's 32, for threads that were idle.
+    The rule: two levels take over where there are fewer channels, B · D, than FULL for each multiprocessor: on an H100
+    12,672 forward and 25,344 backward. Time is then cut until there are twice as many, into spans of at least two
+    chunks; a sequence shorter than two such spans stays whole. The numbers are from timings on an H100: the second
+    scan is work for threads that were idle, and one more program on a multiprocessor hides what the others wait for.
     """
     batch, length, channels = u.shape
-    enough = FULL * multiprocessors(u.device, otherwise=8)
+    enough = FULL[kernel] * multiprocessors(u.device, otherwise=8)
     if batch * channels >= enough:
         return 1
     return max(1, min(triton.cdiv(2 * enough, batch * channels), length // (2 * CHUNK)))

@@ -45,23 +45,24 @@ def pass_back_kernel(
     """
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
     i_tile = tl.program_id(0) % tiles
     o = i_tile * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE
     b_dh = tl.load(p_dlast + i_bh * SIZE + o, mask=m, other=0.0)
     for i in tl.range(0, chunks):
         i_c = chunks - 1 - i
-        i_chunk = i_bh * chunks + i_c
+        i_chunk = (i_b * chunks + i_c) * heads + i_h
         b_added = tl.load(p_grads + i_chunk * SIZE + o, mask=m, other=0.0)
         tl.store(p_grads + i_chunk * SIZE + o, b_dh, mask=m)
         end = tl.minimum(i_c * CHUNK + CHUNK, length) - 1
         b_dh = b_dh * tl.exp2(tl.load(p_high + i_bh * length + end) + tl.load(p_low + i_bh * length + end))
         b_h = tl.load(p_states + i_chunk * SIZE + o, mask=m, other=0.0)
         if RESET:
-            crosses = tl.load(p_start + i_bh // heads * length + end) < i_c * CHUNK
+            crosses = tl.load(p_start + i_b * length + end) < i_c * CHUNK
             b_dh = tl.where(crosses, b_dh, 0.0)
             b_h = tl.where(crosses, b_h, 0.0)
-        tl.store(p_through + i_chunk * tiles + i_tile, tl.sum(b_h * b_dh, 0))
+        tl.store(p_through + (i_bh * chunks + i_c) * tiles + i_tile, tl.sum(b_h * b_dh, 0))
         b_dh += b_added
     tl.store(p_dinitial + i_bh * SIZE + o, b_dh, mask=m)
 
@@ -109,7 +110,8 @@ def rows_kernel(
         b_dyn, s_dyn = cast_scaled(b_dy, b_c)
 
         # the state before the chunk
-        b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+        p_state = p_states + ((i_b * chunks + i_c) * heads + i_h) * P * N
+        b_h = load_state(p_state, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_h, s_h = cast_scaled(b_h, b_c)
         b_decay = tl.exp2(tl.where(m_reached, b_high_t + b_low_t, float("-inf")))
         b_y = tl.dot(b_c, tl.trans(b_h), input_precision="ieee") * (b_decay * s_h)[:, None]  # (BLOCK, BLOCK_P)
@@ -204,7 +206,8 @@ def columns_kernel(
         b_x = load_rows(p_x + i_b * s_xb + i_h * s_xh, o_s, s_xl, m_s, P, BLOCK_P)  # (BLOCK, BLOCK_P)
 
         # from the gradient of the state after the chunk; b_du is the gradient of u = Δ x
-        b_dh = load_state(p_grads + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+        p_grad = p_grads + ((i_b * chunks + i_c) * heads + i_h) * P * N
+        b_dh = load_state(p_grad, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
         b_dh, s_dh = cast_scaled(b_dh, b_b)
         high_end, low_end = tl.load(p_high + i_bh * length + end - 1), tl.load(p_low + i_bh * length + end - 1)
         b_decay = decay_between(high_end, low_end, b_high_s, b_low_s, m_to_end)

@@ -1,6 +1,7 @@
 """The forward kernels of state space duality: step lengths, what chunks add to the state, the state, the outputs.
 
-What they hand on, in float32: step, high and low (B, H, L), states (B, H, K, P, N) with K chunks.
+What they hand on, in float32: step, high and low (B, H, L), states (B, K, H, P, N) with K chunks: what programs that
+run side by side read of a chunk lies side by side.
 """
 
 import triton
@@ -108,7 +109,7 @@ def states_kernel(
         b_v, scale = cast_scaled(b_v, b_m)
         b_acc += tl.dot(tl.trans(b_m), b_v, input_precision="ieee") * scale
     o_p = tl.arange(0, BLOCK_P)
-    p_tile = p_states + (i_bh * chunks + i_c) * P * N + o_p[:, None] * N + o_n[None, :]
+    p_tile = p_states + ((i_b * chunks + i_c) * heads + i_h) * P * N + o_p[:, None] * N + o_n[None, :]
     tl.store(p_tile, tl.trans(b_acc), mask=(o_p < P)[:, None] & (o_n < N)[None, :])
 
 
@@ -123,18 +124,19 @@ def pass_kernel(
     """
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
     o = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE
     b_h = tl.load(p_initial + i_bh * SIZE + o, mask=m, other=0.0)
     for i_c in tl.range(0, chunks):
-        p_chunk = p_states + (i_bh * chunks + i_c) * SIZE + o
+        p_chunk = p_states + ((i_b * chunks + i_c) * heads + i_h) * SIZE + o
         b_added = tl.load(p_chunk, mask=m, other=0.0)
         tl.store(p_chunk, b_h, mask=m)
         end = tl.minimum(i_c * CHUNK + CHUNK, length) - 1
         decay = tl.exp2(tl.load(p_high + i_bh * length + end) + tl.load(p_low + i_bh * length + end))
         b_h = b_h * decay
         if RESET:
-            b_h = tl.where(tl.load(p_start + i_bh // heads * length + end) < i_c * CHUNK, b_h, 0.0)
+            b_h = tl.where(tl.load(p_start + i_b * length + end) < i_c * CHUNK, b_h, 0.0)
         b_h += b_added
     tl.store(p_last + i_bh * SIZE + o, b_h, mask=m)
 
@@ -169,7 +171,8 @@ def output_kernel(
 
     # the state before the chunk
     o_p = tl.arange(0, BLOCK_P)
-    b_h = load_state(p_states + (i_bh * chunks + i_c) * P * N, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
+    p_states += ((i_b * chunks + i_c) * heads + i_h) * P * N
+    b_h = load_state(p_states, P, N, BLOCK_P, BLOCK_N)  # (BLOCK_P, BLOCK_N)
     b_h, scale = cast_scaled(b_h, b_c)
     b_y = tl.dot(b_c, tl.trans(b_h), input_precision="ieee") * scale  # (BLOCK, BLOCK_P)
     m_reached = m_t & (b_start < begin)

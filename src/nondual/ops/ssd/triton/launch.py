@@ -50,7 +50,7 @@ class Launcher:
         self.delta, self.A = delta, A.contiguous()
         self.D = self.A if D is None else D.contiguous()
         self.bias = self.empty(self.heads).zero_() if delta_bias is None else delta_bias.contiguous()
-        self.initial = self.empty_states(1).zero_() if state is None else state.contiguous()
+        self.initial = self.empty_state().zero_() if state is None else state.contiguous()
         self.start = self.A if reset is None else sequence_starts(reset)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class Launcher:
 
     def states(self, v: Tensor, m: Tensor, backward: bool) -> Tensor:
         """What each chunk adds to the state, or to its gradient."""
-        states = self.empty_states(self.chunks)
+        states = self.empty(self.batch, self.chunks, self.heads, self.p, self.n)
         tiles = triton.cdiv(self.n, self.tile("states", "BLOCK_N"))
         self.launch(
             "states",
@@ -118,7 +118,7 @@ class Launcher:
 
     def pass_on(self) -> tuple[Tensor, Tensor]:
         """The state before each chunk, and the last."""
-        states, last = self.states(self.x, self.B, backward=False), self.empty_states(1)[:, :, 0]
+        states, last = self.states(self.x, self.B, backward=False), self.empty_state()
         self.launch(
             "pass",
             programs=self.batch * self.heads * self.pieces(),
@@ -150,7 +150,7 @@ class Launcher:
 
     def pass_back(self, dy: Tensor, dlast: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the state after each chunk and of the initial state, and what backward.py calls through."""
-        grads, dinitial = self.states(dy, self.C, backward=True), self.empty_states(1)[:, :, 0]
+        grads, dinitial = self.states(dy, self.C, backward=True), self.empty_state()
         through = self.empty(self.batch, self.heads, self.chunks, self.pieces())
         self.launch(
             "pass_back",
@@ -304,9 +304,9 @@ class Launcher:
         """An empty float32 tensor."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
-    def empty_states(self, chunks: int) -> Tensor:
-        """An empty tensor for the states of so many chunks."""
-        return self.empty(self.batch, self.heads, chunks, self.p, self.n)
+    def empty_state(self) -> Tensor:
+        """An empty tensor for a state of each head."""
+        return self.empty(self.batch, self.heads, self.p, self.n)
 
 
 def split_heads(v: Tensor | None, axis: int, parts: int) -> Tensor | None:

@@ -85,7 +85,7 @@ def softplus(x):
     b_u = 1.0 + b_e
     b_d = b_u - 1.0
     b_log = tl.where(b_d == 0, b_e, tl.log(b_u) * (b_e / tl.where(b_d == 0, 1.0, b_d)))
-    return tl.where(x > 20.0, x, b_log)
+    return tl.where(x <= 20.0, b_log, x)  # NaN stays NaN: a GPU's minimum of NaN and 20 is 20
 
 
 @triton.jit

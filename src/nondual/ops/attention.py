@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nondual.ops import masks
 from nondual.ops.autocast import as_autocast_does, autocast_off
@@ -195,10 +196,18 @@ def _sdpa(q, k, v, mask, causal, scale, dropout):
     """torch's fused kernels: the same result, no weights."""
     if mask is not None and mask.is_floating_point() and (q.device.type != "cpu" or q.dtype == torch.float64):
         mask = mask.to(q.dtype)  # a float32 mask beside other queries is taken by torch's kernels for a CPU alone
-    if scale is not None and scale <= 0 and q.device.type == "cuda":  # torch 2.11's cuDNN gives NaN gradients there
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     grouped = True if q.shape[1] != k.shape[1] else False  # with dynamic shapes `!=` alone gives a SymBool
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped), None
+    options = {"scale": scale, "enable_gqa": grouped}
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, **options), None
+    # Two faults of cuDNN under torch 2.11, seen on an H100: its gradients are NaN where scale <= 0, and it gives a
+    # forbidden key the score -65504, which wins where all the others lie below.
+    if scale is not None and scale <= 0:
+        q, options["scale"] = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout, causal, **options), None
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, **options), None
 
 
 def _both(mask: Tensor | None, allowed: Tensor) -> Tensor:

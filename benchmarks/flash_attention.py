@@ -1,4 +1,4 @@
-"""Flash attention on a GPU, against torch's FLASH, CUDNN and EFFICIENT backends and FlexAttention, in one run.
+"""Flash attention on a GPU, in one run with the textbook, torch's FLASH, CUDNN and EFFICIENT backends, FlexAttention.
 
 Every case times ours and each peer in turn, round by round, and keeps the ratio of the rounds: the card is shared and
 its clock moves. Beside each case stands its share of this card's own ceiling, taken in the same run: a large bf16
@@ -46,6 +46,20 @@ def sdpa(backend, options):
     return run
 
 
+def textbook(n, m, options):
+    """Plain PyTorch, which stores the table of weights."""
+    later = torch.arange(m, device="cuda") - torch.arange(m - n, m, device="cuda")[:, None]  # by how much, (N, M)
+    hidden = (later > 0) | (later <= -options.get("window", m)) if options.get("causal") else None
+
+    def run(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores = scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    return run
+
+
 def flex(n, m, options):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -72,6 +86,7 @@ def measure(name, d, n, m, kv_heads, options, limits, backward) -> dict:
     )
     makers = {
         "ours": lambda: lambda q, k, v: flash_attention(q, k, v, impl="triton", **options),
+        "textbook": lambda: textbook(n, m, options),
         **{peer: lambda backend=backend: sdpa(backend, options) for peer, backend in PEERS.items()},
         "flex": lambda: flex(n, m, options),
     }

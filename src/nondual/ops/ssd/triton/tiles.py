@@ -41,8 +41,8 @@ PIECE = 1024  # numbers of a state that one program of pass and pass_back carrie
 def configuration(kernel: str, chip: str, p: int, n: int, dtype: torch.dtype, chunk: int) -> dict[str, int]:
     """The tiles, warps and pipeline stages of a kernel.
 
-    Chosen from what compiles with no spill forward and few backward, as docs/measured/ssd_compile.json shows, not yet
-    from timings.
+    For "sm_90" and N up to 128 from timings on an H100; elsewhere from what compiles with no spill forward and few
+    backward, as docs/measured/ssd_compile.json shows.
 
     Args:
         kernel: "steps", "states", "pass", "output", "pass_back", "rows", "columns" or "steps_back".

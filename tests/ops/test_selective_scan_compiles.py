@@ -72,8 +72,12 @@ def demand(figures: dict, chip: str) -> int:
         if name.startswith("forward") and chip != "gfx942":
             assert row["spills"] == 0 and row["stack"] == 0, where
         if name.startswith(("forward N16", "backward N16")) and chip != "gfx942" and "resets" not in name:
-            goal = 10 if name.startswith("forward") else 32.5  # mamba-ssm's own issue 19.1 and 65.6 on sm_90
+            goal = 15 if name.startswith("forward") else 32.5  # mamba-ssm's own issue 19.1 and 65.6 on sm_90
             assert goal / 2 < instructions(row) < goal, where
+        if name.startswith("forward N16") and chip.startswith("sm_") and "constant" not in name:
+            # What the next group brings lies in registers: with 78 of them every load stood where it is used, and the
+            # kernel was several times slower.
+            assert row["registers"] >= 160, where
     return seen
 
 
@@ -82,8 +86,8 @@ def test_the_kernels_compile_well(compiled):
 
 
 def test_mambas_own_size_is_within_the_goals(compiled):
-    """On sm_90, with all that may be given: 10 instructions for an element forward, 32 backward."""
-    assert instructions(compiled["forward N16 bf16"]["sm_90"]) <= 10
+    """On sm_90, with all that may be given: 13.5 instructions for an element forward, 32 backward."""
+    assert instructions(compiled["forward N16 bf16"]["sm_90"]) <= 13.5
     assert instructions(compiled["backward N16 bf16"]["sm_90"]) <= 32
 
 

@@ -72,7 +72,8 @@ def demand(figures, chip):
         if half and kernel in ("states", "states_back", "output", "rows", "columns"):
             assert row["tensor"] > 0, f"no tensor cores: {where}"
         plain_products = "fp32" in name and "N256" in name  # long sums on plain multipliers do spill
-        if (kernel in FORWARD and not plain_products) or name.endswith("bf16 bare"):
+        timed = chip == "sm_90" and kernel in ("rows", "columns")  # twice as fast as tiles that do not spill
+        if (kernel in FORWARD and not plain_products) or (name.endswith("bf16 bare") and not timed):
             assert row["spills"] == 0 and row["stack"] == 0, where
         if "wgmma" in row:  # one wait for each product of tiles, not for each instruction of it
             assert row["serial"] <= 0.5, f"wgmma is serialised: {where}"

@@ -167,7 +167,6 @@ def forward_kernel(
                 SIZE=N * D,
                 CHUNK=CHUNK,
             )
-            # --8<-- [start:coming]
             # The next group is loaded before this one is used: a step that loads what it uses waits for memory.
             coming = load_group(
                 p_u=p_u,
@@ -188,7 +187,6 @@ def forward_kernel(
                 STEPS=STEPS if PART == 0 else 1,
                 EDGE=False,
             )
-            # --8<-- [end:coming]
             b_h, b_more_time, more_reset = scan_steps(
                 b_h=b_h,
                 group=group,

@@ -15,8 +15,9 @@ with install_import_hook("nondual", "beartype.beartype"):
     from nondual.pretrained import SentenceEncoder, load_mamba, minilm as load_minilm  # lazy, so named here
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
-    from nondual.efficient_attention.mamba import Mamba, step_bias
+    from nondual.efficient_attention.mamba import Mamba
     from nondual.efficient_attention.mamba2 import Mamba2
+    from nondual.efficient_attention.mamba_parts import step_bias
     from nondual.language_models.mamba import MambaLM
     from nondual.ops.attention import attention, masked_softmax
     from nondual.ops.causal_conv1d import causal_conv1d

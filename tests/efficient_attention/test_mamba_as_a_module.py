@@ -9,13 +9,12 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from nondual.efficient_attention import mamba as mamba_file
 from nondual.efficient_attention import mamba2 as mamba2_file
-from nondual.efficient_attention.mamba import Mamba, MambaCache, step_bias
+from nondual.efficient_attention.mamba import Mamba, MambaCache
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.language_models.mamba import MambaBlock, MambaLM
 
@@ -533,27 +532,6 @@ def test_what_is_kept_in_float32_when_parameters_are_narrow(kind, monkeypatch):
             assert A.dtype == state.dtype == torch.float32
             torch.testing.assert_close(A, -model.A_log.float().exp(), atol=0, rtol=1e-6)
         seen.clear()
-
-
-def test_the_first_steps_lie_where_they_are_asked_for_in_any_default_dtype():
-    """dt_min and dt_max are met and the floor too: in float32 to rounding, in bfloat16 as near as its digits are."""
-    for dtype, near in ((torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            for low, high, expected in ((0.01, 0.01, 0.01), (1e-7, 1e-6, 1e-4), (0.3, 0.3, 0.3)):
-                bias = step_bias(50, low, high)
-                assert bias.dtype == dtype
-                step = F.softplus(bias.double())
-                assert ((step / expected - 1).abs() < near).all(), (dtype, low, step.min(), step.max())
-        finally:
-            torch.set_default_dtype(default)
-
-
-def test_the_first_steps_spread_over_the_whole_range():
-    torch.manual_seed(0)
-    steps = F.softplus(step_bias(500, 1e-3, 1e-1).double())
-    assert 1e-3 * 0.999 <= steps.min() < 2e-3 and 5e-2 < steps.max() <= 1e-1 * 1.001
 
 
 # --- extreme values ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nondual.efficient_attention.mamba import (
+from nondual.efficient_attention.mamba_parts import (
     MambaCache,
     check_input,
     check_sizes,

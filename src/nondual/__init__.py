@@ -10,7 +10,8 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.token_ids             token ids, checked where they enter a model
     nondual.positional_encoding   learned positions
     nondual.feed_forward          what a layer does at each position by itself, plain or gated
-    nondual.transformer           the layer, the encoder, a text encoder
+    nondual.transformer_layer     a mixer and a feed-forward network with residual paths and norms; a mixer alone
+    nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
     nondual.decoder               the decoder that reads a memory
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         token_ids,
         training,
         transformer,
+        transformer_layer,
     )
     from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
     from nondual.data import shakespeare
@@ -128,6 +130,7 @@ __all__ = [
     "token_ids",
     "training",
     "transformer",
+    "transformer_layer",
 ]
 
 # The module that a name of __all__ is taken from; a name that is not here is itself a module.

@@ -21,7 +21,7 @@ from nondual.mixers import as_before_if_raised, check_reset, check_takes, new_ca
 from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import LearnedPositions
 from nondual.token_ids import check_ids
-from nondual.transformer import normed
+from nondual.transformer_layer import normed
 
 # The projections of the library's mixers and feed-forward networks, by name: their biases start at 0.
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")

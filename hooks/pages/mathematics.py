@@ -56,8 +56,12 @@ def typeset(page: str) -> str:
 
 @cache
 def typeset_formula(source: str, display: bool) -> str:
-    """One formula as HTML and MathML; `display` for one on a line of its own."""
-    return _katex()(source, display)
+    """One formula as HTML and MathML; `display` for one on a line of its own.
+
+    Its TeX stands in the MathML too. A screen reader would speak that as well while the formula is not laid out, so it
+    is told not to.
+    """
+    return _katex()(source, display).replace("<annotation ", '<annotation aria-hidden="true" ')
 
 
 @cache

@@ -62,6 +62,16 @@ ALIVE = """async () => {
   return [...still()].map((figure) => `an interactive figure stays a drawing: ${figure.id}`);
 }"""
 
+# A phone leaves what is far below its screen for later (content-visibility). To look at a whole page, all is laid out.
+AT_ONCE = """async () => {
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(".md-content * { content-visibility: visible !important; }");
+  document.adoptedStyleSheets.push(sheet);
+  dispatchEvent(new Event("resize"));  // upon which the page measures what scrolls sideways
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
+  await document.fonts.ready;
+}"""
+
 # axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
 AXE_RUN = """(rules) => axe.run(document, {
   resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
@@ -124,6 +134,7 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
     moved, what = page.evaluate(MOVED)
     if moved > MOST_MOVED:
         faults.append(f"moves by {moved:.3f} while it comes: {what}")
+    page.evaluate(AT_ONCE)
     if axe:
         page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
     for palette in palettes:

@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from documents import SITE, base_of
-from looking import ALIVE, PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
+from looking import ALIVE, AT_ONCE, PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
 
 HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 PARTS = 4  # the pages are looked at in so many tests, each within the time limit of one
@@ -100,15 +100,15 @@ def test_the_palette_turns_from_system_to_light_to_dark(home):
     assert seen == ["default", "default", "slate"]
 
 
-CODE = """() => {
+UNFOLD = """() => {
   for (const fold of document.querySelectorAll("details")) fold.open = true;
-  return new Promise((resolve) => setTimeout(resolve, 200)).then(() =>
-    [...document.querySelectorAll(".highlight:is(.alone, .excerpt) pre > code")].map((code) => {
-      const wide = code.scrollWidth > code.clientWidth + 1, shown = getComputedStyle(code).boxShadow !== "none";
-      const columns = Math.max(...code.textContent.split("\\n").map((line) => line.length));
-      return {columns, wide, shown, reached: code.tabIndex === 0};
-    }));
+  return new Promise((resolve) => setTimeout(resolve, 200));
 }"""
+CODE = """() => [...document.querySelectorAll(".highlight:is(.alone, .excerpt) pre > code")].map((code) => {
+  const wide = code.scrollWidth > code.clientWidth + 1, shown = getComputedStyle(code).boxShadow !== "none";
+  const columns = Math.max(...code.textContent.split("\\n").map((line) => line.length));
+  return {columns, wide, shown, reached: code.tabIndex === 0};
+})"""
 TO_THE_END = """async () => {
   const code = document.querySelector("pre > code.more-right");
   code.scrollLeft = code.scrollWidth;
@@ -126,6 +126,8 @@ def test_code_of_88_columns_fits_a_desk_and_scrolls_under_a_shaded_edge_on_a_pho
         page = context.new_page()
         for name in chapters:
             page.goto(site + name.removesuffix("index.html"))
+            page.evaluate(UNFOLD)
+            page.evaluate(AT_ONCE)
             for one in page.evaluate(CODE):
                 assert one["wide"] == one["shown"] == one["reached"], (size, name, one)
                 if size == "desktop" and one["columns"] <= 88:
@@ -135,6 +137,59 @@ def test_code_of_88_columns_fits_a_desk_and_scrolls_under_a_shaded_edge_on_a_pho
             assert page.evaluate(TO_THE_END).split() == ["more-left"]
         context.close()
     assert seen["phone"] > 20
+
+
+# Code far below a phone's screen, and whether the browser has left it for later.
+LATER = """() => {
+  const far = [...document.querySelectorAll(".md-content__inner > .highlight")];
+  return far.filter((node) => node.getBoundingClientRect().top > 6 * innerHeight)
+    .map((node) => !node.firstElementChild.checkVisibility({contentVisibilityAuto: true}));
+}"""
+TOPS = """async () => {
+  await new Promise((resolve) => setTimeout(resolve, 400));
+  const blocks = [...document.querySelectorAll(".md-content__inner > *")];
+  return blocks.map((node) => node.getBoundingClientRect().top + scrollY);
+}"""
+THROUGH = """async () => {
+  for (let y = 0; y < document.documentElement.scrollHeight; y += innerHeight / 2) {
+    scrollTo(0, y);
+    await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 10)));
+  }
+  scrollTo(0, 0);
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["essay/self_attention/", "essay/mamba/", "workshop/flash_attention/"])
+def test_what_a_phone_leaves_for_later_is_found_in_its_place(browser, site, name):
+    """A link into the page and the search of a browser meet what is not laid out yet; print has it all."""
+    context = still(browser, "phone")
+    page = context.new_page()
+    page.goto(site + name)
+    later = page.evaluate(LATER)
+    assert len(later) > 3 and all(later)
+    page.emulate_media(media="print")
+    assert not any(page.evaluate(LATER))
+    page.emulate_media(media="screen")
+    last = page.locator(".md-content__inner > .highlight.alone code").last.text_content()
+    line = max(last.splitlines(), key=len).strip()
+    assert page.evaluate("line => find(line)", line) and page.evaluate("scrollY > 6 * innerHeight")
+
+    page.goto(site + name)
+    for anchor in page.locator(".md-content__inner > h2").evaluate_all("all => all.map((node) => node.id)")[::3]:
+        page.goto("about:blank")
+        page.goto(f"{site}{name}#{anchor}")
+        page.wait_for_timeout(300)
+        top = page.locator(f"[id='{anchor}']").evaluate("node => node.getBoundingClientRect().top")
+        header = page.locator(".md-header").evaluate("node => node.getBoundingClientRect().bottom")
+        end = page.evaluate("scrollY + innerHeight >= document.documentElement.scrollHeight - 2")
+        assert top > header - 1 and (end or top < header + 60), (anchor, top, header)
+
+    page.evaluate(THROUGH)
+    seen = page.evaluate(TOPS)
+    page.evaluate(AT_ONCE)
+    assert page.evaluate(TOPS) == pytest.approx(seen, abs=1.0)
+    context.close()
 
 
 @pytest.mark.browser

@@ -7,13 +7,19 @@
     node.classList.toggle("more-left", node.scrollLeft > 1);
     node.classList.toggle("more-right", beyond > 1);
   };
-  const reachScrollable = () => {
-    for (const node of document.querySelectorAll(SCROLLABLE)) {
-      if (node.closest("details:not([open])")) continue; // to measure what is folded would have it laid out
-      if (node.scrollWidth > node.clientWidth + 1) node.tabIndex = 0;
-      else if (node.tabIndex === 0) node.removeAttribute("tabindex");
-      shade(node);
-    }
+  const reach = (node) => {
+    if (node.scrollWidth > node.clientWidth + 1) node.tabIndex = 0;
+    else if (node.tabIndex === 0) node.removeAttribute("tabindex");
+    shade(node);
+  };
+  // What is folded, or left for later by the style sheet's content-visibility, is measured once it is laid out: to measure
+  // it earlier is slow. Until then, browsers let the Tab key reach what scrolls.
+  const laidOut = (node) => !node.closest("details:not([open])")
+    && ((node.firstElementChild ?? node).checkVisibility?.({ contentVisibilityAuto: true }) ?? true);
+  const reachScrollable = () => [...document.querySelectorAll(SCROLLABLE)].filter(laidOut).forEach(reach);
+  const reachShown = ({ target, skipped }) => {
+    if (skipped) return;
+    [target, ...target.querySelectorAll("*")].filter((node) => node.matches(SCROLLABLE) && laidOut(node)).forEach(reach);
   };
   const shadeScrolled = ({ target }) => { if (target.matches?.(SCROLLABLE)) shade(target); };
 
@@ -28,12 +34,30 @@
     });
   };
 
-  const start = () => { reachScrollable(); reachTerms(); reachSearch(); };
+  // What is laid out on the way to a link's target may push it away: it is brought back, unless the reader moves on.
+  const land = () => {
+    let frames = 12;
+    const stop = () => { frames = 0; };
+    for (const kind of ["wheel", "touchstart", "keydown"]) addEventListener(kind, stop, { once: true, passive: true });
+    const settle = () => {
+      if (--frames < 0) return;
+      const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      if (frames % 4 === 3) target?.scrollIntoView({ behavior: "instant" });
+      requestAnimationFrame(settle);
+    };
+    requestAnimationFrame(settle);
+  };
+  const arrive = () => { if (location.hash && performance.getEntriesByType("navigation")[0]?.type === "navigate") land(); };
+  const landOnClick = ({ target }) => { if (target.closest?.("a[href*='#']")) land(); };
+
+  const start = () => { reachTerms(); reachSearch(); };
   if (typeof document$ === "undefined") start();
   else document$.subscribe(start);
   addEventListener("resize", reachScrollable, { passive: true });
-  addEventListener("load", reachScrollable);
+  addEventListener("load", () => { reachScrollable(); arrive(); });
+  document.addEventListener("click", landOnClick);
   document.addEventListener("scroll", shadeScrolled, { capture: true, passive: true });
+  document.addEventListener("contentvisibilityautostatechange", reachShown, { capture: true, passive: true });
   document.addEventListener("toggle", reachScrollable, { capture: true, passive: true }); // a fold that opens
-  if (document.fonts) document.fonts.ready.then(reachScrollable);
+  document.fonts?.addEventListener("loadingdone", reachScrollable);
 })();

@@ -3,7 +3,6 @@
 in_a_process_of_its_own   run code in a fresh interpreter with a time limit: process groups, forks, whatever can hang
 a_server_of_its_own       start code that goes on until the test ends it, such as an HTTP server
 light_pytest              variables with which a pytest of its own starts in a fifth of the time
-error_budget              compare our error with plain PyTorch's error, over several draws
 largest                   how many numbers the largest tensor held that a call made
 in_float64                a context in which code that asks for float32 gets float64
 quick_interpreter         for every test: Triton's interpreter works out once what never changes
@@ -164,62 +163,6 @@ def light_pytest(tmp_path_factory) -> dict[str, str]:
         "PYTEST_PLUGINS": "xdist.plugin,pytest_timeout,pytest_codeblocks.plugin",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])),
     }
-
-
-# --- error budgets ---------------------------------------------------------------------------------------------------
-
-
-class ErrorBudget:
-    """The largest error of ours and of plain PyTorch over several draws, by name of output.
-
-    One draw is luck: plain PyTorch may happen to be exact where we round. So errors are pooled over draws first, and
-    then compared.
-
-        for seed in range(error_budget.DRAWS):
-            torch.manual_seed(seed)
-            ...
-            error_budget.add("y", ours=y, plain=y_plain, exact=y_float64)
-        error_budget.check({"y": 2}, otherwise=3)
-    """
-
-    DRAWS = 5
-
-    def __init__(self):
-        self.errors: dict[str, list[tuple[float, float, float]]] = {}
-
-    def add(self, name: str, *, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-        """One draw's tensors, of one shape. `exact` is float64; `ours` may be narrower, and is widened to compare."""
-        wide = torch.complex128 if exact.is_complex() else torch.float64
-        exact = exact.detach().to(wide)
-        for x in (ours, plain):
-            assert x.shape == exact.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(exact.shape)}"
-        if exact.numel() == 0:
-            raise ValueError(f"{name}: an empty tensor has no error to judge")
-        off = [(x.detach().to(wide) - exact).abs().max().item() for x in (ours, plain)]
-        ulp = torch.finfo(ours.dtype).eps * exact.abs().max().item()
-        self.errors.setdefault(name, []).append((off[0], off[1], ulp))
-
-    def check(self, times: Mapping[str, float] | float, otherwise: float | None = None, ulps: float = 4) -> None:
-        """Assert for each name that our largest error is at most `times` plain PyTorch's largest, plus `ulps`.
-
-        Args:
-            times: the factor; or a factor for each name, and `otherwise` for the rest.
-            ulps: added to the allowance, in units of eps (of our dtype) times the largest exact value.
-        """
-        assert self.errors, "nothing was added: there is no error to judge"
-        for name, draws in self.errors.items():
-            assert len(draws) >= self.DRAWS, f"{name}: {len(draws)} draws; an error is judged over {self.DRAWS} or more"
-            factor = times.get(name, otherwise) if isinstance(times, Mapping) else times
-            assert factor is not None, f"{name}: no factor was given for it"
-            # torch's maximum keeps a NaN, and a NaN is not less than anything: it fails below.
-            ours, plain, ulp = torch.tensor(draws, dtype=torch.float64).amax(0).tolist()
-            assert ours <= factor * plain + ulps * ulp, f"{name}: {ours:.3g} off, plain PyTorch {plain:.3g}"
-
-
-@pytest.fixture
-def error_budget() -> ErrorBudget:
-    """Compare our error with plain PyTorch's error, over several draws."""
-    return ErrorBudget()
 
 
 # --- looking at a run ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fixtures of tests/conftest.py: a process that hangs is ended and shows where, and luck is no evidence."""
+"""The fixtures of tests/conftest.py: a process that hangs is ended and shows where; the quick interpreter is right."""
 
 import os
 import time
@@ -89,46 +89,6 @@ def gone(process: int) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-# --- error budgets ---------------------------------------------------------------------------------------------------
-
-
-def test_one_unlucky_draw_is_not_held_against_us_and_a_lasting_error_is(error_budget):
-    """In the draw where plain PyTorch is exact by luck we may be off by what it is off by elsewhere."""
-    exact = torch.ones(3, dtype=torch.float64)
-    for seed in range(error_budget.DRAWS):
-        plain = 1.0 if seed == 2 else 1.01
-        error_budget.add("y", ours=torch.full((3,), 1.015), plain=torch.full((3,), plain), exact=exact)
-    error_budget.check(2)
-    with pytest.raises(AssertionError, match=r"y: 0\.015 off, plain PyTorch 0\.01"):
-        error_budget.check({"y": 1.2})
-
-
-def test_a_complex_error_counts_whole(error_budget):
-    exact = torch.ones(1, dtype=torch.complex128)
-    for _ in range(error_budget.DRAWS):
-        error_budget.add("state", ours=(exact + 0.03j).to(torch.complex64), plain=exact + 0.01, exact=exact)
-    error_budget.check(4)
-    with pytest.raises(AssertionError, match=r"state: 0\.03 off, plain PyTorch 0\.01"):
-        error_budget.check(2)
-
-
-def test_a_budget_wants_several_draws_and_a_factor_and_sees_a_nan(error_budget):
-    one = torch.ones(1)
-    with pytest.raises(AssertionError, match="nothing was added"):
-        error_budget.check(2)
-    for _ in range(error_budget.DRAWS - 1):
-        error_budget.add("y", ours=one, plain=one, exact=one)
-    with pytest.raises(AssertionError, match="4 draws; an error is judged over 5 or more"):
-        error_budget.check(2)
-    error_budget.add("y", ours=one * torch.nan, plain=one, exact=one)
-    with pytest.raises(AssertionError, match="no factor"):
-        error_budget.check({"x": 2})
-    with pytest.raises(AssertionError, match="nan off"):
-        error_budget.check(2)
-    with pytest.raises(AssertionError, match=r"shape \(2,\), wanted \(1,\)"):
-        error_budget.add("z", ours=torch.ones(2), plain=one, exact=one)
 
 
 # --- Triton's interpreter --------------------------------------------------------------------------------------------

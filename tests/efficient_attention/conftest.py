@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from harness import DRAWS, ErrorBudget
 
 
 @pytest.fixture
-def check_narrow(error_budget) -> Callable[..., None]:
+def check_narrow() -> Callable[..., None]:
     """A function: under autocast and in bfloat16 a mixer is at most 2 times as far off as plain PyTorch, gradients 3.
 
     Args:
@@ -18,7 +19,8 @@ def check_narrow(error_budget) -> Callable[..., None]:
     """
 
     def check(block, draw, run, judged):
-        for seed in range(error_budget.DRAWS):
+        budget = ErrorBudget()
+        for seed in range(DRAWS):
             ours, (x, g) = block(torch.float32, seed), draw(seed)
             exact = run(block(torch.float32, seed).double(), x, g, torch.float64)
             plain = judged(ours, x, g)
@@ -29,10 +31,10 @@ def check_narrow(error_budget) -> Callable[..., None]:
             assert cast["y"].dtype == parts.dtype == torch.bfloat16 and cache.state.dtype == torch.float32
             half = run(ours.bfloat16(), x, g, torch.bfloat16)
             assert half["y"].dtype == torch.bfloat16 and ours.new_cache(len(x)).conv.dtype == torch.bfloat16
-            error_budget.add("y", ours=parts, plain=plain["y"], exact=exact["y"])
+            budget.add("y", ours=parts, plain=plain["y"], exact=exact["y"])
             for name, right in exact.items():
                 for narrow in (cast[name], half[name]):
-                    error_budget.add(name, ours=narrow.bfloat16(), plain=plain[name], exact=right)
-        error_budget.check({"y": 2}, otherwise=3, ulps=1)
+                    budget.add(name, ours=narrow.bfloat16(), plain=plain[name], exact=right)
+        budget.check({"y": 2}, otherwise=3, ulps=1)
 
     return check

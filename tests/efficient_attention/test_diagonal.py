@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from harness import DRAWS, ErrorBudget
 
 from nondual.efficient_attention.diagonal import chunked, convolution, powers, recurrence, scan
 from nondual.efficient_attention.s4d import s4d_inv, s4d_legs, s4d_lin
@@ -73,7 +74,7 @@ def test_splitting_a_sequence_changes_nothing(way, cut):
 
 
 @pytest.mark.parametrize("way", [chunked, convolution, scan])
-def test_no_less_exact_than_the_recurrence_in_float32(way, error_budget):
+def test_no_less_exact_than_the_recurrence_in_float32(way):
     """Error against float64 at most twice that of the plain loop in float32, gradients three times."""
 
     def run(f, wide, single, grad):
@@ -83,12 +84,13 @@ def test_no_less_exact_than_the_recurrence_in_float32(way, error_budget):
         y.backward(grad.to(y.dtype))
         return [y.detach(), *(v.grad for v in x)]
 
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         given = arguments(1000, torch.float32, seed=seed), draw(B, 1000, D, seed=10 * seed + 3).float()
         runs = (run(f, wide, *given) for f, wide in ((way, False), (recurrence, False), (recurrence, True)))
         for name, ours, plain, exact in zip(("y", "d_u", "d_A_bar", "d_B_bar", "d_C", "d_state"), *runs):
-            error_budget.add(name, ours=ours, plain=plain, exact=exact)
-    error_budget.check({"y": 2}, otherwise=3, ulps=math.log2(2000) / 2)  # an FFT rounds once at each of its levels
+            budget.add(name, ours=ours, plain=plain, exact=exact)
+    budget.check({"y": 2}, otherwise=3, ulps=math.log2(2000) / 2)  # an FFT rounds once at each of its levels
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 100])

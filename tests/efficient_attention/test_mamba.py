@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DRAWS, ErrorBudget
 from mambapy.mamba import MambaBlock as Judge
 from mambapy.mamba import MambaConfig as JudgeConfig
 from torch import nn
@@ -174,9 +175,10 @@ def test_nothing_to_read(batch, length):
 # --- engines, dtypes and machines ----------------------------------------------------------------------------------
 
 
-def test_the_engine_does_not_matter(error_budget):
+def test_the_engine_does_not_matter():
     """Against the block in float64: no engine is further off than 2 times (gradients 3) what the reference is."""
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         x, g = sequence(37, torch.float32, seed=seed), torch.randn(B, 37, E)
         runs = {}
         for name, dtype in (("auto", torch.float32), ("reference", torch.float32), ("exact", torch.float64)):
@@ -185,8 +187,8 @@ def test_the_engine_does_not_matter(error_budget):
             y = mamba(given)
             runs[name] = {"y": y, **gradients(mamba, given, y, g.to(dtype))}
         for name, exact in runs["exact"].items():
-            error_budget.add(name, ours=runs["auto"][name], plain=runs["reference"][name], exact=exact)
-    error_budget.check({"y": 2}, otherwise=3)
+            budget.add(name, ours=runs["auto"][name], plain=runs["reference"][name], exact=exact)
+    budget.check({"y": 2}, otherwise=3)
 
 
 def test_autocast_is_no_further_off_than_plain_torch(check_narrow):

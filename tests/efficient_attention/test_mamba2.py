@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DRAWS, ErrorBudget
 from torch import nn
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as Judge
@@ -213,16 +214,17 @@ def run(module, x, g, dtype):
 
 
 @pytest.mark.parametrize("more", [dict(), dict(impl="chunked"), dict(chunk=None), dict(chunk=16)], ids=str)
-def test_the_engine_does_not_matter(more, error_budget):
+def test_the_engine_does_not_matter(more):
     """Against the block in float64: no engine is further off than 2 times (gradients 3) what the reference is."""
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         x, g = sequence(37, torch.float32, seed=seed), torch.randn(B, 37, E)
         right = run(block(torch.float32, seed).double(), x, g, torch.float64)
         plain = run(block(torch.float32, seed, impl="reference"), x, g, torch.float32)
         found = run(block(torch.float32, seed, **more), x, g, torch.float32)
         for name, exact in right.items():
-            error_budget.add(name, ours=found[name], plain=plain[name], exact=exact)
-    error_budget.check({"y": 2}, otherwise=3)
+            budget.add(name, ours=found[name], plain=plain[name], exact=exact)
+    budget.check({"y": 2}, otherwise=3)
 
 
 def test_narrow_numbers_are_no_further_off_than_in_plain_torch(check_narrow):

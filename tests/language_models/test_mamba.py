@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DRAWS, ErrorBudget
 
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
@@ -153,7 +154,7 @@ ON_A_GPU = [pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (tor
 
 @pytest.mark.parametrize("kind", MIXERS)
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), *ON_A_GPU], ids=str)
-def test_the_engine_does_not_matter(kind, device, dtype, error_budget):
+def test_the_engine_does_not_matter(kind, device, dtype):
     """Scores no further off than 2 times what the plain engine is from float64, and every gradient than 3 times."""
 
     def run(impl, device, dtype, seed):
@@ -164,12 +165,13 @@ def test_the_engine_does_not_matter(kind, device, dtype, error_budget):
         found = {"scores": scores, **all_gradients(model, model.loss(ids))}
         return {name: value.detach().cpu() for name, value in found.items()}
 
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         exact = run("reference", "cpu", torch.float64, seed)
         plain, ours = run("reference", device, dtype, seed), run("auto", device, dtype, seed)
         for name, right in exact.items():
-            error_budget.add(name, ours=ours[name], plain=plain[name], exact=right)
-    error_budget.check({"scores": 2}, otherwise=3)
+            budget.add(name, ours=ours[name], plain=plain[name], exact=right)
+    budget.check({"scores": 2}, otherwise=3)
 
 
 @pytest.mark.gpu

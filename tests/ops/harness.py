@@ -1,4 +1,4 @@
-"""What the tests of every kernel share.
+"""What the tests of every kernel share, and the error budget of all tests.
 
 Where a test runs: `everywhere` gives it a `device`, "cpu" in Triton's interpreter where there is no GPU, and "cuda";
 `DTYPES` are the dtypes to go with it, and `needs_the_interpreter` drops a test where kernels are compiled.
@@ -7,12 +7,22 @@ Where a test runs: `everywhere` gives it a `device`, "cpu" in Triton's interpret
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_sums(device, dtype): ...
 
-How exact a result must be: `errors` compares three runs by name of output and gradient, ours and plain PyTorch's in the
-same dtype and one in float64; `check` allows ours a multiple of plain PyTorch's own error. Plain PyTorch is now and
-then nearly exact by chance: give `draws`, more runs of it with their float64, and its worst error counts.
+How exact a result must be: at most a multiple of plain PyTorch's own error in the same dtype, both measured against
+float64, plus a floor. Plain PyTorch is now and then nearly exact by chance, so its error is the worst of several draws.
+There are two ways to gather the draws. `errors` and `check` judge our result in the first draw alone, which is quick
+where a kernel runs in Triton's interpreter; `draws` are more runs of plain PyTorch.
 
     found = errors({"y": y}, {"y": plain}, {"y": exact}, draws=more)
     check(found, outputs={"y"})
+
+`ErrorBudget` judges our result in every draw: our worst error beside plain PyTorch's worst.
+
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        ...
+        budget.add("y", ours=y, plain=y_plain, exact=y_float64)
+    budget.check({"y": 2}, otherwise=3)
 
 Whether everything is written: the fixture `poisoned` of conftest.py fills new memory with NaN. A whole file has it by
 
@@ -156,17 +166,22 @@ def errors(
         assert ours[name].isfinite().all(), f"{name} is not finite"
         assert ours[name].shape == truth.shape, f"{name}: {tuple(ours[name].shape)}, wanted {tuple(truth.shape)}"
         if truth.numel():
-            found[name] = Error(
-                _largest(ours[name], truth), _largest(plain[name], truth), float(floor(truth, ours[name].dtype))
-            )
+            found[name] = error_of(ours[name], plain[name], truth, floor)
     for plain, exact in draws:
         for name, error in found.items():
-            found[name] = error._replace(plain=max(error.plain, _largest(plain[name], exact[name])))
+            found[name] = error._replace(plain=max(error.plain, distance(plain[name], exact[name])))
     return found
 
 
-def _largest(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach() - exact.detach()).abs().max())
+def error_of(ours: Tensor, plain: Tensor, exact: Tensor, floor: Callable[[Tensor, torch.dtype], Tensor]) -> Error:
+    """The error of one result in one draw; `floor` as in `errors`."""
+    return Error(distance(ours, exact), distance(plain, exact), float(floor(exact.detach(), ours.dtype)))
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference, in float64 or complex128; NaN where there is a NaN."""
+    wide = torch.complex128 if exact.is_complex() else torch.float64
+    return float((found.detach().to(wide) - exact.detach().to(wide)).abs().max())
 
 
 def check(found: Mapping[str, Error], outputs: Collection[str], times: float = 2, times_gradient: float = 3) -> None:
@@ -179,8 +194,59 @@ def check(found: Mapping[str, Error], outputs: Collection[str], times: float = 2
         times_gradient: the multiple for gradients.
     """
     for name, error in found.items():
-        bound = (times if name in outputs else times_gradient) * error.plain + error.floor
-        assert error.ours <= bound, f"{name}: off by {error.ours:.1e}, allowed {bound:.1e}; {error}"
+        _check_one(name, error, times if name in outputs else times_gradient)
+
+
+def _check_one(name: str, error: Error, times: float) -> None:
+    bound = times * error.plain + error.floor
+    # A NaN is not less than anything: it fails.
+    assert error.ours <= bound, f"{name}: off by {error.ours:.1e}, allowed {bound:.1e}; {error}"
+
+
+def one_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """A unit in the last place of the largest number."""
+    return exact.abs().max() * torch.finfo(dtype).eps
+
+
+class ErrorBudget:
+    """The errors of results by name over several draws, in each of which ours is judged.
+
+    Attributes:
+        errors: the errors of each draw by name; their floor is `one_place`.
+    """
+
+    def __init__(self):
+        self.errors: dict[str, list[Error]] = {}
+
+    def add(self, name: str, *, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+        """One draw's results, of one shape. `exact` is float64 or complex128; `ours` may be narrower.
+
+        Raises:
+            AssertionError: results of another shape than the exact one.
+            ValueError: an empty result.
+        """
+        for x in (ours, plain):
+            assert x.shape == exact.shape, f"{name}: shape {tuple(x.shape)}, wanted {tuple(exact.shape)}"
+        if exact.numel() == 0:
+            raise ValueError(f"{name}: an empty tensor has no error to judge")
+        self.errors.setdefault(name, []).append(error_of(ours, plain, exact, one_place))
+
+    def check(self, times: Mapping[str, float] | float, otherwise: float | None = None, ulps: float = 4) -> None:
+        """Assert for each name that our largest error is at most `times` plain PyTorch's largest, plus `ulps` floors.
+
+        Args:
+            times: the multiple; or a multiple for each name, and `otherwise` for the rest.
+            otherwise: the multiple for names that `times` does not have.
+            ulps: how many units in the last place of the largest exact number are allowed besides.
+        """
+        assert self.errors, "nothing was added: there is no error to judge"
+        for name, draws in self.errors.items():
+            assert len(draws) >= DRAWS, f"{name}: {len(draws)} draws; an error is judged over {DRAWS} or more"
+            factor = times.get(name, otherwise) if isinstance(times, Mapping) else times
+            assert factor is not None, f"{name}: no factor was given for it"
+            # torch's maximum keeps a NaN, where Python's may drop it.
+            ours, plain, place = torch.tensor(draws, dtype=torch.float64).amax(0).tolist()
+            _check_one(name, Error(ours, plain, ulps * place), factor)
 
 
 # --- addresses, in the interpreter -----------------------------------------------------------------------------------

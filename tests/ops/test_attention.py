@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DRAWS, ErrorBudget
 
 from nondual.ops import masks
 from nondual.ops.attention import attention, masked_softmax
@@ -79,22 +80,23 @@ def test_engines_agree_forward_and_backward(n, m, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("impl", ENGINES)
-def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, impl, error_budget):
+def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, impl):
     """Against float64: at most twice the error of the textbook formula in the same dtype, gradients three times."""
 
     def textbook(q, k, v):
         return F.softmax(q @ k.mT / math.sqrt(D), -1) @ v
 
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         inputs = qkv(37, 41, dtype=dtype, seed=seed)
         exact = [x.detach().double().requires_grad_() for x in inputs]
         truth, plain, ours = textbook(*exact), textbook(*inputs), attention(*inputs, impl=impl)
         assert ours.dtype == dtype
-        error_budget.add("out", ours=ours, plain=plain, exact=truth)
+        budget.add("out", ours=ours, plain=plain, exact=truth)
         grads = gradients(truth, exact), gradients(plain, inputs), gradients(ours, inputs)
         for name, g_truth, g_plain, g_ours in zip("qkv", *grads):
-            error_budget.add(f"gradient of {name}", ours=g_ours, plain=g_plain, exact=g_truth)
-    error_budget.check({"out": 2}, otherwise=3, ulps=1 if dtype == torch.float32 else 0)
+            budget.add(f"gradient of {name}", ours=g_ours, plain=g_plain, exact=g_truth)
+    budget.check({"out": 2}, otherwise=3, ulps=1 if dtype == torch.float32 else 0)
 
 
 def test_rows_of_weights_sum_to_one_and_rebuild_the_output():

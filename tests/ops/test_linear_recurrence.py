@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from harness import DRAWS, ErrorBudget
 from recurrence_cases import ENGINES, KINDS, LENGTHS, arguments, by_matrix, draw
 
 from nondual.ops.linear_recurrence import FEW, associative_scan, combine, linear_recurrence, parallel, sequential
@@ -146,7 +147,7 @@ def plain(a, b, state):
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
-def test_no_less_exact_than_the_formula(dtype, impl, error_budget):
+def test_no_less_exact_than_the_formula(dtype, impl):
     """Error against float64 at most twice that of plain PyTorch in the same dtype, gradients three times; and half a
     unit in the last place of the largest number."""
     exact_dtype = torch.complex128 if dtype.is_complex else torch.float64
@@ -157,7 +158,8 @@ def test_no_less_exact_than_the_formula(dtype, impl, error_budget):
         h.backward(grad.to(dtype))
         return [h.detach(), *(y.grad for y in x)]
 
-    for seed in range(error_budget.DRAWS):
+    budget = ErrorBudget()
+    for seed in range(DRAWS):
         leaves = [x.roll(seed, 1 if x.ndim > 3 else -1).to(dtype) for x in arguments(257, exact_dtype)]  # rounded once
         leaves[1] = draw(*leaves[1].shape, dtype=exact_dtype, seed=10 + seed).to(dtype)
         grad = draw(*leaves[1].shape, dtype=exact_dtype, seed=20 + seed).to(dtype)
@@ -165,8 +167,8 @@ def test_no_less_exact_than_the_formula(dtype, impl, error_budget):
         theirs, exact = run(plain, dtype, leaves, grad), run(plain, exact_dtype, leaves, grad)
         for name, x, y, z in zip(("h", "d_a", "d_b", "d_state"), ours, theirs, exact):
             assert x.dtype == dtype
-            error_budget.add(name, ours=x, plain=y, exact=z)
-    error_budget.check({"h": 2}, otherwise=3, ulps=0.5)
+            budget.add(name, ours=x, plain=y, exact=z)
+    budget.check({"h": 2}, otherwise=3, ulps=0.5)
 
 
 @pytest.mark.parametrize("impl", ENGINES)

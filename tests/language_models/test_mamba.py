@@ -10,6 +10,7 @@ from harness import DRAWS, ErrorBudget
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.language_models.mamba import MambaBlock, MambaLM, choose
+from nondual.training import optimiser, train
 
 B, N, E, V = 2, 11, 6, 13
 MIXERS = {
@@ -131,12 +132,9 @@ def test_the_loss_of_packed_sequences_is_that_of_each_alone(model):
 
 
 def test_it_learns_by_heart(model):
-    ids, adam = torch.arange(N)[None].expand(B, N), torch.optim.Adam(model.float().parameters(), 3e-2)
+    ids, model = torch.arange(N)[None].expand(B, N), model.float()
     before = model.loss(ids).item()
-    for _ in range(100):
-        adam.zero_grad()
-        model.loss(ids).backward()
-        adam.step()
+    train(model, model.loss, lambda _: ids, optimiser=optimiser(model, 3e-2), steps=100)
     assert model.loss(ids).item() < before / 10
     assert torch.equal(model.generate(ids[:, :3], N - 3), ids)
 

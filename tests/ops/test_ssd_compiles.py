@@ -55,6 +55,8 @@ def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes(compiled_alone
     assert {name for name, tensor in zip(said[::2], said[1::2]) if tensor == "True"} == {
         "states_kernel",
         "output_kernel",
+        "rows_kernel",
+        "columns_kernel",
     }
 
 

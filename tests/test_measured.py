@@ -199,4 +199,4 @@ def test_a_command_that_takes_nothing_again_is_named(command, fault):
 
 def test_a_file_that_nothing_uses_is_seen():
     assert uses("nobody_measured" + "_this.json", ROOT) == []
-    assert {"A0.3", "docs/essay/self_attention.md"} <= set(uses("essay_codebase" + ".json", ROOT))
+    assert {"A0.3", "docs/essay/self_attention_texts.md"} <= set(uses("essay_codebase" + ".json", ROOT))

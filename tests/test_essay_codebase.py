@@ -68,7 +68,7 @@ def properties():
         yield "a state that is carried on is the whole sequence read at once", steps, mamba(x)
 
 
-@pytest.mark.claim("A0.3", "does not hold")
+@pytest.mark.claim("A0.3", "holds if")
 def test_mathematics_decides_what_is_said_of_a_mechanism_and_not_every_claim(monkeypatch):
     """Of the thirteen files five hold arithmetic; seven of the essay's formulas are checked here without any of them.
 

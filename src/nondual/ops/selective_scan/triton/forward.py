@@ -224,7 +224,8 @@ def pass_kernel(p_start, p_local, p_decay, p_initial, size, spans, REVERSE: tl.c
     """Between two levels: the state before each span, by h = decay · h + local from the first span on.
 
     In REVERSE it is q after each span, from the last span back. One program: BLOCK of the `size` = N · D numbers of the
-    state of one sequence of the batch, through all spans; p_start, p_local and p_decay are (B, spans, N, D).
+    state of one sequence of the batch, through all spans. p_start, p_local and p_decay are (B, spans, size), and have
+    channels and states in one order, whichever it is.
     """
     # --8<-- [start:pass_kernel]
     blocks = tl.cdiv(size, BLOCK)

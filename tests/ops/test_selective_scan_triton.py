@@ -80,10 +80,10 @@ def made(length, d, n, *, b=1, dtype=torch.float32, device="cpu", reset=None, **
 
 
 def check(given, **how):
-    """At most twice the error of plain PyTorch, three times for gradients; of small cases over several draws."""
+    """At most twice the error of plain PyTorch, three times for gradients, judged over several draws: however large
+    the case, dA and dD have few numbers, which may be exact by luck in one."""
     how = {"dy": incoming(given["u"])} | how  # the same numbers for our engine, plain PyTorch and float64
-    draws = DRAWS if given["u"].numel() < 2**16 else 1  # one small draw may be exact by luck; a large one is many
-    scan_cases.check(given, "triton", draws=draws, floor=half_a_place, **how)
+    scan_cases.check(given, "triton", draws=DRAWS, floor=half_a_place, **how)
 
 
 # --- right ---------------------------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ def test_two_levels_take_over_by_their_rule(device, kernel):
         return kernels.spans_of(torch.empty(1, device=device).expand(b, length, d), kernel)
 
     chip = 8 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
-    full = tiles.FULL[kernel] * chip
+    full, wanted = tiles.FULL[kernel] * chip, tiles.SPANNED[kernel] * chip
     assert spans(1, 100 * CHUNK, full) == spans(full, 100 * CHUNK, 1) == 1
-    assert spans(1, 100 * CHUNK, full // 2) == 4
+    assert spans(1, 100 * CHUNK, full // 2) == -(-wanted // (full // 2)) > 1
     assert spans(1, 100 * CHUNK, 1) == 50  # no span is shorter than two chunks
     assert spans(1, 4 * CHUNK - 1, 1) == spans(1, 1, 1) == 1
 

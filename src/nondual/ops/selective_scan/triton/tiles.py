@@ -7,7 +7,8 @@ from nondual.ops.kernels import multiprocessors
 from nondual.ops.selective_scan.triton.primitives import INTERPRETED
 
 CHUNK = 8 if INTERPRETED else 64  # steps between two checkpoints, which are N/64 float32 numbers for each number of u
-FULL = {"forward": 96, "backward": 192}  # channels for each multiprocessor from which on one level fills the chip
+FULL = {"forward": 60, "backward": 192}  # channels for each multiprocessor from which on one level is faster
+SPANNED = {"forward": 192, "backward": 384}  # and how many, counted in each span, two levels should have
 TILES = {  # of the backward kernel, by N up to a power of two: D_LO, N_HI, D_HI, N_LO, STEPS, num_warps
     1: (4, 1, 32, 1, 2, 1),
     2: (4, 1, 32, 2, 2, 1),
@@ -63,12 +64,13 @@ def spans_of(u: Tensor, kernel: str) -> int:
     """Into how many spans time is cut for the "forward" or the "backward" kernel; 1 where one level is enough.
 
     The rule: two levels take over where there are fewer channels, B · D, than FULL for each multiprocessor: on an H100
-    12,672 forward and 25,344 backward. Time is then cut until there are twice as many, into spans of at least two
-    chunks; a sequence shorter than two such spans stays whole. The numbers are from timings on an H100: the second
-    scan is work for threads that were idle, and one more program on a multiprocessor hides what the others wait for.
+    7,920 forward and 25,344 backward. Time is then cut until there are SPANNED, into spans of at least two chunks; a
+    sequence shorter than two such spans stays whole. The numbers are from timings on an H100. Forward, a step of two
+    levels over 8,192 channels took longer there than one of one level over 16,384 channels, and fewer channels cannot
+    take longer.
     """
     batch, length, channels = u.shape
-    enough = FULL[kernel] * multiprocessors(u.device, otherwise=8)
-    if batch * channels >= enough:
+    programs = multiprocessors(u.device, otherwise=8)
+    if batch * channels >= FULL[kernel] * programs:
         return 1
-    return max(1, min(triton.cdiv(2 * enough, batch * channels), length // (2 * CHUNK)))
+    return max(1, min(triton.cdiv(SPANNED[kernel] * programs, batch * channels), length // (2 * CHUNK)))

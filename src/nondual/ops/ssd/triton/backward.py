@@ -30,6 +30,7 @@ from nondual.ops.ssd.triton.primitives import (
     load_rows,
     load_state,
     store_rows,
+    sum_products,
 )
 
 
@@ -217,7 +218,11 @@ def columns_kernel(
             b_du = tl.where(m_to_end[:, None], b_du, 0.0)
             b_db_state = tl.where(m_to_end[:, None], b_db_state, 0.0)
         b_db += b_db_state
-        tl.store(p_into_state + i_bh * length + o_s, tl.sum(b_du * b_x.to(tl.float32), 1) * b_step, mask=m_s)
+        tl.store(
+            p_into_state + i_bh * length + o_s,
+            sum_products(b_du, b_x.to(tl.float32), m_s[:, None], 1) * b_step,
+            mask=m_s,
+        )
 
         # within the chunk
         b_columns = tl.zeros((BLOCK,), tl.float32)
@@ -237,10 +242,10 @@ def columns_kernel(
             b_dw = tl.dot(b_x, tl.trans(b_dyn), input_precision="ieee") * s_dyn  # (BLOCK, BLOCK)
             b_dw = tl.where(m_st, b_dw * b_decay_st * b_step[:, None], 0.0)
             if first != i_tile * BLOCK:  # the rows kernel sums Q where s and t are in one tile
-                b_columns += tl.sum(b_scores * b_dw, 1)
+                b_columns += sum_products(b_scores, b_dw, m_st, 1)
             b_db = dot_add(b_dw, b_c, b_db)
         tl.store(p_columns + i_bh * length + o_s, b_columns, mask=m_s)
-        tl.store(p_dstep + i_bh * length + o_s, tl.sum(b_du * b_x.to(tl.float32), 1), mask=m_s)
+        tl.store(p_dstep + i_bh * length + o_s, sum_products(b_du, b_x.to(tl.float32), m_s[:, None], 1), mask=m_s)
 
         b_du = b_du * b_step[:, None]
         if SKIP:
@@ -248,7 +253,7 @@ def columns_kernel(
             b_d = tl.load(p_d + i_h * P + o_p, mask=o_p < P, other=0.0)  # (BLOCK_P,)
             b_du += b_dy * b_d[None, :]
             p_part = p_dd + ((i_b * tiles + i_tile) * heads + i_h) * P  # p_dd is (B, tiles, H, P)
-            tl.store(p_part + o_p, tl.sum(b_dy * b_x.to(tl.float32), 0), mask=o_p < P)
+            tl.store(p_part + o_p, sum_products(b_dy, b_x.to(tl.float32), m_s[:, None], 0), mask=o_p < P)
         store_rows(p_dx + (i_b * length * heads + i_h) * P, o_s, heads * P, m_s, b_du, P, BLOCK_P)
 
     p_db += ((i_split * batch + i_b) * length * groups + i_g) * N  # p_db is (splits, B, L, G, N)

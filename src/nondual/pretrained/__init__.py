@@ -1,8 +1,8 @@
 """Real weights: fetched once, checked by hash, read from safe formats only.
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
-`smollm2()` a causal language model in those of transformers. `load_mamba()` and `load_mamba2()` read checkpoints of
-those models from a folder of yours.
+`smollm2()` a causal language model in those of transformers, `rxnmapper()` an encoder of chemical reactions in those
+too. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from a folder of yours.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from nondual.pretrained.minilm import MINILM, minilm
+from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
 from nondual.pretrained.smollm2 import SMOLLM2, smollm2
 from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MINILM",
     "PACKAGES",
+    "RXNMAPPER",
     "SMOLLM2",
     "FetchError",
     "Package",
@@ -34,10 +36,11 @@ __all__ = [
     "load_mamba2",
     "minilm",
     "read",
+    "rxnmapper",
     "smollm2",
 ]
 
-PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2}
+PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2, "rxnmapper": RXNMAPPER}
 """What is fetched, by the name of the function that reads it."""
 
 # The module that a name is taken from when it is first asked for.

@@ -1,14 +1,5 @@
 // Choose a word of a sentence and a head of the model: arcs and percentages show which words it attends to.
-import { buttons, choice, el, sentence, slider, svg } from "./core.js";
-
-const ORDER = ["first", "second", "third"];
-
-/** A token as a sentence names it: “bank”, or the second “bank” where there are several. */
-function named(tokens, i) {
-  if (i === 0 || i === tokens.length - 1) return `the ${tokens[i]} marker`;
-  const alike = tokens.flatMap((token, j) => (token === tokens[i] ? [j] : []));
-  return `${alike.length > 1 ? `the ${ORDER[alike.indexOf(i)]} ` : ""}“${tokens[i]}”`;
-}
+import { buttons, choice, el, named, sentence, slider, svg } from "./core.js";
 
 export default function begin(stage, { digits, layers, heads, sentences, presets }) {
   const at = { sentence: 0, word: 0, layer: 0, head: 0, ...presets[0] };

@@ -78,6 +78,15 @@ export function sentence({ shown: visible = true } = {}) {
   return node;
 }
 
+const ORDER = ["first", "second", "third"];
+
+/** A token as a sentence names it: “bank”, or the second “bank” where there are several; the first and last are markers. */
+export function named(tokens, i) {
+  if (i === 0 || i === tokens.length - 1) return `the ${tokens[i]} marker`;
+  const alike = tokens.flatMap((token, j) => (token === tokens[i] ? [j] : []));
+  return `${alike.length > 1 ? `the ${ORDER[alike.indexOf(i)]} ` : ""}“${tokens[i]}”`;
+}
+
 /** A number with so many decimals, and a minus sign that is as wide as a plus. */
 export const decimal = (x, digits = 2) => x.toFixed(digits).replace("-", "−");
 

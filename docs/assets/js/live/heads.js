@@ -1,8 +1,5 @@
 // The map of all heads: a cell for each head, coloured by one measure. Choose a cell to see whom its words attend to.
-import { buttons, choice, cividis, decimal, el, percent, sentence } from "./core.js";
-
-/** A token as a sentence names it. */
-const named = (tokens, i) => (i === 0 || i === tokens.length - 1 ? `the ${tokens[i]} marker` : `“${tokens[i]}”`);
+import { buttons, choice, cividis, decimal, el, named, percent, sentence } from "./core.js";
 
 export default function begin(stage, { digits, layers, heads, measures, sentences, start }) {
   let { measure, layer, head, sentence: text } = start;
@@ -27,8 +24,10 @@ export default function begin(stage, { digits, layers, heads, measures, sentence
     cells[at()].focus();
   });
 
+  const heading = el("p", { class: "ask" });
   const paint = () => {
-    const { label, values } = measures[measure], most = Math.max(...values);
+    const { label, title, values } = measures[measure], most = Math.max(...values);
+    heading.textContent = title;
     cells.forEach((cell, i) => {
       const bright = values[i] / most;
       cell.textContent = show(measures[measure], values[i]).replace("%", "");
@@ -72,10 +71,8 @@ export default function begin(stage, { digits, layers, heads, measures, sentence
   const read = choice({ label: "Sentence", options: sentences.map((given) => given.text), value: text,
     onchange: (i) => { text = i; draw(); } });
   stage.append(
-    el("p", { class: "ask" }, "Which heads give most to …"), pick,
-    el("div", { class: "heads-pair" },
-      el("div", {}, el("p", { class: "ask" }, "Every head (column) of every layer (row). Choose one:"), map),
-      el("div", {}, el("div", { class: "controls" }, read), matrix)), said);
+    el("p", { class: "ask" }, "Colour the map by:"), pick,
+    el("div", { class: "heads-pair" }, el("div", {}, heading, map, said), el("div", {}, el("div", { class: "controls" }, read), matrix)));
   paint();
   draw();
 }

@@ -24,7 +24,7 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
     const face = svg("svg", { viewBox: "-1.2 -1.2 2.4 2.4" }, svg("circle", { r: 1.12, class: "face" }),
       svg("path", { d: "M0 -1.12V-0.98", class: "tick" }), arc, first, second, ring);
     const node = el("div", { class: "dial" }, face,
-      el("span", {}, `a turn in ${length < 100 ? decimal(length, 1) : Math.round(length).toLocaleString("en")}`), size);
+      el("span", {}, `λ = ${length < 100 ? decimal(length, 1) : Math.round(length).toLocaleString("en")}`), size);
     return { node, first, second, arc, ring, size };
   });
 
@@ -72,11 +72,12 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
     value.textContent = `k = ${decimal(k, 0)}: ${decimal(here)}`;
 
     const off = Math.max(...onward.flat().map((x, i) => Math.abs(x - b.flat()[i])));
+    const same = Math.abs(here - score(k)) < 1e-9 ? ", the same as at every other p" : "";
     const far = k === 0 ? "The offset is 0" : `From p = ${p} to p + k = ${decimal(p + k, 0)}`;
     said.say(rotary
-      ? `Query at ${p}, key at ${decimal(p + k, 0)}. Their score is ${decimal(here)}. With the query at 0 and the key at ${decimal(k, 0)} it is ${decimal(score(k))}.`
+      ? `Query at ${p}, key at ${decimal(p + k, 0)}. Their score is ${decimal(here)}${same}.`
       : `${far}: turned by the angles of k, the hands of p ${off < 1e-9 ? "meet" : "miss"} those of p + k on all ${dials.length} dials. ` +
-        `The dot product is ${decimal(here)}.`);
+        `The dot product is ${decimal(here)}${same}.`);
     found.set(places.findIndex((given) => given.p === p && given.k === k));
   };
 
@@ -84,7 +85,7 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
   const [where, offset] = [
     slider({ label: "p", min: 0, max: last, step: 1, value: p, format: whole, oninput: (x) => { p = x; draw(); } }),
     slider({ label: "k", min: -FAR, max: FAR, step: 1, value: k, format: whole, oninput: (x) => { k = x; draw(); } })];
-  const mode = buttons({ label: "What is turned", options: ["a code that is added", "rotary: a query and a key"],
+  const mode = buttons({ label: "What is turned", options: ["added: a code for each position", "rotary: a query and a key are turned"],
     onchange: (i) => { rotary = i === 1; stage.classList.toggle("rotary", rotary); draw(); } });
   const found = buttons({ label: "Two places", options: places.map(({ label }) => label), onchange: (i) => {
     ({ p, k } = places[i]);
@@ -98,7 +99,7 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
     el("div", { class: "turn-keys", "aria-hidden": "true" },
       name(from, el("span", { class: "added" }, "p"), el("span", { class: "turns" }, "query at p")),
       name(to, el("span", { class: "added" }, "p + k"), el("span", { class: "turns" }, "key at p + k")),
-      el("span", { class: "added" }, "ring: the hand of p, turned by k")),
+      el("span", { class: "added" }, "ring: the hand of p, turned by k"), el("span", {}, "λ: positions that make one turn")),
     el("div", { class: "dials", "aria-hidden": "true" }, ...dials.map(({ node }) => node)),
     el("div", { class: "turn-plot", "aria-hidden": "true" },
       el("div", { class: "ends" }, title, value), picture,

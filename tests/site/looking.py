@@ -1,6 +1,7 @@
 """A page as a browser shows it, and what is wrong with it: in its requests, its scripts, its layout and its colours."""
 
 import gzip
+import time
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -80,6 +81,10 @@ AXE_RUN = """(rules) => axe.run(document, {
   .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
 OF_COLOUR = ["color-contrast", "link-in-text-block"]  # axe's rules that look at colours
 
+# Two frames later, all that the page shows has been asked for; the answers may take longer.
+DRAWN = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(0))))"
+MOST_PATIENCE = 20  # seconds for them
+
 SCHEMES = {"light": "default", "dark": "slate"}
 SETTLED = """async (scheme) => {
   const {body} = document, frame = () => new Promise(requestAnimationFrame), limit = performance.now() + 30_000;
@@ -103,9 +108,10 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
 
     It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
     """
-    faults, host = [], urlsplit(address).netloc
+    faults, host, unanswered = [], urlsplit(address).netloc, set()
 
     def on_request(request):
+        unanswered.add(request)
         if urlsplit(request.url).scheme in ("http", "https") and urlsplit(request.url).netloc != host:
             faults.append(f"asks another host: {request.url}")
 
@@ -114,12 +120,14 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
             faults.append(f"{response.status}: {response.url}")
 
     def on_failure(request):
+        unanswered.discard(request)
         if "ERR_ABORTED" not in (request.failure or ""):
             faults.append(f"failed: {request.url}")
 
     heard = {
         "request": on_request,
         "response": on_response,
+        "requestfinished": lambda request: unanswered.discard(request),
         "requestfailed": on_failure,
         "pageerror": lambda error: faults.append(f"script: {error}"),
         "console": lambda message: faults.append(f"console: {message.text}") if message.type == "error" else None,
@@ -143,6 +151,11 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
         if axe:
             seen += page.evaluate(AXE_RUN, None if palette == palettes[0] else OF_COLOUR)
         faults += [f"{palette}: {fault}" for fault in seen]
+        page.evaluate(DRAWN)  # what only this palette shows has been asked for by now
+    patience = time.monotonic() + MOST_PATIENCE
+    while unanswered and time.monotonic() < patience:
+        page.wait_for_timeout(20)
+    faults += [f"no answer: {request.url}" for request in unanswered]
     faults += page.evaluate("refused")
     for event, listener in heard.items():
         page.remove_listener(event, listener)

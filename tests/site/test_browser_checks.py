@@ -1,5 +1,7 @@
 """The checks of a page in a browser fail when they should."""
 
+import time
+
 import pytest
 from looking import OF_COLOUR, PALETTES, faults_of
 from pages.security import with_policy
@@ -78,6 +80,21 @@ def test_a_fault_in_the_dark_alone_is_caught(browser, serve, small, rule, body, 
         found = faults_of(page, address, axe=True, palettes=palettes)
     assert [one for one in found if fault in one]
     assert all(one.startswith("dark: ") for one in found if "axe" in one or "sideways" in one), found
+
+
+@pytest.mark.browser
+def test_a_fault_that_comes_late_is_waited_for(browser, serve, small):
+    """On a busy machine an answer may come after everything else was looked at."""
+    folder = small("<style>@media (prefers-color-scheme: dark) { p { background: url(gone.png) } }</style><p>bare</p>")
+
+    def late(route):
+        time.sleep(1)
+        route.fulfill(status=404)
+
+    with serve(folder) as address, browser.new_page() as page:
+        page.route("**/gone.png", late)
+        found = faults_of(page, address, palettes=("light", "dark"))
+    assert [one for one in found if "404: " in one]
 
 
 @pytest.mark.browser

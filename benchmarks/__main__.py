@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "record", "aot", "compiled", "ceilings", "scaling", "shakespeare_run")
+HELPERS = ("__init__", "__main__", "record", "aot", "compiled", "ceilings", "scaling")
+HELPERS += ("shakespeare_run", "heads_trained_run")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

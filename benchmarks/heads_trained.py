@@ -1,0 +1,216 @@
+"""Heads in small models trained here: when a role is found and by which head, and what many heads do that one cannot.
+
+Two tasks, which benchmarks/heads_trained_run.py describes.
+
+Repeats. Four models, of width 64 with four heads in a layer:
+
+    two layers                     attention alone
+    two layers, feed-forward       each with a feed-forward network (more parameters)
+    first layer sees itself only   the first arm, but for one mask: its first layer moves nothing between positions
+    one layer                      with heads twice as wide, so that it has the parameters of the first arm, to 1 %
+
+Look-ups. One layer of width 48 with 1, 2, 4 or 12 heads, which have the same parameters and start from the same
+numbers, asked one relation, two or four. Beside them 24 and 48 heads for one relation, where a head has 2 dimensions
+and 1; and 1 and 2 heads without the feed-forward network for two relations.
+
+Each arm is trained to the end at every rate of one grid with one seed. At the best of them it is trained with other
+seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first weights,
+so that two arms are paired by it.
+
+    nox -s bench -- heads_trained        some nine minutes of one core
+    nox -s bench -- heads_trained --tiny a few steps of a few, which writes nothing to docs/measured
+
+A run is kept as it ends, in `runs/heads_trained` of the cache folder or in --runs=FOLDER: call again, and it goes on.
+"""
+
+import math
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.heads_trained_run import (
+    ARMS,
+    CARDS,
+    DECAY,
+    HEADS,
+    LENGTH,
+    NARROW,
+    PERIODS,
+    PERSONS,
+    VOCABULARY,
+    WIDTH,
+    Run,
+    carry_out,
+)
+from benchmarks.record import write
+from nondual.store import cache_folder
+
+STEPS = 500
+RATES = (2e-3, 4e-3, 8e-3)
+SWEEP_SEED, SEEDS = 0, {"repeats": tuple(range(1, 7)), "look-ups": tuple(range(1, 9))}
+T_95 = {6: 2.571, 8: 2.365}  # Student's t for 95 %, by the number of seeds
+COUNTS, RELATIONS = (1, 2, 4, 12), (1, 2, 4)
+LOOKUPS = (
+    *(f"{heads}/{relations}" for relations in RELATIONS for heads in COUNTS),
+    "24/1",
+    "48/1",
+    "1/2/linear",
+    "2/2/linear",
+)
+
+
+def carry_out_all(runs: list[Run]) -> None:
+    """On all cores, each run on one of them."""
+    if waiting := [run for run in runs if run.result() is None]:
+        print(f"{len(waiting)} of {len(runs)} runs are to be made, in {runs[0].folder}", flush=True)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with ProcessPoolExecutor(min(cores, len(waiting)), multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(carry_out, waiting))
+
+
+def judged_by(result: dict[str, Any]) -> float:
+    """The loss by which rates are chosen: of the answers that can be known."""
+    return result["repeats"] if "repeats" in result else result["loss"]
+
+
+def best_rate(sweep: list[Run]) -> float:
+    """The rate whose run ended with the lowest loss."""
+    return min(sweep, key=lambda run: judged_by(run.result() or {})).rate
+
+
+def difference(a: list[float], b: list[float]) -> dict[str, Any]:
+    """a less b, paired: each seed's difference, and the 95 % interval of their mean by Student's t."""
+    each = [x - y for x, y in zip(a, b, strict=True)]
+    half = T_95[len(each)] * stdev(each) / math.sqrt(len(each)) if len(each) in T_95 else None
+    interval = None if half is None else [round(mean(each) - half, 4), round(mean(each) + half, 4)]
+    return {"mean": round(mean(each), 4), "interval": interval, "each": [round(x, 4) for x in each]}
+
+
+def summed_up(sweep: list[Run], runs: list[Run]) -> dict[str, Any]:
+    """An arm's loss at each rate of the sweep, and its runs at the best of them."""
+    results = [run.result() or {} for run in runs]
+    rates = [run.rate for run in sweep]
+    return {
+        "parameters": results[0]["parameters"],
+        "sweep": {str(run.rate): judged_by(run.result() or {}) for run in sweep},
+        "rate": runs[0].rate,
+        "best_is_at_the_edge_of_the_grid": runs[0].rate in (min(rates), max(rates)),
+        "runs": [{k: x for k, x in result.items() if k not in ("parameters", "rate")} for result in results],
+    }
+
+
+def moments(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """When the loss has fallen half way and when the scores have risen half way, seed by seed."""
+    half = {name: [run[f"half_{name}"] for run in runs] for name in ("loss", "induction", "previous")}
+    return {
+        **half,
+        "induction_less_loss": difference(half["induction"], half["loss"]),
+        "previous_less_loss": difference(half["previous"], half["loss"]),
+    }
+
+
+def strongest(runs: list[dict[str, Any]], score: str, layer: int) -> list[int]:
+    """The head of a layer with the highest score after training, seed by seed."""
+    return [max(range(HEADS), key=run["after"][score][layer].__getitem__) for run in runs]
+
+
+def composition(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """K-composition of the previous-token head with the induction head, less the mean of all other pairs."""
+    pairs, others = [], []
+    for run, i, j in zip(runs, strongest(runs, "previous", 0), strongest(runs, "induction", 1)):
+        scores = {(a, b): run["composition"][a][b]["k"] for a in range(HEADS) for b in range(HEADS)}
+        pairs.append(scores.pop((i, j)))
+        others.append(mean(scores.values()))
+    return {"pair": pairs, "others": others, "less": difference(pairs, others)}
+
+
+def takers(runs: list[dict[str, Any]]) -> list[list[int]]:
+    """For each seed the head that puts most weight on each relation's person."""
+    return [
+        [max(range(len(run["after"])), key=lambda head: run["after"][head][r]) for r in range(len(run["after"][0]))]
+        for run in runs
+    ]
+
+
+def main(options: list[str]) -> None:
+    tiny = "--tiny" in options
+    folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
+    if tiny:
+        folder = Path(tempfile.mkdtemp())
+    folder = folder or cache_folder() / "runs" / "heads_trained"
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = 20 if tiny else STEPS
+    arms = [("repeats", arm) for arm in ARMS] + [("look-ups", arm) for arm in LOOKUPS]
+    if tiny:
+        arms = [("repeats", ARMS[0]), ("look-ups", "2/2")]
+    sweeps = {at: [Run(*at, rate, SWEEP_SEED, steps, folder) for rate in RATES] for at in arms}
+    carry_out_all([run for sweep in sweeps.values() for run in sweep])
+    runs = {
+        at: [Run(*at, best_rate(sweep), seed, steps, folder) for seed in SEEDS[at[0]][: 2 if tiny else None]]
+        for at, sweep in sweeps.items()
+    }
+    carry_out_all([run for of_arm in runs.values() for run in of_arm])
+    arms_of = {
+        task: {at[1]: summed_up(sweeps[at], runs[at]) for at in arms if at[0] == task}
+        for task in ("repeats", "look-ups")
+    }
+    if not tiny:
+        record(arms_of, steps)
+
+
+def record(arms_of: dict[str, dict[str, Any]], steps: int) -> None:
+    """Write what was found to docs/measured."""
+    repeats, lookups = arms_of["repeats"], arms_of["look-ups"]
+    two = repeats["two layers"]["runs"]
+    accuracy = {arm: [run["accuracy"] for run in found["runs"]] for arm, found in lookups.items()}
+    figures = {
+        "repeats": {
+            "arms": repeats,
+            "moments": {arm: moments(repeats[arm]["runs"]) for arm in ARMS[:2]},
+            "less_two_layers": {
+                arm: difference([run["repeats"] for run in repeats[arm]["runs"]], [run["repeats"] for run in two])
+                for arm in ARMS[1:]
+            },
+            "composition": {arm: composition(repeats[arm]["runs"]) for arm in ARMS[:2]},
+            "strongest": {
+                arm: {
+                    "previous": strongest(repeats[arm]["runs"], "previous", 0),
+                    "induction": strongest(repeats[arm]["runs"], "induction", 1),
+                }
+                for arm in ARMS[:2]
+            },
+        },
+        "look-ups": {
+            "arms": lookups,
+            "accuracy": {arm: round(mean(found), 4) for arm, found in accuracy.items()},
+            "less_one_head": {
+                f"{heads}/{relations}": difference(accuracy[f"{heads}/{relations}"], accuracy[f"1/{relations}"])
+                for relations in RELATIONS
+                for heads in COUNTS[1:]
+            }
+            | {"2/2/linear": difference(accuracy["2/2/linear"], accuracy["1/2/linear"])},
+            "less_two_heads": {
+                f"{heads}/1": difference(accuracy[f"{heads}/1"], accuracy["2/1"]) for heads in (12, 24, 48)
+            },
+            "less_four_heads": {"12/4": difference(accuracy["12/4"], accuracy["4/4"])},
+            "takers": takers(lookups["2/2"]["runs"]),
+            "first_relation_taken_by": dict(Counter(str(x[0]) for x in takers(lookups["2/2"]["runs"]))),
+        },
+    }
+    setup = {
+        "repeats": {"vocabulary": VOCABULARY, "length": LENGTH, "periods": PERIODS, "width": WIDTH, "heads": HEADS},
+        "look-ups": {"persons": PERSONS, "cards": CARDS, "width": NARROW},
+        "steps": steps,
+        "batch": {"repeats": 32, "look-ups": 8},
+        "rates": RATES,
+        "sweep_seed": SWEEP_SEED,
+        "seeds": SEEDS,
+        "training": f"AdamW, betas 0.9 and 0.95, decay {DECAY} on matrices, gradients clipped at 1; a tenth of the "
+        "steps up, then along a cosine down to a tenth of the rate",
+    }
+    write("heads_trained", "nox -s bench -- heads_trained", figures, setup=setup)

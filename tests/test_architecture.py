@@ -22,6 +22,7 @@ RANKS = {
     "attention_mechanism": 1,
     "self_attention": 1,
     "positional_encoding": 1,
+    "relative_positions": 1,
     "recurrent": 1,
     "efficient_attention": 1,
     "feed_forward": 1,

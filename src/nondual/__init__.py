@@ -8,7 +8,8 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
     nondual.kv_cache              the key/value cache
     nondual.token_ids             token ids, checked where they enter a model
-    nondual.positional_encoding   learned positions
+    nondual.positional_encoding   positions added to embeddings: sinusoidal, learned
+    nondual.relative_positions    positions inside attention: rotary, ALiBi, T5's learned bias
     nondual.feed_forward          what a layer does at each position by itself, plain or gated
     nondual.transformer_layer     a mixer and a feed-forward network with residual paths and norms; a mixer alone
     nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         ops,
         positional_encoding,
         pretrained,
+        relative_positions,
         self_attention,
         tasks,
         token_ids,
@@ -69,8 +71,9 @@ if TYPE_CHECKING:
     from nondual.ops.linear_recurrence import linear_recurrence
     from nondual.ops.selective_scan import selective_scan, selective_scan_step
     from nondual.ops.ssd import ssd, ssd_step
-    from nondual.positional_encoding import LearnedPositions
+    from nondual.positional_encoding import LearnedPositions, Sinusoidal
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
+    from nondual.relative_positions import ALiBi, RelativeBias, Rotary
     from nondual.self_attention import MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, MixerBlock, TextEncoder, TransformerLayer
 
@@ -79,6 +82,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "S4D",
+    "ALiBi",
     "AdditiveAttention",
     "AttentionDecoder",
     "CausalLM",
@@ -96,8 +100,11 @@ __all__ = [
     "MambaLM",
     "MixerBlock",
     "MultiHeadAttention",
+    "RelativeBias",
+    "Rotary",
     "SelfAttention",
     "SentenceEncoder",
+    "Sinusoidal",
     "TextEncoder",
     "TransformerLayer",
     "analysis",
@@ -122,6 +129,7 @@ __all__ = [
     "positional_encoding",
     "pretrained",
     "register_with_transformers",
+    "relative_positions",
     "selective_scan",
     "selective_scan_step",
     "self_attention",
@@ -160,12 +168,16 @@ _HOME = {
     "ssd": "ops.ssd",
     "ssd_step": "ops.ssd",
     "LearnedPositions": "positional_encoding",
+    "Sinusoidal": "positional_encoding",
     "SentenceEncoder": "pretrained",
     "load_mamba": "pretrained",
     "load_mamba2": "pretrained",
     "minilm": "pretrained",
     "shakespeare": "data",
     "smollm2": "pretrained",
+    "ALiBi": "relative_positions",
+    "RelativeBias": "relative_positions",
+    "Rotary": "relative_positions",
     "MultiHeadAttention": "self_attention",
     "SelfAttention": "self_attention",
     "Decoder": "decoder",

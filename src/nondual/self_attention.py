@@ -1,7 +1,8 @@
 """Self-attention: queries, keys and values are three projections of one X.
 
 Source: Vaswani et al. 2017 (1706.03762), sections 3.2.1 and 3.2.2; grouped key/value heads: Ainslie et al. 2023
-(2305.13245). Symbols: x (B, N, E), memory (B, M, E), H heads of width D, G key/value heads.
+(2305.13245). Positions inside attention: `nondual.relative_positions`. Symbols: x (B, N, E), memory (B, M, E), H heads
+of width D, G key/value heads.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from nondual.kv_cache import KVCache as KVCache
 from nondual.mixers import as_before_if_raised, check_reset, sequence_starts
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
+from nondual.ops.dtypes import accumulation_dtype
+from nondual.relative_positions import RelativePositions
 
 
 class SelfAttention(nn.Module):
@@ -104,9 +107,13 @@ class MultiHeadAttention(nn.Module):
         dropout: probability of dropping a weight while training.
         causal: whether no position sees a later one where a call does not say.
         op: what joins q, k and v, called as `nondual.ops.attention.attention` is.
+        positions: where queries and keys stand, such as `Rotary(d_head)`, `ALiBi(n_heads)` or `RelativeBias(n_heads)`;
+            None for attention that does not know. A bias reaches the op as a mask, which it must take.
 
     Raises:
-        ValueError: head counts that do not divide, or a dropout outside [0, 1).
+        TypeError: positions that do not act inside attention.
+        ValueError: head counts that do not divide, a dropout outside [0, 1), positions made for another number or
+            width of heads, or positions together with a d_memory of another width.
     """
 
     n_heads: int
@@ -115,6 +122,7 @@ class MultiHeadAttention(nn.Module):
     dropout: float
     causal: bool
     op: Callable[..., Any]
+    positions: RelativePositions | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -132,6 +140,7 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
         causal: bool = False,
         op: Callable = attention,
+        positions: RelativePositions | None = None,
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -145,8 +154,12 @@ class MultiHeadAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         d_head = d_model // n_heads if d_head is None else d_head
+        if positions is not None:
+            _check_positions(positions, n_heads, d_head)
+            if d_memory != d_model:
+                raise ValueError(f"positions must be None for a memory of another width, d_memory={d_memory}: {_ONE_X}")
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
-        self.dropout, self.causal, self.op = dropout, causal, op
+        self.dropout, self.causal, self.op, self.positions = dropout, causal, op, positions
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=bias)
         self.k_proj = nn.Linear(d_memory, n_kv_heads * d_head, bias=bias)
         self.v_proj = nn.Linear(d_memory, n_kv_heads * d_head, bias=bias)
@@ -183,8 +196,8 @@ class MultiHeadAttention(nn.Module):
 
         Raises:
             TypeError: x, memory, mask or reset is not a tensor, or cache is not a KVCache.
-            ValueError: a rank, width or batch that does not fit; a cache or a reset together with a memory; a full
-                cache.
+            ValueError: a rank, width or batch that does not fit; a cache, a reset or positions together with a memory;
+                a full cache.
             RuntimeError: a cache while gradients are recorded.
         """
         _check_width("x", x, self.q_proj.in_features)
@@ -194,6 +207,8 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
             if reset is not None:
                 raise ValueError("reset marks sequences within x and cannot go with memory: give a mask instead")
+            if self.positions is not None:
+                raise ValueError(f"memory must be None for a module with positions: {_ONE_X}")
         elif self.k_proj.in_features != self.q_proj.in_features:
             raise ValueError(f"memory must be given: its width d_memory={self.k_proj.in_features} is not that of x")
         if cache is not None and not isinstance(cache, KVCache):
@@ -208,8 +223,13 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with as_before_if_raised(cache):
             mask = _within_sequences(mask, reset, cache, x.shape[1])
+            if self.positions is not None:
+                start = 0 if cache is None else cache.length
+                q, k = self.positions.turn(q, start), self.positions.turn(k, start)
             if cache is not None:
                 k, v = cache.append(k, v)
+            if self.positions is not None:
+                mask = _with_bias(mask, self.positions, q, k)
             out: Any = self.op(q, k, v, mask=mask, causal=causal, dropout=dropout, return_weights=return_weights)
             weights: Any = None
             if return_weights:
@@ -282,6 +302,43 @@ def _check_width(name: str, x: Tensor, width: int) -> None:
     check_tensors({name: x})
     if x.ndim != 3 or x.shape[-1] != width:
         raise ValueError(f"{name} must be (B, length, {width}), got {tuple(x.shape)}")
+
+
+_ONE_X = "positions are of x alone, and the steps between x and a memory have no meaning"
+
+
+def _check_positions(positions: object, n_heads: int, d_head: int) -> None:
+    if not isinstance(positions, RelativePositions):
+        raise TypeError(
+            f"positions must be Rotary, ALiBi, RelativeBias or another of RelativePositions, got {_name(positions)}; "
+            "what is added to embeddings, such as Sinusoidal, goes to CausalLM(positions=)"
+        )
+    why = positions.refuses(n_heads, d_head)
+    if why is not None:
+        raise ValueError(why)
+
+
+def _name(x: object) -> str:
+    return x.__name__ if isinstance(x, type) else type(x).__name__
+
+
+def _with_bias(mask: Tensor | None, positions: RelativePositions, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask with the positions' bias (H, N, M) added to it: forbidden pairs become -inf."""
+    bias = positions.bias(q.shape[2], k.shape[2], dtype=accumulation_dtype(q.dtype), device=q.device)
+    if bias is None:
+        return mask
+    bias = bias[None]  # (1, H, N, M)
+    if mask is None:
+        return bias
+    check_tensors({"mask": mask})
+    shape = (q.shape[0], *bias.shape[1:])
+    fits = all(a in (1, b) for a, b in zip(mask.shape, shape[-mask.ndim :])) if mask.ndim in (2, 4) else False
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            f"mask must be boolean or floating, and (N, M) = {shape[2:]} or broadcast to (B, H, N, M) = {shape}, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def _within_sequences(mask: Tensor | None, reset: Tensor | None, cache: KVCache | None, n: int) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nondual.language_models.sampling import check_sampling, choose
 from nondual.mixers import as_before_if_raised, check_reset, check_takes, new_caches
 from nondual.ops.dtypes import at_least_float32
-from nondual.positional_encoding import LearnedPositions
+from nondual.positional_encoding import AddedPositions, LearnedPositions
 from nondual.token_ids import check_ids
 from nondual.transformer_layer import normed
 
@@ -46,19 +46,25 @@ class CausalLM(nn.Module):
         n_layers: how many layers.
         layer: makes layer i, given i: a `MixerBlock`, a `TransformerLayer` with norm_first, or any module x -> x over
             (B, N, E) that has its mixer as `mixer` and hands `cache=` and `reset=` on to it.
-        max_len: how many positions to learn, each added to the token's embedding; none where left out, for mixers that
-            know the order by themselves.
+        max_len: how many positions to learn, each added to the token's embedding: short for
+            positions=LearnedPositions(max_len, d_model).
+        positions: what is added to the tokens' embeddings, such as `Sinusoidal(d_model)`. Nothing where both are left
+            out, for mixers that know the order by themselves.
         norm: the last norm, called as nn.RMSNorm and nn.LayerNorm are.
         tied: score a token by its own embedding; otherwise the scores have a matrix of their own, lm_head.
         eps: what the last norm adds to the mean square or variance.
         residual_in_fp32: keep what the layers add up in float32 where the weights are narrower. The layers must take an
             x wider than their weights, as `MixerBlock` does.
+
+    Raises:
+        TypeError: positions that are not added to embeddings.
+        ValueError: positions together with max_len, or of another width.
     """
 
     vocabulary: int
     residual_in_fp32: bool
     embeddings: nn.Embedding
-    positions: LearnedPositions | None
+    positions: AddedPositions | None
     layers: nn.ModuleList
     norm_f: nn.Module
     lm_head: nn.Linear | None
@@ -71,15 +77,20 @@ class CausalLM(nn.Module):
         *,
         layer: Callable[[int], nn.Module],
         max_len: int | None = None,
+        positions: AddedPositions | None = None,
         norm: Callable[..., nn.Module] = nn.RMSNorm,
         tied: bool = True,
         eps: float = 1e-5,
         residual_in_fp32: bool = False,
     ):
         super().__init__()
+        if positions is not None:
+            _check_positions(positions, max_len, d_model)
+        elif max_len is not None:
+            positions = LearnedPositions(max_len, d_model)
         self.vocabulary, self.residual_in_fp32 = vocabulary, residual_in_fp32
         self.embeddings = nn.Embedding(vocabulary, d_model)
-        self.positions = None if max_len is None else LearnedPositions(max_len, d_model)
+        self.positions = positions
         self.layers = nn.ModuleList(layer(i) for i in range(n_layers))
         self.norm_f = norm(d_model, eps=eps)
         self.lm_head = None if tied else nn.Linear(d_model, vocabulary, bias=False)
@@ -88,7 +99,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         nn.init.normal_(self.embeddings.weight, std=0.02)
-        if self.positions is not None:
+        if isinstance(self.positions, LearnedPositions):
             nn.init.normal_(self.positions.table.weight, std=0.02)
         branches = [
             branch
@@ -207,7 +218,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"n_new must be 0 or more, got {n_new}")
         check_sampling(temperature, top_k, top_p)
         read = prompt + max(n_new - 1, 0)  # the last token is chosen and never read
-        longest = None if self.positions is None else self.positions.table.num_embeddings
+        longest = None if self.positions is None else self.positions.longest
         if longest is not None and read > longest:
             raise ValueError(
                 f"ids and n_new must be {longest} positions or fewer, the longest that this model reads, got {read}: "
@@ -237,8 +248,8 @@ class CausalLM(nn.Module):
 
         Args:
             batch: B.
-            max_len: how many positions will be read at most; as many as the model has where left out. Mamba and its
-                like do not need it.
+            max_len: how many positions will be read at most; as many as the model has where left out, if there is an
+                end to them. Mamba and its like do not need it.
 
         Raises:
             ValueError: a mixer that makes no cache, or one that needs max_len where there is none.
@@ -246,7 +257,7 @@ class CausalLM(nn.Module):
         caches: list[Any] = []
         if self.positions is not None:
             caches.append(self.positions.new_cache())
-            max_len = self.positions.table.num_embeddings if max_len is None else max_len
+            max_len = self.positions.longest if max_len is None else max_len
         return caches + new_caches(self._mixers(), batch, max_len, "generate with cached=False")
 
     def _mixers(self) -> list[Any]:
@@ -278,7 +289,8 @@ class CausalLM(nn.Module):
         """The vector of each position after the last norm (B, N, E)."""
         x, caches = self.embeddings(ids), list(cache or ())
         if self.positions is not None:
-            x = x + self.positions.of_sequences(ids, cache=caches.pop(0) if caches else None, reset=reset)
+            where = self.positions.of_sequences(ids, cache=caches.pop(0) if caches else None, reset=reset)
+            x = x + where if self.residual_in_fp32 else (x + where).to(x.dtype)  # a fixed code is in float32
         if self.residual_in_fp32:
             x = at_least_float32(x)
         given = {} if reset is None else {"reset": reset}
@@ -296,6 +308,19 @@ class CausalLM(nn.Module):
 
     def _checked(self, ids: Tensor) -> Tensor:
         return check_ids("ids", ids, self.vocabulary).long()
+
+
+def _check_positions(positions: object, max_len: int | None, d_model: int) -> None:
+    if not isinstance(positions, AddedPositions):
+        raise TypeError(
+            f"positions must be LearnedPositions, Sinusoidal or another of AddedPositions, got "
+            f"{type(positions).__name__}; what acts inside attention, such as Rotary, goes to "
+            "MultiHeadAttention(positions=) or GPT(positions=)"
+        )
+    if max_len is not None:
+        raise ValueError(f"max_len makes a learned table and cannot go with positions, got {max_len}: give one of them")
+    if positions.d_model != d_model:
+        raise ValueError(f"positions must be of the width d_model={d_model}, got {positions.d_model}")
 
 
 def _reset_of(unread: Tensor, reset: Tensor | None) -> Tensor | None:

@@ -62,7 +62,7 @@ export default function begin(stage, { digits, layers, heads, measures, sentence
   };
   const choose = (row, column) => { [layer, head] = [row, column]; draw(); };
 
-  const pick = buttons({ label: "Colour the heads by", options: measures.map(({ label }) => label), value: measure, onchange: (i) => {
+  const pick = buttons({ label: "Colour the map by", options: measures.map(({ label }) => label), value: measure, onchange: (i) => {
     measure = i;
     const best = measures[i].values.indexOf(Math.max(...measures[i].values));
     paint();

@@ -1,5 +1,7 @@
 """Attention layers are found in our models and in transformers', with their parts and in the order of their use."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -85,6 +87,8 @@ def test_what_has_no_heads_is_refused_at_the_door():
         attention_layers(MambaLM(23, 24, 2))
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         attention_layers([Encoder(24, 6, 29, 5)])
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got SimpleNamespace; give its \.model"):
+        attention_layers(SimpleNamespace(model=Encoder(24, 6, 29, 5)))
     with pytest.raises(TypeError, match=r"attention must be a MultiHeadAttention or .*, got Linear"):
         attention_layer(nn.Linear(2, 2))
 

@@ -377,3 +377,20 @@ def test_vectors_go_in_where_a_model_takes_vectors():
     with torch.no_grad(), record_heads(model) as record, replace_heads(model, {(0, 0): 0.0}):
         assert model(x).shape == x.shape
     assert [output.shape for output in record.outputs] == [(B, N, H, D)] * 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_runs_uncompiled_in_the_context(gpt, in_place):
+    """Compiled code would not call the hooks, and a replacement would do nothing."""
+    with replace_heads(gpt, {(0, 0): 9.0}), record_heads(gpt) as expected:
+        wanted = scores(gpt)
+    compiled = gpt if in_place else torch.compile(gpt, backend="eager")
+    if in_place:
+        gpt.compile(backend="eager")
+    before = scores(compiled)
+    with replace_heads(compiled, {(0, 0): 9.0}), record_heads(compiled) as record:
+        assert torch.equal(scores(compiled), wanted)
+    assert torch.equal(record.outputs[1], expected.outputs[1])
+    assert weights_of(compiled, IDS).shape == (LAYERS, B, H, N, N)
+    torch.testing.assert_close(scores(compiled), before)
+    assert not torch.allclose(before, wanted)

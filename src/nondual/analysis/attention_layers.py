@@ -6,9 +6,11 @@ the attentions of Llama and its many relatives (q_proj, k_proj, v_proj, o_proj),
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from nondual.self_attention import MultiHeadAttention
@@ -85,7 +87,8 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         ValueError: it has no attention layer of a known kind.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        inner = isinstance(getattr(model, "model", None), nn.Module)
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}{'; give its .model' if inner else ''}")
     found = list(_walk(model, set()))
     if not found:
         raise ValueError(
@@ -124,6 +127,18 @@ def check_heads(model: nn.Module, heads: Any) -> list[AttentionLayer]:
             raise ValueError(f"layer must be 0 to {len(layers) - 1}, got {layer} in {pair}")
         layers[layer].check_head(head, f"head of layer {layer}")
     return layers
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which a model that torch.compile was given runs as it is written, so that hooks are called.
+
+    Compiled code does not call hooks that were added after it was compiled, and does not say so.
+    """
+    compiled = any(
+        isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def weight_of(projection: nn.Module, name: str) -> Tensor:

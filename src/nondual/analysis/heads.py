@@ -25,8 +25,15 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from nondual.analysis.attention_layers import AttentionLayer, attention_layer, attention_layers, weight_of
+from nondual.analysis.attention_layers import (
+    AttentionLayer,
+    attention_layer,
+    attention_layers,
+    uncompiled,
+    weight_of,
+)
 from nondual.ops.checks import check_tensors
+from nondual.ops.dtypes import at_least_float32
 from nondual.self_attention import MultiHeadAttention
 
 # --- from a run ------------------------------------------------------------------------------------------------------
@@ -53,7 +60,7 @@ def weights_of(model: nn.Module, ids: Tensor, **inputs: Any) -> Float[Tensor, "l
     layers = attention_layers(model)
     check_tensors({"ids": ids})
     ours = all(isinstance(layer.module, MultiHeadAttention) for layer in layers)
-    with _evaluating(model):
+    with _evaluating(model), uncompiled(model):
         weights = _ours(model, layers, ids, inputs) if ours else _theirs(model, ids, inputs)
     shapes = {tuple(rows.shape) for rows in weights}
     if len(shapes) > 1:
@@ -339,7 +346,7 @@ def _has_choice(weights: Tensor, real: Tensor) -> Tensor:
 
 def _mean(each: Tensor, counts: Tensor) -> Tensor:
     """The mean (layers, H) of (layers, B, H, N) over the queries that count, (B, N)."""
-    kept = torch.where(counts[None, :, None], each, 0)
+    kept = torch.where(counts[None, :, None], at_least_float32(each), 0)
     return kept.sum((1, 3)) / counts.sum()
 
 

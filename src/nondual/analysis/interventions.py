@@ -10,7 +10,7 @@
 Both hook the input of the output projection W_O, so they serve this library's models and those of transformers alike
 (see `nondual.analysis.attention_layers`). A context ends its hooks, also after an exception. Several can be open at
 once and act in the order in which they were opened: a recording that was opened after a replacement sees the replaced
-outputs; one that was opened before it sees what the head computed.
+outputs; one that was opened before it sees what the head computed. A compiled model runs uncompiled in them.
 
 What to put in place of a head's output is a choice, and the effect depends on it. Zero is a value that the rest of the
 model may never have met; the head's mean over a recorded run (`mean_values`) or its output for another sequence
@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from nondual.analysis.attention_layers import AttentionLayer, attention_layers, check_heads
+from nondual.analysis.attention_layers import AttentionLayer, attention_layers, check_heads, uncompiled
 
 Value = float | Tensor | Callable[[Tensor], Tensor]
 
@@ -245,8 +245,10 @@ def _at_heads(
     try:
         if any(len(served) > 1 for served in numbers.values()):  # count afresh, also after a pass that raised
             handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
-        handles += [output.register_forward_pre_hook(before_output) for output in numbers]
-        yield value
+        for output in numbers:
+            handles.append(output.register_forward_pre_hook(before_output))
+        with uncompiled(model):
+            yield value
     finally:
         for handle in handles:
             handle.remove()

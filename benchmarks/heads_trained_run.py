@@ -202,8 +202,9 @@ class Relations(NamedTuple):
 class Lookup(nn.Module):
     """One layer of attention and a feed-forward network, and a read-out for each relation.
 
-    The feed-forward network matters: without it one head cannot give out two cards, however it weighs them, as the test
-    of this file shows. With it, one head may weigh the two cards unequally, and the network may tell them apart.
+    The feed-forward network matters to a single head that is asked two relations. It can weigh the two cards unequally,
+    and the network can then tell the heavier from the lighter. Two linear read-outs of their sum cannot: where each
+    names a card that fills both places, the heavier card has the higher score in both.
     """
 
     def __init__(self, n_heads: int, relations: int, *, feed_forward: bool = True):

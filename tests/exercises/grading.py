@@ -20,6 +20,7 @@ from torch import Tensor
 from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.selective_scan import selective_scan
+from nondual.positional_encoding import Sinusoidal
 
 FOLDER = Path(__file__).parent.parent.parent / "exercises"
 
@@ -164,12 +165,43 @@ def check_in_pieces(in_pieces: Callable[..., Any]) -> None:
             raise NotYetError("y is right, and the state is not the one after the last step")
 
 
+# --- positional encoding -------------------------------------------------------------------------------------------
+
+
+def check_onward(onward: Callable[..., Any]) -> None:
+    for width, p, k in ((16, 3, 5), (8, 40, -7), (16, 0, 0), (32, 200, 100)):
+        code = Sinusoidal(width).double()
+
+        def at(position: int, code: Sinusoidal = code) -> Tensor:
+            return code.at(torch.tensor(position))
+
+        given = tensor("the result", onward(at(p), k), (width,)).double()
+        if near(given, at(p + k)):
+            continue
+        if near(given, at(p - k)):
+            raise NotYetError("it goes k steps back: turn the other way")
+        if near(given, at(p) + at(k)):
+            raise NotYetError("it adds the code of k: turn each pair by an angle instead")
+        first = at(1)[0].asin()  # the angle of the fastest pair, for one step
+        if near(given, at(p).unflatten(0, (-1, 2)).matmul(turned_by(k * first)).flatten()):
+            raise NotYetError("every pair turns by the same angle: pair i turns by k / 10000^(2i/E)")
+        pairs = zip(given.unflatten(0, (-1, 2)), at(p + k).unflatten(0, (-1, 2)))
+        right = sum(near(a, b) for a, b in pairs)
+        raise NotYetError(f"from position {p} by {k}, {right} of {width // 2} pairs are right")
+
+
+def turned_by(angle: Tensor) -> Tensor:
+    """The matrix by which a row (sin, cos) is multiplied to add `angle` to what it is the sine and cosine of."""
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+
+
 # --- the grading ---------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
     "mamba": {"steps": check_steps, "in_pieces": check_in_pieces},
+    "positional_encoding": {"onward": check_onward},
 }
 
 

@@ -50,6 +50,23 @@ def pieces(which, last=True):
     return in_pieces
 
 
+def turning(sign=1, exponent=1.0):
+    """Turn pair i by sign · k / 10000^(exponent · 2i/E)."""
+
+    def onward(code, k):
+        e = len(code)
+        angle = sign * k / 10000 ** (exponent * torch.arange(0, e, 2) / e)
+        sin, cos = code[0::2], code[1::2]
+        return torch.stack([sin * angle.cos() + cos * angle.sin(), cos * angle.cos() - sin * angle.sin()], -1).flatten()
+
+    return onward
+
+
+def added(code, k):
+    angle = k / 10000 ** (torch.arange(0, len(code), 2) / len(code))
+    return code + torch.stack([angle.sin(), angle.cos()], -1).flatten()
+
+
 RIGHT = [
     ("self_attention", "largest", largest()),
     ("self_attention", "largest", lambda v: (torch.full((1, 1, 1, 1), -100.0), -10 * v)),
@@ -57,6 +74,7 @@ RIGHT = [
     ("flash_attention", "join", joined(lambda a, b: (a - torch.logaddexp(a, b)).exp())),
     ("mamba", "steps", stepping(30.0, 0.0)),
     ("mamba", "in_pieces", pieces(lambda states: states[-1])),
+    ("positional_encoding", "onward", turning()),
 ]
 WRONG = [
     ("self_attention", "largest", largest(q=0.0), "every number gets the same weight"),
@@ -80,6 +98,11 @@ WRONG = [
     ("mamba", "in_pieces", pieces(lambda states: states[min(1, len(states) - 1)]), "piece 3 differs"),
     ("mamba", "in_pieces", pieces(lambda states: states[-1], last=False), "y is right, and the state is not"),
     ("mamba", "in_pieces", lambda *given: None, "it should return y and the state, and returns NoneType"),
+    ("positional_encoding", "onward", turning(sign=-1), "it goes k steps back"),
+    ("positional_encoding", "onward", added, "it adds the code of k"),
+    ("positional_encoding", "onward", turning(exponent=0.0), "every pair turns by the same angle"),
+    ("positional_encoding", "onward", turning(exponent=0.5), "from position 3 by 5, 1 of 8 pairs are right"),
+    ("positional_encoding", "onward", lambda code, k: code[:2], "the result should have the shape (16,)"),
 ]
 
 

@@ -597,6 +597,8 @@ def test_the_induction_score_of_a_repeated_sequence():
     ids = torch.tensor([[4, 4, 4, 9]])
     assert profile(maps(on_key(4, 0)), ids)["induction"] == 1  # the second and third query stand after an x themselves
     assert profile(maps(on_key(4, -1)), ids)["induction"] == pytest.approx(1 / 2)  # queries 1 and 2; key 0 follows none
+    # before the first key stands nothing, which is not the token 0
+    assert profile(maps(on_key(4, -2)), torch.tensor([[0, 8, 0, 8]]))["induction"] == 0
     # a model that reads both ways: only what came before counts
     ahead = on_key(6, 1)
     assert profile(maps(ahead, back_two), torch.tensor([[3, 8, 5, 3, 8, 5]]))["induction"].tolist() == [[0, 1]]

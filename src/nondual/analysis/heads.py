@@ -112,16 +112,19 @@ def profile(
     gap = at[:, None] - at[None, :]  # query minus key
     keys = real[:, None, :]
     first = at == real.int().argmax(-1, keepdim=True)  # (B, N), the first real position
+    # --8<-- [start:profile]
+    # for each query the keys that are meant: (N, N) or (B, N, N)
     targets = {
         "previous": keys & (gap == 1),
         "next": keys & (gap == -1),
         "same": keys & (gap == 0),
         "first": first[:, None, :] & ~first[:, :, None],
     }
+    # --8<-- [end:profile]
     if ids is not None:
         ids = ids.to(device)
         before = torch.nn.functional.pad(ids, (1, 0))[:, :n]  # the token before each key
-        follows = (ids[:, :, None] == before[:, None, :]) & (gap >= 0) & (at > 0)
+        follows = (ids[:, :, None] == before[:, None, :]) & (gap >= 0)
         follows = follows & keys & torch.nn.functional.pad(real, (1, 0))[:, None, :n]
         if not (follows.any(-1) & counts).any():
             raise ValueError("ids must hold a token twice or more for the induction score, got none that does")
@@ -160,11 +163,14 @@ def overlap(
         raise ValueError(f"real must be (B, N) = {(batch, n)}, got {tuple(real.shape)}")
     real = torch.ones(batch, n, dtype=torch.bool, device=weights.device) if real is None else real.to(weights.device)
     counts = real & _has_choice(weights, real)
+    # --8<-- [start:overlap]
     rows = []
-    for head in range(n_heads):  # head by head: all pairs at once would need H times the memory of the weights
+    for head in range(n_heads):  # all pairs at once would need H times the memory
+        # (layers, B, H, N): what each query gives to the same keys in both heads
         shared = torch.minimum(weights[:, :, head, None], weights).sum(-1)
         rows.append(_mean(shared, counts))
     return torch.stack(rows, 1)
+    # --8<-- [end:overlap]
 
 
 def head_contributions(
@@ -189,8 +195,10 @@ def head_contributions(
     heads = (layer.n_heads, layer.d_head)
     if outputs.ndim != 4 or tuple(outputs.shape[2:]) != heads:
         raise ValueError(f"outputs must be (B, N, {heads[0]}, {heads[1]}), got {tuple(outputs.shape)}")
-    weight = weight_of(layer.output, "the output projection").unflatten(1, heads)  # (E, H, D)
-    return torch.einsum("bnhd,ehd->bnhe", outputs, weight.to(outputs.dtype))
+    # --8<-- [start:head_contributions]
+    w_o = weight_of(layer.output, "the output projection").unflatten(1, heads)  # (E, H, D)
+    return torch.einsum("bnhd,ehd->bnhe", outputs, w_o.to(outputs.dtype))
+    # --8<-- [end:head_contributions]
 
 
 # --- from the parameters ---------------------------------------------------------------------------------------------
@@ -210,8 +218,10 @@ def qk_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor
         TypeError: a layer of another kind, or projections that are not plain linear layers.
         ValueError: a head that there is not.
     """
-    query, key = _reads(attention, head)
+    # --8<-- [start:qk_circuit]
+    query, key = _reads(attention, head)  # W_Q and W_K of this head, (E, D) each
     return query @ key.T
+    # --8<-- [end:qk_circuit]
 
 
 def ov_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor, "e e"]:
@@ -227,8 +237,10 @@ def ov_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor
     Raises:
         TypeError, ValueError: as in `qk_circuit`.
     """
-    value, output = _writes(attention, head)
+    # --8<-- [start:ov_circuit]
+    value, output = _writes(attention, head)  # W_V (E, D) and W_O (D, E) of this head
     return value @ output
+    # --8<-- [end:ov_circuit]
 
 
 def composition_score(
@@ -354,18 +366,22 @@ def _reads(attention: nn.Module | AttentionLayer, head: int) -> tuple[Tensor, Te
     """W_Q and W_K of one head, (E, D) each."""
     layer = attention_layer(attention)
     layer.check_head(head)
-    query = weight_of(layer.query, "the query projection").unflatten(0, (layer.n_heads, layer.d_head))
-    key = weight_of(layer.key, "the key projection").unflatten(0, (layer.n_kv_heads, layer.d_head))
-    return query[head].T, key[head * layer.n_kv_heads // layer.n_heads].T
+    query = weight_of(layer.query, "the query projection")  # (H D, E), as nn.Linear has it
+    key = weight_of(layer.key, "the key projection")  # (G D, E)
+    group = head * layer.n_kv_heads // layer.n_heads
+    query = query.unflatten(0, (layer.n_heads, layer.d_head))[head]
+    return query.T, key.unflatten(0, (layer.n_kv_heads, layer.d_head))[group].T
 
 
 def _writes(attention: nn.Module | AttentionLayer, head: int) -> tuple[Tensor, Tensor]:
     """W_V (E, D) and W_O (D, E) of one head."""
     layer = attention_layer(attention)
     layer.check_head(head)
-    value = weight_of(layer.value, "the value projection").unflatten(0, (layer.n_kv_heads, layer.d_head))
-    output = weight_of(layer.output, "the output projection").unflatten(1, (layer.n_heads, layer.d_head))
-    return value[head * layer.n_kv_heads // layer.n_heads].T, output[:, head].T
+    value = weight_of(layer.value, "the value projection")  # (G D, E)
+    output = weight_of(layer.output, "the output projection")  # (E, H D)
+    group = head * layer.n_kv_heads // layer.n_heads
+    value = value.unflatten(0, (layer.n_kv_heads, layer.d_head))[group]
+    return value.T, output.unflatten(1, (layer.n_heads, layer.d_head))[:, head].T
 
 
 def _norm(left: Tensor, right: Tensor) -> Tensor:

@@ -101,14 +101,17 @@ def replace_heads(model: nn.Module, values: Mapping[tuple[int, int], Value]) -> 
         _check_value(value, layers[layer].d_head, f"the value of head {head} of layer {layer}")
         chosen.setdefault(layer, {})[head] = value
 
+    # --8<-- [start:put]
     def put(layer: int, heads: Tensor) -> Tensor | None:
         if layer not in chosen:
             return None
-        outputs = list(heads.unbind(2))
+        outputs = list(heads.unbind(2))  # H of (B, N, D)
         for head, value in chosen[layer].items():
-            outputs[head] = _as_output(value, outputs[head], f"the value of head {head} of layer {layer}")
+            name = f"the value of head {head} of layer {layer}"
+            outputs[head] = _as_output(value, outputs[head], name)
         return torch.stack(outputs, 2)
 
+    # --8<-- [end:put]
     return _at_heads(model, layers, put, None)
 
 
@@ -234,13 +237,15 @@ def _at_heads(
         numbers.setdefault(layer.output, []).append(i)
     calls: Counter[nn.Module] = Counter()
 
-    def before_output(output: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        number = numbers[output][calls[output] % len(numbers[output])]
-        calls[output] += 1
-        flat, heads = args[0], (layers[number].n_heads, layers[number].d_head)
-        changed = act(number, flat.unflatten(-1, heads))
+    # --8<-- [start:before_output]
+    def before_output(w_o: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        number = numbers[w_o][calls[w_o] % len(numbers[w_o])]  # which layer this is
+        calls[w_o] += 1
+        heads = args[0].unflatten(-1, (layers[number].n_heads, layers[number].d_head))
+        changed = act(number, heads)  # (B, N, H, D); None: as it was
         return None if changed is None else (changed.flatten(-2), *args[1:])
 
+    # --8<-- [end:before_output]
     handles = []
     try:
         if any(len(served) > 1 for served in numbers.values()):  # count afresh, also after a pass that raised

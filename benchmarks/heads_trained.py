@@ -10,8 +10,8 @@ Repeats. Four models, of width 64 with four heads in a layer:
     one layer                      with heads twice as wide, so that it has the parameters of the first arm, to 1 %
 
 Look-ups. One layer of width 48 with 1, 2, 4 or 12 heads, which have the same parameters and start from the same
-numbers, asked one relation, two or four. Beside them 24 heads for one relation, where a head has 2 dimensions; and 1 and
-2 heads without the feed-forward network for two relations.
+numbers, asked one relation, two or four. Beside them 24 heads for one relation, where a head has 2 dimensions; and 1
+and 2 heads without the feed-forward network for two relations.
 
 Each arm is trained to the end at every rate of one grid with one seed. At the best of them it is trained with other
 seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first weights,
@@ -52,8 +52,8 @@ from nondual.store import cache_folder
 
 STEPS = {"repeats": 500, "look-ups": 400}
 RATES = (2e-3, 4e-3, 8e-3)
-SWEEP_SEED, SEEDS = 0, {"repeats": tuple(range(1, 7)), "look-ups": tuple(range(1, 9))}
-T_95 = {6: 2.571, 8: 2.365}  # Student's t for 95 %, by the number of seeds
+SWEEP_SEED, SEEDS = 0, {"two layers": tuple(range(1, 7)), "repeats": tuple(range(1, 4)), "look-ups": tuple(range(1, 9))}
+T_95 = {3: 4.303, 6: 2.571, 8: 2.365}  # Student's t for 95 %, by the number of seeds
 COUNTS, RELATIONS = (1, 2, 4, 12), (1, 2, 4)
 LOOKUPS = (
     *(f"{heads}/{relations}" for relations in RELATIONS for heads in COUNTS),
@@ -80,6 +80,11 @@ class Arm(NamedTuple):
         """At the best rate; the sweep must have ended."""
         rate = best_rate(self.sweep())
         return [Run(self.task, self.name, rate, seed, self.steps, self.folder) for seed in self.seeds]
+
+
+def seeds_of(task: str, name: str) -> tuple[int, ...]:
+    """Those of the arm itself where it has its own, else those of its task."""
+    return SEEDS.get(name, SEEDS[task])
 
 
 def carry_out_arm(arm: Arm) -> None:
@@ -174,7 +179,7 @@ def main(options: list[str]) -> None:
     if tiny:
         names = [("repeats", ARMS[0]), ("look-ups", "2/2")]
     arms = [
-        Arm(task, name, RATES, SEEDS[task][: 2 if tiny else None], 20 if tiny else STEPS[task], folder)
+        Arm(task, name, RATES, seeds_of(task, name)[: 2 if tiny else None], 20 if tiny else STEPS[task], folder)
         for task, name in names
     ]
     carry_out_all(arms)
@@ -192,7 +197,10 @@ def record(arms_of: dict[str, dict[str, Any]]) -> None:
             "arms": repeats,
             "moments": {arm: moments(repeats[arm]["runs"]) for arm in ARMS[:2]},
             "less_two_layers": {
-                arm: difference([run["repeats"] for run in repeats[arm]["runs"]], [run["repeats"] for run in two])
+                arm: difference(
+                    [run["repeats"] for run in repeats[arm]["runs"]],
+                    [run["repeats"] for run in two[: len(repeats[arm]["runs"])]],
+                )
                 for arm in ARMS[1:]
             },
             "composition": {arm: composition(repeats[arm]["runs"]) for arm in ARMS[:2]},

@@ -52,7 +52,7 @@ def printed(x, digits=2):
 
 
 def move(page, p, k):
-    for name, value in (("p", p), ("k", k)):
+    for name, value in (("Position p", p), ("Offset k", k)):
         page.get_by_role("slider", name=name, exact=True).evaluate(
             "(node, value) => { node.value = value; node.dispatchEvent(new Event('input')); }", value
         )
@@ -149,16 +149,16 @@ def test_rotary_turns_a_query_and_a_key_and_their_score_depends_on_the_offset_al
 @pytest.mark.browser
 def test_places_and_ranges_move_both_and_the_sentence_is_spoken(page_of):
     page = page_of()
-    assert (page.get_by_label("p", exact=True).input_value(), page.get_by_label("k", exact=True).input_value()) == (
+    assert (page.get_by_label("Position p").input_value(), page.get_by_label("Offset k").input_value()) == (
         "1",
         "4",
     )
     found = page.get_by_role("group", name="Two places")
     before = angles(page)
     found.get_by_role("button", name="50 words later").press("Space")
-    assert page.get_by_label("p", exact=True).input_value() == "51" and angles(page) == before
-    page.get_by_label("k", exact=True).press("ArrowLeft")
-    assert page.get_by_label("k", exact=True).get_attribute("aria-valuetext") == "3" and angles(page) != before
+    assert page.get_by_label("Position p").input_value() == "51" and angles(page) == before
+    page.get_by_label("Offset k").press("ArrowLeft")
+    assert page.get_by_label("Offset k").get_attribute("aria-valuetext") == "3" and angles(page) != before
     assert found.locator("[aria-pressed=true]").count() == 0
     page.wait_for_function("document.querySelector('.spoken').textContent.startsWith('From p = 51 to p + k = 54')")
 

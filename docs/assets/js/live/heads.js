@@ -72,7 +72,8 @@ export default function begin(stage, { digits, layers, heads, measures, sentence
     onchange: (i) => { text = i; draw(); } });
   stage.append(
     el("p", { class: "ask" }, "Colour the map by:"), pick,
-    el("div", { class: "heads-pair" }, el("div", {}, heading, map, said), el("div", {}, el("div", { class: "controls" }, read), matrix)));
+    el("div", { class: "heads-pair" }, el("div", {}, heading, map, said), el("div", {}, el("div", { class: "controls" }, read),
+      el("p", { class: "ask" }, "Rows: the words that ask. Columns: what they attend to."), matrix)));
   paint();
   draw();
 }

@@ -83,8 +83,8 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
 
   const whole = (x) => decimal(x, 0);
   const [where, offset] = [
-    slider({ label: "p", min: 0, max: last, step: 1, value: p, format: whole, oninput: (x) => { p = x; draw(); } }),
-    slider({ label: "k", min: -FAR, max: FAR, step: 1, value: k, format: whole, oninput: (x) => { k = x; draw(); } })];
+    slider({ label: "Position p", min: 0, max: last, step: 1, value: p, format: whole, oninput: (x) => { p = x; draw(); } }),
+    slider({ label: "Offset k", min: -FAR, max: FAR, step: 1, value: k, format: whole, oninput: (x) => { k = x; draw(); } })];
   const mode = buttons({ label: "What is turned", options: ["added: a code for each position", "rotary: a query and a key are turned"],
     onchange: (i) => { rotary = i === 1; stage.classList.toggle("rotary", rotary); draw(); } });
   const found = buttons({ label: "Two places", options: places.map(({ label }) => label), onchange: (i) => {
@@ -99,7 +99,7 @@ export default function begin(stage, { wavelengths, query, key, last, start, pla
     el("div", { class: "turn-keys", "aria-hidden": "true" },
       name(from, el("span", { class: "added" }, "p"), el("span", { class: "turns" }, "query at p")),
       name(to, el("span", { class: "added" }, "p + k"), el("span", { class: "turns" }, "key at p + k")),
-      el("span", { class: "added" }, "ring: the hand of p, turned by k"), el("span", {}, "λ: positions that make one turn")),
+      el("span", { class: "added" }, "ring: the hand of p, turned by k")),
     el("div", { class: "dials", "aria-hidden": "true" }, ...dials.map(({ node }) => node)),
     el("div", { class: "turn-plot", "aria-hidden": "true" },
       el("div", { class: "ends" }, title, value), picture,

@@ -1,17 +1,18 @@
 """Attention heads, measured: what a head looks at, what it adds, and what a model does without it.
 
-    attention_layers   where a model's heads are: ours, and transformers' Llama, BERT and ALBERT
-    interventions      record what heads give out; replace it by zero, a mean, another sequence's or another run's
-    heads              maps of attention and their profiles; what a head reads and writes, from its parameters
+    attention_layers   where a model's heads are: ours, and Llama, BERT and ALBERT
+    interventions      record what heads give out; put something else in its place
+    heads              maps and their profiles; what a head reads, writes and adds
 
-An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head can least be replaced
-by its own mean?
+An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
+vectors most when its mean over the sentence stands in its place?
 
     >>> import torch
-    >>> from nondual.analysis import all_heads, mean_values, profile, record_heads, replace_heads, weights_of
+    >>> from nondual.analysis import all_heads, mean_values, profile
+    >>> from nondual.analysis import record_heads, replace_heads, weights_of
     >>> from nondual.pretrained import minilm
     >>> encoder, text = minilm(), "The eyes see, the ears hear, and the mind knows both."
-    >>> model, ids = encoder.model, torch.tensor([encoder.tokenizer.encode(text).ids])
+    >>> ids, model = torch.tensor([encoder.tokenizer.encode(text).ids]), encoder.model
     >>> before = profile(weights_of(model, ids))["previous"]  # (6, 12), a number for each head
     >>> divmod(int(before.argmax()), 12)  # layer and head, both from 0
     (0, 2)
@@ -24,7 +25,7 @@ by its own mean?
     >>> max(moved, key=moved.get)
     (0, 2)
 
-It is the same head. MiniLM's weights must have been fetched, see `nondual.pretrained`.
+It is the same head. (MiniLM's weights are fetched once: `python -m nondual.pretrained minilm`.)
 """
 
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers

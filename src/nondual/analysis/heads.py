@@ -255,7 +255,7 @@ def composition_score(
         v    |OV₁ OV₂|  / |OV₁| |OV₂|       its values do
 
     "random" is what two unrelated heads would have: 1/√E, the root mean square of each score over random rotations
-    between the two. The paper (section "Composition") subtracts a mean over random matrices, which is close to it.
+    between the two. The paper ("Three Kinds of Composition") compares with random matrices, which score about as much.
     Layer norms between the heads are left out, as are biases and positions.
 
     Args:

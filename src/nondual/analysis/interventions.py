@@ -2,9 +2,9 @@
 
     with record_heads(model) as clean:
         model(ids)
-    clean.outputs[layer]                                       # (B, N, H, D), what goes into W_O
+    clean.outputs[layer]                       # (B, N, H, D), what goes into W_O
 
-    with replace_heads(model, {(2, 3): 0.0}):                  # head 3 of layer 2 is switched off
+    with replace_heads(model, {(2, 3): 0.0}):  # head 3 of layer 2 is switched off
         model(ids)
 
 Both hook the input of the output projection W_O, so they serve this library's models and those of transformers alike
@@ -16,7 +16,7 @@ What to put in place of a head's output is a choice, and the effect depends on i
 model may never have met; the head's mean over a recorded run (`mean_values`) or its output for another sequence
 (`resample_values`) stay within what the model is used to. `patch_heads` puts in the outputs of another run.
 
-Source: zero ablation: Michel et al. 2019 (1905.10650); mean ablation: Wang et al. 2022 (2211.00593), section 2.1;
+Source: zero ablation: Michel et al. 2019 (1905.10650); mean ablation: Wang et al. 2022 (2211.00593);
 resampling: Chan et al. 2022, "Causal Scrubbing"; patching: Vig et al. 2020 (2004.12265), Meng et al. 2022 (2202.05262).
 Symbols: B batch, N positions, H heads, D head width.
 """
@@ -128,7 +128,7 @@ def patch_heads(
         model: the recorded one, or one of the same shape.
         source: what was recorded; its batch is that of the run to be patched, or 1.
         heads: pairs (layer, head).
-        positions: where alone the outputs are put in; everywhere where left out. A negative one counts from the end.
+        positions: the positions at which they do so; all of them where left out. A negative one counts from the end.
 
     Raises:
         TypeError, ValueError: as in `replace_heads`, and a source of another number of layers. Where the recorded run

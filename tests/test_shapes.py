@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 with install_import_hook("nondual", "beartype.beartype"):
     import torch
-    from nondual import attention_mechanism, positional_encoding, self_attention, tasks, transformer
+    from nondual import attention_mechanism, positional_encoding, relative_positions, self_attention, tasks, transformer
     from nondual.pretrained import SentenceEncoder, load_mamba, minilm as load_minilm  # lazy, so named here
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
@@ -62,7 +62,15 @@ for mixer in (Mamba(12, d_state=7), Mamba2(12, d_state=7, d_head=3, n_groups=2))
     lm(ids, cache=lm.new_cache(2), reset=first), lm.loss(ids, reset=first)
     lm.generate(ids, 2), lm.generate(ids, 2, temperature=1.0, top_k=3, eos=4, reset=first)
 
-positional_encoding.LearnedPositions(9, 12)(4, start=2)
+ids = torch.zeros(2, 5, dtype=torch.long)
+for added in (positional_encoding.LearnedPositions(9, 12), positional_encoding.Sinusoidal(12)):
+    added(4, start=2), added.of_sequences(ids), added.of_sequences(ids, cache=added.new_cache(), reset=first)
+positional_encoding.Sinusoidal(12).wavelengths
+rotary = relative_positions.Rotary(3, n_turned=2, scaling="yarn", factor=2.0, trained_length=9)
+for inside in (rotary, relative_positions.ALiBi(4), relative_positions.RelativeBias(4)):
+    inside.turn(torch.randn(2, 4, 5, 3), 2), inside.bias(2, 5)
+    self_attention.MultiHeadAttention(12, 4, positions=inside)(x, causal=True)
+rotary.frequencies(), relative_positions.reorder_pairs(torch.randn(12, 7), 4, "half", n_turned=2)
 transformer.Encoder(12, 4, 48, n_layers=2, norm_first=True)(x, return_weights=True)
 encoder = transformer.TextEncoder(31, 9, 12, 4, 48, n_layers=2)
 encoder(torch.zeros(2, 5, dtype=torch.long), mask=masks.padding(torch.tensor([5, 2]), 5), return_weights=True)

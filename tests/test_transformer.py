@@ -11,6 +11,7 @@ from nondual.efficient_attention.mamba import Mamba
 from nondual.feed_forward import GatedFeedForward
 from nondual.ops import masks
 from nondual.ops.attention import attention
+from nondual.relative_positions import ALiBi, RelativeBias, Rotary
 from nondual.transformer import Encoder, TextEncoder
 
 B, N, E, HEADS, FF = 2, 7, 12, 3, 29
@@ -177,8 +178,15 @@ def test_a_stack_under_autocast_takes_what_torchs_takes(norm_first, kind):
 STACKS = {
     "causal": dict(causal=True),
     "as in Llama": dict(
-        causal=True, norm_first=True, norm=nn.RMSNorm, feed_forward=GatedFeedForward, activation=F.silu, n_kv_heads=1
+        causal=True,
+        norm_first=True,
+        norm=nn.RMSNorm,
+        feed_forward=GatedFeedForward,
+        activation=F.silu,
+        n_kv_heads=1,
+        positions=Rotary(4),
     ),
+    "a bias for each layer": dict(causal=True, positions=lambda i: ALiBi(3) if i else RelativeBias(3, causal=True)),
     "flash": dict(causal=True, op=FlashAttention(otherwise=attention)),
     "mamba": dict(mixer=Mamba, norm_first=True),
 }
@@ -198,3 +206,21 @@ def test_a_causal_stack_in_parts_and_packed(kind):
     torch.testing.assert_close(encoder(x, reset=reset)[:, 4:], encoder(x[:, 4:]), atol=1e-11, rtol=1e-11)
     with pytest.raises(ValueError, match="cache must have one for each of 2 layers, got 1"):
         encoder(x, cache=cache[:1])
+
+
+def test_positions_go_into_attention_and_not_into_another_mixer():
+    shared = RelativeBias(HEADS)
+    encoder = Encoder(E, HEADS, FF, n_layers=3, positions=shared)
+    assert all(layer.mixer.positions is shared for layer in encoder.layers)
+    with pytest.raises(ValueError, match="positions must be left out with a mixer: give them to the mixer itself"):
+        Encoder(E, HEADS, FF, n_layers=1, mixer=Mamba, positions=Rotary(4))
+    with pytest.raises(ValueError, match=r"positions must be Rotary\(4\), of the head width, got Rotary\(d_head=6"):
+        Encoder(E, HEADS, FF, n_layers=1, positions=Rotary(6))
+
+
+def test_without_positions_a_stack_treats_its_input_as_a_set_and_with_them_it_does_not():
+    torch.manual_seed(0)
+    x, order = torch.randn(B, N, E), torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    for positions, is_a_set in ((None, True), (Rotary(4), False), (ALiBi(HEADS), False)):
+        encoder = Encoder(E, HEADS, FF, n_layers=2, positions=positions)
+        assert torch.allclose(encoder(x[:, order]), encoder(x)[:, order], atol=1e-5) == is_a_set

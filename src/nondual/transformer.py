@@ -5,7 +5,6 @@ Devlin et al. 2018 (1810.04805), section 3. Symbols: x (B, N, E), F the feed-for
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,6 +17,7 @@ from nondual.mixers import as_before_if_raised, new_caches
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
 from nondual.positional_encoding import LearnedPositions
+from nondual.relative_positions import RelativePositions, of_layer
 from nondual.self_attention import MultiHeadAttention
 from nondual.token_ids import check_ids
 from nondual.transformer_layer import MixerBlock as MixerBlock
@@ -29,7 +29,7 @@ class Encoder(nn.Module):
 
         Encoder(64, 4, 256, 6)                                                             # as in BERT
         Encoder(64, 4, 171, 6, norm_first=True, norm=nn.RMSNorm, feed_forward=GatedFeedForward, activation=F.silu,
-                n_kv_heads=2, causal=True)                                                 # as in Llama
+                n_kv_heads=2, causal=True, positions=Rotary(16))                           # as in Llama
         Encoder(64, 4, 256, 6, mixer=Mamba)                                                # another mixer
 
     Args:
@@ -44,10 +44,16 @@ class Encoder(nn.Module):
         n_kv_heads: key/value heads, a divisor of H; H where left out.
         op: what joins queries, keys and values, as in `MultiHeadAttention`.
         causal: no position sees a later one.
+        positions: what acts inside attention, such as `Rotary`: one object, which all layers share, or a function of
+            the layer's index that gives each layer's own.
         mixer: makes the mixer of one layer, given E, in place of attention: n_heads, n_kv_heads, op and causal then
-            count for nothing.
+            count for nothing, and positions must be left out.
         norm: the norms, called as nn.LayerNorm and nn.RMSNorm are.
         feed_forward: makes the feed-forward networks, called as `FeedForward` and `GatedFeedForward` are.
+
+    Raises:
+        TypeError: positions that do not act inside attention.
+        ValueError: positions together with a mixer, or made for other heads.
     """
 
     layers: nn.ModuleList
@@ -67,18 +73,31 @@ class Encoder(nn.Module):
         n_kv_heads: int | None = None,
         op: Callable[..., Any] = attention,
         causal: bool = False,
+        positions: RelativePositions | Callable[[int], RelativePositions] | None = None,
         mixer: Callable[[int], nn.Module] | None = None,
         norm: Callable[..., nn.Module] = nn.LayerNorm,
         feed_forward: Callable[..., nn.Module] = FeedForward,
     ):
         super().__init__()
-        if mixer is None:
-            mixer = partial(
-                MultiHeadAttention, n_heads=n_heads, n_kv_heads=n_kv_heads, dropout=dropout, causal=causal, op=op
+        if mixer is not None and positions is not None:
+            raise ValueError("positions must be left out with a mixer: give them to the mixer itself")
+
+        def mixer_of(i: int) -> nn.Module:
+            if mixer is not None:
+                return mixer(d_model)
+            return MultiHeadAttention(
+                d_model,
+                n_heads,
+                n_kv_heads=n_kv_heads,
+                dropout=dropout,
+                causal=causal,
+                op=op,
+                positions=of_layer(positions, i),
             )
+
         self.layers = nn.ModuleList(
             TransformerLayer(
-                mixer(d_model),
+                mixer_of(i),
                 feed_forward(d_model, d_ff, activation=activation, dropout=dropout),
                 d_model,
                 norm_first=norm_first,
@@ -86,7 +105,7 @@ class Encoder(nn.Module):
                 eps=eps,
                 dropout=dropout,
             )
-            for _ in range(n_layers)
+            for i in range(n_layers)
         )
         self.norm = norm(d_model, eps=eps) if norm_first else nn.Identity()
 

@@ -13,6 +13,8 @@ from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
 from nondual.language_models.hybrid import HybridLM
 from nondual.language_models.mamba import MambaLM
+from nondual.positional_encoding import LearnedPositions, Sinusoidal
+from nondual.relative_positions import RelativeBias, Rotary
 from nondual.transformer import FeedForward, MixerBlock, TransformerLayer
 
 B, N, V, E, LONGEST = 2, 11, 13, 12, 24
@@ -44,6 +46,9 @@ def toy():
 MODELS = {
     "gpt": partial(GPT, V, E, 2, 4, max_len=LONGEST),
     "gpt, grouped heads": partial(GPT, V, E, 2, 4, max_len=LONGEST, n_kv_heads=2, tied=False),
+    "gpt, sinusoidal": lambda: GPT(V, E, 2, 4, positions=Sinusoidal(E)),
+    "gpt, rotary": partial(GPT, V, E, 2, 3, positions=Rotary(4)),
+    "gpt, relative bias": lambda: GPT(V, E, 2, 4, positions=RelativeBias(4, n_buckets=6, max_distance=9, causal=True)),
     "hybrid": partial(HybridLM, V, E, 3, 4),
     "hybrid, mamba2": partial(HybridLM, V, E, 2, 4, every=2, mixer=partial(Mamba2, d_state=5, d_head=4)),
     "mamba": partial(MambaLM, V, E, 2),
@@ -57,9 +62,12 @@ def make(kind):
     torch.manual_seed(0)
     made = MODELS[kind]().double()
     with torch.no_grad():
-        for table in (made.embeddings, made.positions and made.positions.table, made.lm_head):
+        for table in (made.embeddings, getattr(made.positions, "table", None), made.lm_head):
             if table is not None:
                 table.weight *= 0.8 / table.weight.std()
+        for module in made.modules():
+            if isinstance(module, RelativeBias):
+                module.table.weight.normal_()
         made.norm_f.weight.copy_(torch.randn(E))
     return made
 
@@ -215,6 +223,30 @@ def test_positions_that_run_out_are_an_error_that_says_the_longest():
     assert make("hybrid").generate(tokens(4), 40).shape == (B, 44)  # no positions, no end
 
 
+def test_a_code_without_an_end_reads_on_and_a_table_may_be_given_as_it_is():
+    model = make("gpt, sinusoidal")
+    assert model.generate(tokens(4), 40).shape == (B, 44)
+    with pytest.raises(ValueError, match="max_len must be given"):
+        model.new_cache(B)
+    torch.manual_seed(0)
+    given = GPT(V, E, 2, 4, positions=LearnedPositions(LONGEST, E))
+    torch.manual_seed(0)
+    by_length = GPT(V, E, 2, 4, max_len=LONGEST)
+    assert given.state_dict().keys() == by_length.state_dict().keys()
+    torch.testing.assert_close(given.positions.table.weight.std(), torch.tensor(0.02), atol=2e-3, rtol=0)
+    assert len(given.new_cache(B)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_code_in_float32_leaves_a_narrow_model_narrow(dtype):
+    model, ids = make("gpt, sinusoidal"), tokens()
+    exact = model(ids)
+    model.to(dtype)
+    assert model.positions(3).dtype == torch.float32 and model(ids).dtype == dtype
+    assert (model(ids) - exact).abs().max() / exact.abs().max() < 16 * torch.finfo(dtype).eps
+
+
 # --- compiled, and shapes alone ------------------------------------------------------------------------------------
 
 
@@ -233,7 +265,7 @@ def test_two_programs_serve_every_length(kind):
     assert len(programs) <= 2
 
 
-@pytest.mark.parametrize("kind", PACKING)
+@pytest.mark.parametrize("kind", [kind for kind in PACKING if kind not in ("gpt, sinusoidal", "gpt, relative bias")])
 @torch.no_grad()
 def test_packing_and_decoding_compile_whole(kind):
     torch._dynamo.reset()
@@ -296,6 +328,19 @@ def test_what_a_mixer_does_not_take_is_named():
     with pytest.raises(ValueError, match="the mixer of layer 0, Shift, has no new_cache: generate with cached=False"):
         model.generate(tokens(), 3)
     assert model.generate(tokens(), 3, cached=False).shape == (B, N + 3)
+
+
+@pytest.mark.parametrize(
+    "options, error, says",
+    [
+        ({"positions": Rotary(4)}, TypeError, r"must be LearnedPositions, .* got Rotary; what acts inside attention"),
+        ({"positions": Sinusoidal(E), "max_len": 9}, ValueError, "max_len makes a learned table and cannot go with p"),
+        ({"positions": Sinusoidal(8)}, ValueError, "positions must be of the width d_model=12, got 8"),
+    ],
+)
+def test_positions_that_do_not_fit(options, error, says):
+    with pytest.raises(error, match=says):
+        CausalLM(V, E, 1, layer=lambda _: MixerBlock(MovingAverage(), E), **options)
 
 
 def test_caches_that_do_not_fit():

@@ -7,6 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.gpt import GPT
+from nondual.positional_encoding import LearnedPositions, Sinusoidal
+from nondual.relative_positions import ALiBi, RelativeBias, Rotary
 
 B, N, V, E, HEADS, LAYERS, LONGEST = 2, 11, 31, 12, 3, 2, 24
 
@@ -105,3 +107,54 @@ def test_flash_attention_where_no_mask_is_needed(pair):
     torch.testing.assert_close(windowed(tokens())[:, :3], ours(tokens())[:, :3])
     with pytest.raises(ValueError, match="mask must be None for flash attention"):
         windowed(tokens(), reset=reset)
+
+
+# --- positions of other kinds -----------------------------------------------------------------------------------------
+
+
+def test_positions_are_added_or_go_into_every_layer():
+    assert isinstance(GPT(V, E, LAYERS, HEADS, max_len=LONGEST).positions, LearnedPositions)
+    code = Sinusoidal(E)
+    model = GPT(V, E, LAYERS, HEADS, positions=code)
+    assert model.positions is code and all(layer.mixer.positions is None for layer in model.layers)
+    none = GPT(V, E, LAYERS, HEADS)
+    assert none.positions is None and all(layer.mixer.positions is None for layer in none.layers)
+    for inside in (Rotary(4), ALiBi(HEADS), RelativeBias(HEADS)):
+        model = GPT(V, E, LAYERS, HEADS, positions=inside)
+        assert model.positions is None and all(layer.mixer.positions is inside for layer in model.layers)
+    own = GPT(V, E, LAYERS, HEADS, positions=lambda i: RelativeBias(HEADS) if i else None)
+    assert own.layers[0].mixer.positions is None and isinstance(own.layers[1].mixer.positions, RelativeBias)
+
+
+def test_a_shared_bias_is_one_parameter_and_gets_the_gradient_of_all_layers():
+    shared, ids = GPT(V, E, LAYERS, HEADS, positions=RelativeBias(HEADS, causal=True)).double(), tokens()
+    own = GPT(V, E, LAYERS, HEADS, positions=lambda _: RelativeBias(HEADS, causal=True)).double()
+    own.load_state_dict(shared.state_dict())
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (shared, own)]
+    assert sizes[1] - sizes[0] == (LAYERS - 1) * 32 * HEADS
+    for model in (shared, own):
+        model.loss(ids).backward()
+    parts = [layer.mixer.positions.table.weight.grad for layer in own.layers]
+    torch.testing.assert_close(shared.layers[0].mixer.positions.table.weight.grad, sum(parts))
+
+
+@pytest.mark.parametrize(
+    "options, error, says",
+    [
+        (
+            {"positions": Rotary(4), "max_len": 9},
+            ValueError,
+            "max_len makes a learned table and cannot go with position",
+        ),
+        ({"positions": Rotary(6)}, ValueError, r"positions must be Rotary\(4\), of the head width, got Rotary"),
+        (
+            {"positions": lambda i: Sinusoidal(E)},
+            TypeError,
+            "positions must be Rotary, .*, got Sinusoidal; what is added",
+        ),
+        ({"positions": "rotary"}, TypeError, "positions must be Rotary, .*, got str"),
+    ],
+)
+def test_positions_that_do_not_fit(options, error, says):
+    with pytest.raises(error, match=says):
+        GPT(V, E, LAYERS, HEADS, **options)

@@ -10,10 +10,12 @@ from nondual.decoder import Decoder
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
 from nondual.feed_forward import GatedFeedForward
+from nondual.language_models.gpt import GPT
 from nondual.ops import masks
 from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention
-from nondual.positional_encoding import LearnedPositions
+from nondual.positional_encoding import LearnedPositions, Sinusoidal
+from nondual.relative_positions import ALiBi, RelativeBias, RelativePositions, Rotary, reorder_pairs
 from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
 from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
 
@@ -65,6 +67,21 @@ def blocks(x: Tensor, ids: Tensor, flag: bool) -> None:
     assert_type(text(ids, return_weights=True), tuple[Tensor, Tensor])
     assert_type(text(ids, return_weights=flag), Tensor | tuple[Tensor, Tensor])
     assert_type(LearnedPositions(16, 12)(5, start=2), Tensor)
+    assert_type(Sinusoidal(12)(5, start=2), Tensor)
+
+
+def inside_attention(q: Tensor, weight: Tensor) -> None:
+    kinds: list[RelativePositions] = [Rotary(12, order="interleaved", scaling="ntk", factor=2.0), ALiBi(4)]
+    kinds.append(RelativeBias(4, causal=True))
+    for positions in kinds:
+        assert_type(positions.turn(q, 3), Tensor)
+        assert_type(positions.bias(5, 8), Tensor | None)
+        MultiHeadAttention(48, 4, positions=positions)
+        Encoder(48, 4, 171, 2, positions=positions)
+    Encoder(48, 4, 171, 2, positions=lambda i: RelativeBias(4))
+    GPT(31, 48, 2, 4, positions=Rotary(12))
+    GPT(31, 48, 2, 4, positions=Sinusoidal(48))
+    assert_type(reorder_pairs(weight, 4, "half"), Tensor)
 
 
 def before_self_attention(s: Tensor, h: Tensor, y: Tensor) -> None:

@@ -77,7 +77,7 @@ class FlashAttention:
         if mask is not None:
             raise ValueError(
                 "mask must be None for flash attention, which knows causal and window, "
-                f"got a mask {tuple(mask.shape)}{_ELSE}"
+                f"got a mask {tuple(mask.shape)}, which a bias of positions such as ALiBi is too{_ELSE}"
             )
         if dropout:
             raise ValueError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nondual.pretrained.gguf import read_gguf
+from nondual.relative_positions import reorder_pairs
 from nondual.store import Package, read
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def from_gguf(tensors: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str
     for name, tensor in tensors.items():
         for part, count in ((".attn_q.", heads), (".attn_k.", kv_heads)):
             if part in name:
-                tensor = tensor.view(count, -1, 2, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+                tensor = reorder_pairs(tensor, count, "half")
         for our, their in theirs.items():
             name = name.replace(our, their)
         renamed[name] = tensor

@@ -55,15 +55,16 @@ class RelativePositions:
         return None
 
 
-def of_layer(positions: Any, i: int) -> Any:
+def of_layer(positions: object, i: int) -> Any:
     """The positions of layer i: those that all layers share, or what a function of i gives for it.
 
     Args:
         positions: `RelativePositions`, a function of the layer's index that gives them, or None.
         i: the layer's index.
     """
-    shared = positions is None or isinstance(positions, RelativePositions) or not callable(positions)
-    return positions if shared else positions(i)
+    if isinstance(positions, RelativePositions) or not callable(positions):  # some of them are modules, so callable
+        return positions
+    return positions(i)
 
 
 def check_start(start: int) -> None:

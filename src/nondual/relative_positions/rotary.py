@@ -120,13 +120,14 @@ class Rotary(RelativePositions):
     def _mixed_pairs(self) -> tuple[float, float]:
         """The pairs between which YaRN goes from turning as before to turning slower by the factor."""
         assert self.trained_length is not None
+        trained = self.trained_length
 
         def pair_that_turns(times: float) -> float:
-            longest = self.trained_length / (times * 2 * math.pi)  # so many places for one turn
+            longest = trained / (times * 2 * math.pi)  # so many places for one turn
             return self.turned * math.log(longest) / (2 * math.log(self.base))
 
-        first, last = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), self.turned - 1)
-        return first, last if last != first else last + 0.001
+        first, last = max(math.floor(pair_that_turns(32.0)), 0), min(math.ceil(pair_that_turns(1.0)), self.turned - 1)
+        return float(first), float(last) if last != first else last + 0.001
 
     def turn(self, x: Float[Tensor, "b h n d"], start: int = 0) -> Float[Tensor, "b h n d"]:
         """x (B, H, N, D) at the places start to start + N - 1, turned, in x's dtype.

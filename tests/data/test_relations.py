@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from nondual.data.relations import NAMES, RELATIONS, _parse
+from nondual.data.relations import ALIKE, NAMES, RELATIONS, _parse
 
 DETERMINERS = "the a an this that those every each some no which what whose many more".split()
 PRONOUNS = "he she it they him her his its their them itself themselves".split()
@@ -52,3 +52,8 @@ def test_a_number_after_a_word_counts_its_occurrences():
     assert read.pairs == (("determiner", 0, 1), ("determiner", 3, 5), ("adjective", 4, 5), ("object", 5, 2))
     with pytest.raises(ValueError, match=r"the#3 must be a word of the sentence 'The dog saw the red cat.'"):
         _parse("The dog saw the red cat.\nd the#3-cat\n")
+
+
+def test_the_words_alike_in_meaning_are_all_different():
+    words = [word for pair in ALIKE for word in pair]
+    assert len(ALIKE) == 48 and len(set(words)) == 96 and all(word.isalpha() and word.islower() for word in words)

@@ -1,4 +1,4 @@
-"""Short English sentences, with the words of each that belong together: subject and verb, pronoun and antecedent, ...
+"""Short English sentences whose related words are marked by hand, and pairs of words that are alike in meaning.
 
 Source: written and annotated by hand for this project. Licence: CC BY 4.0.
 
@@ -272,3 +272,19 @@ def _place(words: tuple[str, ...], word: str, text: str) -> int:
 
 RELATIONS: tuple[Sentence, ...] = _parse(_WRITTEN)
 """72 sentences with their pairs, in which no fixed distance finds all pairs of a relation."""
+
+ALIKE: tuple[tuple[str, str], ...] = tuple(
+    (first, second)
+    for first, second in (
+        pair.split("-")
+        for pair in """
+        horse-pony sea-ocean car-truck king-queen doctor-nurse bread-cake cup-mug street-road house-cottage boat-ship
+        shirt-coat rain-snow wolf-dog apple-pear gold-silver piano-violin pen-pencil lake-river teacher-pupil stone-rock
+        child-baby forest-wood soldier-warrior thief-robber table-desk window-door knife-sword letter-note hand-arm
+        sun-moon summer-winter market-shop wine-beer brother-sister church-temple mouse-rat song-tune picture-painting
+        clock-watch garden-park captain-sailor farmer-shepherd hat-cap bed-sofa tea-coffee butter-cheese shoe-boot
+        war-battle
+        """.split()
+    )
+)
+"""48 pairs of words alike in meaning, such as "horse" and "pony"."""

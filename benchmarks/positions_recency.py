@@ -1,5 +1,6 @@
 """Where SmolLM2's attention goes as its context grows, and how much early and late words matter to what it predicts."""
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -81,6 +82,13 @@ class Measured:
             found |= {"not turned": apart(None), "not turned, mask lifted": apart(free)}
         return found
 
+    @torch.inference_mode()
+    def persistence(self) -> dict[str, Any]:
+        """How much of a token's vector is there after a layer, by `kept_share`; first tokens left out."""
+        self.model.set_attn_implementation("sdpa")
+        texts = [self.model.model(x[:, :128], output_hidden_states=True).hidden_states for x in self.texts]
+        return kept_share([[layer[0, 1:] for layer in layers] for layers in texts])
+
     def measure(self, which: int, n: int, arm: str) -> dict[str, Any]:
         """One text, one length of context: the shares of attention, and what replacing a block changes."""
         ids = self.texts[which][:, -n:].clone()
@@ -144,6 +152,24 @@ def shares(weights: list[Tensor]) -> dict[str, Any]:
     return found
 
 
+def kept_share(texts: list[list[Tensor]]) -> dict[str, Any]:
+    """Of the vectors (N, E) of each text after each layer, less their mean: are they still those of the layer below?
+
+    cosine: with the same token's vector a layer below, by layer. nearest: how often that is the nearest of all of the
+    text's vectors there. through: the same two from the first to the last layer.
+    """
+    rows = []
+    for layers in texts:
+        unit = [torch.nn.functional.normalize(x - x.mean(0), dim=-1) for x in layers]
+        pairs = [*itertools.pairwise(unit), (unit[0], unit[-1])]
+        tables = [above @ below.T for below, above in pairs]
+        cosine = [table.diagonal().mean().item() for table in tables]
+        nearest = [(table.argmax(1) == torch.arange(len(table))).double().mean().item() for table in tables]
+        rows.append((cosine, nearest))
+    cosine, nearest = ([round(mean(values), 4) for values in zip(*(row[i] for row in rows))] for i in (0, 1))
+    return {"cosine": cosine[:-1], "nearest": nearest[:-1], "through": {"cosine": cosine[-1], "nearest": nearest[-1]}}
+
+
 def plan() -> list[tuple[int, int, str]]:
     """What is measured: text, length, arm."""
     arms = ("first token replaced", "first token a marker", "not turned", "untrained")
@@ -155,6 +181,7 @@ def measure(folder: Path) -> dict[str, Any]:
     """By arm and length, a list with one entry for each text. What is in the folder is not measured again."""
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     model: Measured | None = None
     for which, n, arm in plan():
         file = folder / f"recency_{arm.replace(' ', '-')}_{n}_{which}.json"
@@ -163,8 +190,10 @@ def measure(folder: Path) -> dict[str, Any]:
             file.write_text(json.dumps(model.measure(which, n, arm)))
             print(file.name, flush=True)
         found.setdefault(arm, {}).setdefault(str(n), []).append(json.loads(file.read_text()))
-    file = folder / "two_orders.json"
-    if not file.exists():
-        file.write_text(json.dumps((model or Measured()).two_orders()))
-    orders = json.loads(file.read_text())
-    return {"plays": PLAYS, "queries": LAST, "near": NEAR, "block": BLOCK, "arms": found, "two orders": orders}
+    for name in ("two_orders", "persistence"):
+        file = folder / f"{name}.json"
+        if not file.exists():
+            model = model or Measured()
+            file.write_text(json.dumps(getattr(model, name)()))
+        more[name] = json.loads(file.read_text())
+    return {"plays": PLAYS, "queries": LAST, "near": NEAR, "block": BLOCK, "arms": found, **more}

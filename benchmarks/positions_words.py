@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from benchmarks.positions_recency import kept_share
 from nondual.data import BANK, SENSES
 from nondual.pretrained import minilm
 from nondual.pretrained.encoder import SentenceEncoder
@@ -20,6 +21,7 @@ def measure() -> dict[str, Any]:
     """The shares of variance, layer by layer, and the sense accuracies."""
     encoder = minilm()
     with torch.inference_mode():
+        kept = persistence(encoder)
         whole = [[(ids_of(encoder, text), word_at(encoder, word, text), 0)] for word, text in SENTENCES]
         moved = [[(ids, at, 2 * k) for k in range(FORMS)] for ((ids, at, _),) in whole]
         mixed = [
@@ -43,6 +45,7 @@ def measure() -> dict[str, Any]:
         "components": found,
         "senses": sense_accuracy(senses),
         "essay": essay_pair(encoder),
+        "persistence": kept,
     }
 
 
@@ -186,3 +189,18 @@ def essay_pair(encoder: SentenceEncoder) -> dict[str, Any]:
         "cosine with positions": [round(value, 4) for value in cosines[True]],
         "cosine without positions": [round(value, 4) for value in cosines[False]],
     }
+
+
+def persistence(encoder: SentenceEncoder) -> dict[str, Any]:
+    """As in `kept_share`, over the sentences; and what attention alone would leave, without what is added to it.
+
+    attention: the cosine of what the first layer's attention gives with what went in, each less its sentence's mean.
+    """
+    layers, real = encoder.layers([text for _, text in SENTENCES])
+    texts = [[x[real[i]] for x in layers[:, i]] for i in range(len(SENTENCES))]
+    alone = []
+    for first in (text[0] for text in texts):
+        out = encoder.model.encoder.layers[0].mixer(first[None])[0]
+        pair = (x - x.mean(0) for x in (out, first))
+        alone.append(torch.cosine_similarity(*pair, dim=-1).mean())
+    return kept_share(texts) | {"attention": round(torch.stack(alone).mean().item(), 4)}

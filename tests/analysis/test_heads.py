@@ -586,6 +586,30 @@ def test_in_a_causal_map_what_a_query_cannot_reach_and_the_first_query_do_not_co
     assert profile(maps(torch.ones(1, 1)))["entropy"].isnan().all()  # no query has a choice
 
 
+def test_the_profile_of_uneven_maps_equals_a_literal_loop():
+    """Two layers, two sequences, weights from 1e-20 to 1: every number by a loop over queries and keys."""
+    weights = (12 * draw(2, B, H, N, N)).softmax(-1)
+    found = profile(weights, IDS)
+    for layer_, head in ((0, 0), (1, 3)):
+        sums = {name: [] for name in found}
+        for row in range(B):
+            for i in range(N):
+                a = weights[layer_, row, head, i].tolist()
+                sums["same"].append(a[i])
+                sums["distance"].append(sum(a[j] * abs(i - j) for j in range(N)))
+                sums["entropy"].append(-sum(share * math.log(share) for share in a))
+                if i > 0:
+                    sums["previous"].append(a[i - 1])
+                    sums["first"].append(a[0])
+                if i < N - 1:
+                    sums["next"].append(a[i + 1])
+                followed = [j for j in range(1, i + 1) if IDS[row, j - 1] == IDS[row, i]]
+                if followed:
+                    sums["induction"].append(sum(a[j] for j in followed))
+        for name, each in sums.items():
+            assert found[name][layer_, head] == pytest.approx(sum(each) / len(each), rel=1e-9), name
+
+
 def test_the_induction_score_of_a_repeated_sequence():
     """a b c a b c: from its second round on, the query's token was followed by one key, 2 positions back."""
     ids = torch.tensor([[3, 8, 5, 3, 8, 5]])

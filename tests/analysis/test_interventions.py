@@ -329,6 +329,11 @@ def test_a_run_of_one_sequence_patches_a_batch_and_other_shapes_are_refused(gpt)
     with pytest.raises(ValueError, match=r"B, N, D = \(3, 6, 4\) or of batch 1, got \(1, 7, 4\)"):
         with patch_heads(gpt, clean, [(0, 3)]):
             scores(gpt, IDS[:, 1:])
+    with record_heads(gpt) as pair:
+        scores(gpt, IDS[:2])
+    with pytest.raises(ValueError, match=r"B, N, D = \(3, 7, 4\) or of batch 1, got \(2, 7, 4\)"):
+        with patch_heads(gpt, pair, [(0, 3)], positions=[0]):
+            scores(gpt)
     with pytest.raises(ValueError, match="positions must lie in -7 to 6, got 7"):
         with patch_heads(gpt, clean, [(0, 3)], positions=[7]):
             scores(gpt)

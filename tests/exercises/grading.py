@@ -197,11 +197,36 @@ def turned_by(angle: Tensor) -> Tensor:
 
 # --- the grading ---------------------------------------------------------------------------------------------------
 
+# --- heads ---------------------------------------------------------------------------------------------------------
+
+
+def check_added(added: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for n, h, d, e in ((5, 3, 4, 12), (7, 4, 4, 4), (3, 2, 8, 6)):
+        outputs, w_o = torch.randn(n, h, d), torch.randn(e, h * d)
+        given = added(outputs.clone(), w_o.clone())
+        whole = outputs.flatten(1) @ w_o.mT
+        if isinstance(given, Tensor) and given.shape == whole.shape and near(given, whole):
+            raise NotYetError("this is the sum of all heads: leave them apart, (N, H, E)")
+        each = tensor("the result", given, (n, h, e))
+        if near(each, torch.einsum("nhd,ehd->nhe", outputs, w_o.unflatten(1, (h, d)))):
+            continue
+        if near(each, torch.einsum("nhd,edh->nhe", outputs, w_o.unflatten(1, (d, h)))):
+            raise NotYetError("the columns of w_o are cut wrongly: the first D belong to head 0, the next D to head 1")
+        if near(each, (whole / h)[:, None].expand_as(each)):
+            raise NotYetError("every head gets an even share of the sum: each has columns of w_o of its own")
+        if near(each.sum(1), whole):
+            raise NotYetError("the sum is right, and the parts are not those of the heads")
+        off = (each.sum(1) - whole).abs().max().item()
+        raise NotYetError(f"the sum over the heads is off by up to {off:.2g} from flat @ w_o.T")
+
+
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
     "mamba": {"steps": check_steps, "in_pieces": check_in_pieces},
     "positional_encoding": {"onward": check_onward},
+    "heads": {"added": check_added},
 }
 
 

@@ -50,6 +50,20 @@ def pieces(which, last=True):
     return in_pieces
 
 
+def parted(cut, together=False):
+    """Each head times its part of w_o; `cut` says how the parts are found, (E, H, D)."""
+
+    def added(outputs, w_o):
+        each = torch.einsum("nhd,ehd->nhe", outputs, cut(w_o, *outputs.shape[1:]))
+        return each.sum(1) if together else each
+
+    return added
+
+
+def by_head(w_o, h, d):
+    return w_o.unflatten(1, (h, d))
+
+
 def turning(sign=1, exponent=1.0):
     """Turn pair i by sign · k / 10000^(exponent · 2i/E)."""
 
@@ -75,6 +89,8 @@ RIGHT = [
     ("mamba", "steps", stepping(30.0, 0.0)),
     ("mamba", "in_pieces", pieces(lambda states: states[-1])),
     ("positional_encoding", "onward", turning()),
+    ("heads", "added", parted(by_head)),
+    ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
 ]
 WRONG = [
     ("self_attention", "largest", largest(q=0.0), "every number gets the same weight"),
@@ -103,6 +119,16 @@ WRONG = [
     ("positional_encoding", "onward", turning(exponent=0.0), "every pair turns by the same angle"),
     ("positional_encoding", "onward", turning(exponent=0.5), "from position 3 by 5, 1 of 8 pairs are right"),
     ("positional_encoding", "onward", lambda code, k: code[:2], "the result should have the shape (16,)"),
+    ("heads", "added", parted(by_head, together=True), "this is the sum of all heads"),
+    ("heads", "added", parted(lambda w, h, d: w.unflatten(1, (d, h)).mT), "the first D belong to head 0"),
+    ("heads", "added", lambda o, w: (o.flatten(1) @ w.mT)[:, None].repeat(1, o.shape[1], 1) / o.shape[1], "even share"),
+    (
+        "heads",
+        "added",
+        parted(lambda w, h, d: w.unflatten(1, (h, d)).flip(1)),
+        "the sum over the heads is off by up to",
+    ),
+    ("heads", "added", lambda o, w: o, "the result should have the shape (5, 3, 12)"),
 ]
 
 

@@ -13,6 +13,8 @@ Look-ups. One layer of width 48 with 1, 2, 4 or 12 heads, which have the same pa
 numbers, asked one relation, two or four. Beside them 24 heads for one relation, where a head has 2 dimensions; and 1
 and 2 heads without the feed-forward network for two relations.
 
+The first arm is reported at a second rate too, and the moments at which its role forms are of both.
+
 Each arm is trained to the end at every rate of one grid with one seed. At the best of them it is trained with other
 seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first weights,
 so that two arms are paired by it.
@@ -52,8 +54,15 @@ from nondual.store import cache_folder
 
 STEPS = {"repeats": 500, "look-ups": 400}
 RATES = (2e-3, 4e-3, 8e-3)
-SWEEP_SEED, SEEDS = 0, {"two layers": tuple(range(1, 7)), "repeats": tuple(range(1, 4)), "look-ups": tuple(range(1, 9))}
-T_95 = {3: 4.303, 6: 2.571, 8: 2.365}  # Student's t for 95 %, by the number of seeds
+SWEEP_SEED = 0
+SEEDS = {
+    "two layers": tuple(range(1, 7)),
+    "repeats": tuple(range(1, 4)),
+    "2/2": tuple(range(1, 33)),  # the more, to count which head takes which relation; differences are of the first 8
+    "look-ups": tuple(range(1, 9)),
+}
+LOWER = 4e-3  # a second rate at which the first arm is reported: at the best one its role is not found with every seed
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t for 95 %, by the number of seeds
 COUNTS, RELATIONS = (1, 2, 4, 12), (1, 2, 4)
 LOOKUPS = (
     *(f"{heads}/{relations}" for relations in RELATIONS for heads in COUNTS),
@@ -67,19 +76,27 @@ class Arm(NamedTuple):
     """A model and a task: the runs that choose its rate, and those that are reported."""
 
     task: str
-    name: str
+    model: str
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     steps: int
     folder: Path
 
+    @property
+    def name(self) -> str:
+        """The model, and its rate where it had no choice."""
+        return self.model if len(self.rates) > 1 else f"{self.model}, rate {min(self.rates)}"
+
     def sweep(self) -> list[Run]:
-        return [Run(self.task, self.name, rate, SWEEP_SEED, self.steps, self.folder) for rate in self.rates]
+        return [self._run(rate, SWEEP_SEED) for rate in self.rates]
 
     def runs(self) -> list[Run]:
         """At the best rate; the sweep must have ended."""
         rate = best_rate(self.sweep())
-        return [Run(self.task, self.name, rate, seed, self.steps, self.folder) for seed in self.seeds]
+        return [self._run(rate, seed) for seed in self.seeds]
+
+    def _run(self, rate: float, seed: int) -> Run:
+        return Run(self.task, self.model, rate, seed, self.steps, self.folder)
 
 
 def seeds_of(task: str, name: str) -> tuple[int, ...]:
@@ -130,14 +147,35 @@ def summed_up(arm: Arm) -> dict[str, Any]:
         "sweep": {str(run.rate): judged_by(run.result() or {}) for run in arm.sweep()},
         "rate": rate,
         "best_is_at_the_edge_of_the_grid": rate in (min(arm.rates), max(arm.rates)),
-        "runs": [{k: x for k, x in result.items() if k not in ("parameters", "rate")} for result in results],
+        "runs": [{k: x for k, x in slim(result).items() if k not in ("parameters", "rate")} for result in results],
     }
+
+
+def slim(result: dict[str, Any]) -> dict[str, Any]:
+    """The curves of two scores for one head each: the one of its layer that ends highest."""
+    if "curve" not in result:
+        return result
+    curve = dict(result["curve"])
+    for score, layer in (("induction", -1), ("previous", 0)):
+        if isinstance(curve[score][0], list):
+            heads = list(zip(*(row[layer] for row in curve[score])))
+            curve[score] = list(max(heads, key=lambda head: head[-1]))
+    return result | {"curve": curve}
+
+
+def formed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs in which an induction head has formed: one whose score is above a half."""
+    return [run for run in runs if max(max(layer) for layer in run["after"]["induction"]) > 0.5]
 
 
 def moments(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """When the loss has fallen half way and when the scores have risen half way, seed by seed."""
+    runs = formed(runs)
+    if not runs:
+        return {"seeds": []}
     half = {name: [run[f"half_{name}"] for run in runs] for name in ("loss", "induction", "previous")}
     return {
+        "seeds": [run["seed"] for run in runs],
         **half,
         "induction_less_loss": difference(half["induction"], half["loss"]),
         "previous_less_loss": difference(half["previous"], half["loss"]),
@@ -151,7 +189,9 @@ def strongest(runs: list[dict[str, Any]], score: str, layer: int) -> list[int]:
 
 def composition(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """K-composition of the previous-token head with the induction head, less the mean of all other pairs."""
-    pairs, others = [], []
+    runs, pairs, others = formed(runs), [], []
+    if not runs:
+        return {"seeds": []}
     for run, i, j in zip(runs, strongest(runs, "previous", 0), strongest(runs, "induction", 1)):
         scores = {(a, b): run["composition"][a][b]["k"] for a in range(HEADS) for b in range(HEADS)}
         pairs.append(scores.pop((i, j)))
@@ -182,6 +222,8 @@ def main(options: list[str]) -> None:
         Arm(task, name, RATES, seeds_of(task, name)[: 2 if tiny else None], 20 if tiny else STEPS[task], folder)
         for task, name in names
     ]
+    if not tiny:
+        arms.append(arms[0]._replace(rates=(LOWER,)))
     carry_out_all(arms)
     if not tiny:
         record({task: {arm.name: summed_up(arm) for arm in arms if arm.task == task} for task in STEPS})
@@ -190,12 +232,13 @@ def main(options: list[str]) -> None:
 def record(arms_of: dict[str, dict[str, Any]]) -> None:
     """Write what was found to docs/measured."""
     repeats, lookups = arms_of["repeats"], arms_of["look-ups"]
-    two = repeats["two layers"]["runs"]
-    accuracy = {arm: [run["accuracy"] for run in found["runs"]] for arm, found in lookups.items()}
+    two = repeats[f"two layers, rate {LOWER}"]["runs"]
+    deep = {arm: found["runs"] for arm, found in repeats.items() if arm.startswith("two layers")}
+    accuracy = {arm: [run["accuracy"] for run in found["runs"][:8]] for arm, found in lookups.items()}
     figures = {
         "repeats": {
             "arms": repeats,
-            "moments": {arm: moments(repeats[arm]["runs"]) for arm in ARMS[:2]},
+            "moments": {arm: moments(runs) for arm, runs in deep.items()},
             "less_two_layers": {
                 arm: difference(
                     [run["repeats"] for run in repeats[arm]["runs"]],
@@ -203,13 +246,14 @@ def record(arms_of: dict[str, dict[str, Any]]) -> None:
                 )
                 for arm in ARMS[1:]
             },
-            "composition": {arm: composition(repeats[arm]["runs"]) for arm in ARMS[:2]},
+            "composition": {arm: composition(runs) for arm, runs in deep.items()},
             "strongest": {
                 arm: {
-                    "previous": strongest(repeats[arm]["runs"], "previous", 0),
-                    "induction": strongest(repeats[arm]["runs"], "induction", 1),
+                    "seeds": [run["seed"] for run in formed(runs)],
+                    "previous": strongest(formed(runs), "previous", 0),
+                    "induction": strongest(formed(runs), "induction", 1),
                 }
-                for arm in ARMS[:2]
+                for arm, runs in deep.items()
             },
         },
         "look-ups": {
@@ -224,7 +268,7 @@ def record(arms_of: dict[str, dict[str, Any]]) -> None:
             "less_two_heads": {f"{heads}/1": difference(accuracy[f"{heads}/1"], accuracy["2/1"]) for heads in (12, 24)},
             "less_four_heads": {"12/4": difference(accuracy["12/4"], accuracy["4/4"])},
             "takers": takers(lookups["2/2"]["runs"]),
-            "first_relation_taken_by": dict(Counter(str(x[0]) for x in takers(lookups["2/2"]["runs"]))),
+            "taken": dict(Counter("first by {}, second by {}".format(*x) for x in takers(lookups["2/2"]["runs"]))),
         },
     }
     setup = {

@@ -16,6 +16,7 @@ from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.ops import masks
 from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
+from nondual.relative_positions import RelativeBias, Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import Encoder, TextEncoder
 
@@ -69,6 +70,12 @@ def text():
     return TextEncoder(31, 256, 12, 3, 29, n_layers=2)
 
 
+def frozen(attention):
+    """Without gradients, and a bias that is not 0: torch's program for ONNX is wrong where a mask has a gradient."""
+    torch.nn.init.normal_(attention.positions.table.weight)
+    return attention.requires_grad_(False)
+
+
 SAME, CROSS = ("n", "n", "n"), ("n", "m", "m")
 PROGRAMS = {
     "causal attention": (Call(attention, causal=True), qkv, [{2: a} for a in SAME]),
@@ -78,6 +85,8 @@ PROGRAMS = {
     "flash, window": (Call(flash_attention, window=3), qkv, [{2: a} for a in SAME]),
     "multi-head, causal": (Call(MultiHeadAttention(12, 4, n_kv_heads=2), causal=True), vectors, [{1: "n"}]),
     "multi-head, flash": (Call(MultiHeadAttention(12, 4, op=FlashAttention(window=3))), vectors, [{1: "n"}]),
+    "multi-head, rotary": (Call(MultiHeadAttention(12, 2, positions=Rotary(6)), causal=True), vectors, [{1: "n"}]),
+    "multi-head, bias": (Call(frozen(MultiHeadAttention(12, 4, positions=RelativeBias(4)))), vectors, [{1: "n"}]),
     "encoder": (Encoder(12, 3, 29, n_layers=2), vectors, [{1: "n"}]),
     "text encoder": (text(), ids, [{1: "n"}]),
     "text encoder, padded": (Padded(text()), masked_ids, [{1: "n"}, {3: "n"}]),

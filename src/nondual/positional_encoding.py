@@ -40,15 +40,18 @@ class PositionCache:
 
 
 class AddedPositions(nn.Module):
-    """A vector for each position, added to the token's own. A subclass has `at`, and sets the attributes.
+    """A vector for each position, added to the token's own. A subclass has `at` and sets d_model.
 
     Attributes:
         d_model: width E.
-        longest: how many positions there are; None where there is no end.
     """
 
     d_model: int
-    longest: int | None
+
+    @property
+    def longest(self) -> int | None:
+        """How many positions there are; None where there is no end, unless a subclass says otherwise."""
+        return None
 
     def at(self, index: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape e"]:
         """The vectors of positions that are known to be there."""
@@ -140,6 +143,7 @@ class LearnedPositions(AddedPositions):
         d_model: width E.
     """
 
+    d_model: int
     table: nn.Embedding
 
     def __init__(self, max_len: int, d_model: int):
@@ -148,7 +152,7 @@ class LearnedPositions(AddedPositions):
         self.d_model = d_model
 
     @property
-    def longest(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] the table may be exchanged
+    def longest(self) -> int:
         """How many positions there are."""
         return self.table.num_embeddings
 
@@ -190,6 +194,7 @@ class Sinusoidal(AddedPositions):
         ValueError: an E that is odd or below 2, or a base not above 1.
     """
 
+    d_model: int
     base: float
     scale: float
     like: Tensor
@@ -200,7 +205,7 @@ class Sinusoidal(AddedPositions):
             raise ValueError(f"d_model must be even and 2 or more, a sine and a cosine each, got {d_model}")
         if not base > 1:
             raise ValueError(f"base must be above 1, got {base}")
-        self.d_model, self.longest, self.base, self.scale = d_model, None, base, scale
+        self.d_model, self.base, self.scale = d_model, base, scale
         self.register_buffer("like", torch.empty(0), persistent=False)  # it says the dtype and the device
 
     @property

@@ -2,7 +2,7 @@
 
 A query at place p and a key at place s then have the score that they would have p - s steps apart, wherever they stand.
 Source: Su et al. 2021 (2104.09864), section 3.2.2 and equation 34; position interpolation: Chen et al. 2023
-(2306.15595), equation 4; NTK-aware scaling and YaRN: Peng et al. 2023 (2309.00071), equations 16 and 17 to 24.
+(2306.15595), section 3; NTK-aware scaling and YaRN: Peng et al. 2023 (2309.00071), sections 3.1, 3.2 and 3.4.
 Symbols: B batch, H heads, N places, D head width, R the numbers of a head that are turned, in R/2 pairs.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -149,10 +150,13 @@ class Rotary(RelativePositions):
         places = torch.arange(start, start + n, dtype=wide, device=x.device)
         angles = places[:, None] * self.frequencies(dtype=wide, device=x.device)  # (N, R/2)
         cos, sin = angles.cos() * self.temperature, angles.sin() * self.temperature
-        a, b = _pairs(x[..., :r].to(wide), self.order)  # each (B, H, N, R/2)
-        turned = _joined(a * cos - b * sin, a * sin + b * cos, self.order).to(x.dtype)
+        given, rest = x.to(wide), (0, self.d_head - r)
+        a, b = _pairs(given[..., :r], self.order)  # each (B, H, N, R/2)
+        ahead = _joined(-b, a, self.order)  # each pair a right angle further on, (B, H, N, R)
+        cos, sin = _joined(cos, cos, self.order), _joined(sin, sin, self.order)  # (N, R)
+        turned = given * F.pad(cos, rest, value=1.0) + F.pad(ahead * sin, rest)  # with the strides of x
         # --8<-- [end:turn]
-        return turned if r == self.d_head else torch.cat([turned, x[..., r:]], -1)
+        return turned.to(x.dtype)
 
     def refuses(self, n_heads: int, d_head: int) -> str | None:
         """Another head width."""

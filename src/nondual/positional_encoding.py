@@ -222,8 +222,9 @@ class Sinusoidal(AddedPositions):
         check_tensors({"index": index})
         wide = torch.float32 if index.device.type == "mps" else torch.float64
         # --8<-- [start:sinusoidal]
-        i2 = torch.arange(0, self.d_model, 2, dtype=wide, device=index.device)  # 2i, (E/2,)
-        angles = index.to(wide)[..., None] / self.base ** (i2 / self.d_model)  # (..., E/2)
+        e = self.d_model
+        i2 = torch.arange(0, e, 2, dtype=wide, device=index.device)  # 2i, (E/2,)
+        angles = index.to(wide)[..., None] / self.base ** (i2 / e)  # (..., E/2)
         code = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)  # (..., E)
         # --8<-- [end:sinusoidal]
         return (self.scale * code).to(accumulation_dtype(self.like.dtype))

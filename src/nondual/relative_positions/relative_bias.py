@@ -65,8 +65,9 @@ class RelativeBias(nn.Module, RelativePositions):
         else:
             count = self.n_buckets // 2
             first, far = (distance > 0) * count, distance.abs()
-        near = count // 2  # so many distances have a range of their own; the others grow by a constant factor
-        share = torch.log(far.clamp(min=1).float() / near) / math.log(self.max_distance / near)
+        near = count // 2  # so many have a range of their own; the other ranges widen
+        share = torch.log(far.clamp(min=1).float() / near)
+        share = share / math.log(self.max_distance / near)
         wide = (near + (share * (count - near)).long()).clamp(max=count - 1)
         return first + torch.where(far < near, far, wide)
         # --8<-- [end:buckets]

@@ -105,15 +105,16 @@ class Rotary(RelativePositions):
             device: where it is made.
         """
         r, base = self.turned, self.base
+        pair = torch.arange(r // 2, dtype=dtype, device=device)  # i = 0 to R/2 - 1
         # --8<-- [start:scaling]
         if self.scaling == "ntk":
             base = base * self.factor ** (r / (r - 2))
-        steps = 1 / base ** (torch.arange(0, r, 2, dtype=dtype, device=device) / r)  # (R/2,)
+        steps = 1 / base ** (2 * pair / r)  # (R/2,)
         if self.scaling == "linear":
             return steps / self.factor
         if self.scaling == "yarn":
             first, last = self._mixed_pairs()
-            slowed = ((torch.arange(r // 2, dtype=dtype, device=device) - first) / (last - first)).clamp(0, 1)
+            slowed = ((pair - first) / (last - first)).clamp(0, 1)
             return steps * (1 - slowed) + steps / self.factor * slowed
         # --8<-- [end:scaling]
         return steps
@@ -148,15 +149,16 @@ class Rotary(RelativePositions):
         wide, n, r = accumulation_dtype(x.dtype), x.shape[2], self.turned
         # --8<-- [start:turn]
         places = torch.arange(start, start + n, dtype=wide, device=x.device)
-        angles = places[:, None] * self.frequencies(dtype=wide, device=x.device)  # (N, R/2)
-        cos, sin = angles.cos() * self.temperature, angles.sin() * self.temperature
+        steps = self.frequencies(dtype=wide, device=x.device)
+        angles = places[:, None] * steps  # (N, R/2)
+        angles = _joined(angles, angles, self.order)  # (N, R)
+        cos, sin = self.temperature * angles.cos(), self.temperature * angles.sin()
         given, rest = x.to(wide), (0, self.d_head - r)
         a, b = _pairs(given[..., :r], self.order)  # each (B, H, N, R/2)
-        ahead = _joined(-b, a, self.order)  # each pair a right angle further on, (B, H, N, R)
-        cos, sin = _joined(cos, cos, self.order), _joined(sin, sin, self.order)  # (N, R)
-        turned = given * F.pad(cos, rest, value=1.0) + F.pad(ahead * sin, rest)  # with the strides of x
+        ahead = _joined(-b, a, self.order)  # each pair a right angle further on
+        turned = given * F.pad(cos, rest, value=1.0) + F.pad(ahead * sin, rest)
         # --8<-- [end:turn]
-        return turned.to(x.dtype)
+        return turned.to(x.dtype)  # with the strides of x, as a program for ONNX needs
 
     def refuses(self, n_heads: int, d_head: int) -> str | None:
         """Another head width."""

@@ -15,9 +15,9 @@ and 2 heads without the feed-forward network for two relations.
 
 The first arm is reported at a second rate too, and the moments at which its role forms are of both.
 
-Each arm is trained to the end at every rate of its task's grid with one seed. At the best of them it is trained with other
-seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first weights,
-so that two arms are paired by it.
+Each arm is trained to the end at every rate of its task's grid with one seed. At the best of them it is trained with
+other seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first
+weights, so that two arms are paired by it.
 
     nox -s bench -- heads_trained        some nine minutes of one core
     nox -s bench -- heads_trained --tiny a few steps of a few, which writes nothing to docs/measured

@@ -27,6 +27,8 @@ KINDS = {
     "relative bias, both ways": lambda: RelativeBias(H, n_buckets=8, max_distance=16),
 }
 
+COMPILED = ["rotary, partial", "alibi", "relative bias"]  # one of each file: compiling takes seconds
+
 
 def layer(kind, **options):
     options = {"n_kv_heads": 2, "d_head": D, "causal": True} | options
@@ -166,6 +168,7 @@ def test_few_positions(kind, n):
     assert layer(kind)(draw(B, n, E)).shape == (B, n, E)
 
 
+@pytest.mark.parametrize("kind", COMPILED)
 @torch.no_grad()
 def test_it_compiles_whole_for_many_lengths(kind):
     torch._dynamo.reset()
@@ -178,6 +181,7 @@ def test_it_compiles_whole_for_many_lengths(kind):
     torch.testing.assert_close(torch.cat(parts, 1), made(x))
 
 
+@pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_one_exported_program_serves_every_length(kind, strict):

@@ -125,8 +125,9 @@ def test_several_heads_see_more_where_several_relations_are_asked(found):
     # Two at once are no clear case: with the network one head names nearly all in most runs.
     alone = [run["accuracy"] for run in found["look-ups"]["arms"]["1/2"]["runs"]]
     assert sum(accuracy > 0.98 for accuracy in alone) >= 5 and gain["2/2/linear"]["interval"][0] > 0.2
-    # And width matters: 24 heads of 2 dimensions each, asked one relation, name fewer.
-    assert found["look-ups"]["less_two_heads"]["24/1"]["interval"][1] < 0
+    # That a head grows narrower costs nothing here, down to 4 dimensions, and next to nothing at 2.
+    narrower = found["look-ups"]["less_two_heads"]
+    assert narrower["12/1"]["interval"][0] > -0.001 and -0.005 < narrower["24/1"]["interval"][0] < 0
 
 
 # --- the arms differ in what they are named by -----------------------------------------------------------------------

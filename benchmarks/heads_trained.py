@@ -20,7 +20,7 @@ Each arm is trained to the end at every rate of its task's grid with one seed. A
 other seeds, which had no part in the choice. A seed fixes the batches, and for look-ups the relations and the first
 weights, so that two arms are paired by it.
 
-    nox -s bench -- heads_trained        some nine minutes of one core
+    nox -s bench -- heads_trained        some twelve minutes of one core
     nox -s bench -- heads_trained --tiny a few steps of a few, which writes nothing to docs/measured
 
 A run is kept as it ends, in `runs/heads_trained` of the cache folder or in --runs=FOLDER: call again, and it goes on.

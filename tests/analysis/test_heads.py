@@ -1,21 +1,19 @@
 """Heads measured: against formulas written out, transformers' own attention, and maps made by hand."""
 
-import contextlib
 import copy
 import doctest
 import math
 
 import pytest
 import torch
+from analysis_cases import IDS, SENTENCE, B, D, E, H, N, V, draw, layer, watched
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import nondual.analysis
 from nondual import GPT, Encoder, FlashAttention, MultiHeadAttention, TextEncoder
 from nondual.analysis import (
     all_heads,
     attention_layers,
-    composition_score,
     head_contributions,
     ov_circuit,
     overlap,
@@ -27,83 +25,7 @@ from nondual.analysis import (
 )
 from nondual.ops import masks
 from nondual.ops.attention import attention
-from nondual.pretrained import minilm
 from nondual.pretrained.encoder import from_bert
-
-B, N, E, H, D, V = 2, 5, 12, 4, 3, 23
-SENTENCE = "The eyes see, the ears hear, and the mind knows both."
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def layer(n_heads=H, **options) -> MultiHeadAttention:
-    """A layer with weights of the size of 1/2, so that no map is nearly even."""
-    torch.manual_seed(0)
-    module = MultiHeadAttention(E, n_heads, **options).double()
-    for p in module.parameters():
-        nn.init.normal_(p, std=0.5)
-    return module
-
-
-@contextlib.contextmanager
-def watched(modules):
-    """What the modules are given and give out, in the order of their calls: a list of (input, output)."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def keep(module, args, out):
-        seen.append((args[0], out))
-
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return minilm()
-
-
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=24,
-        intermediate_size=29,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=V,
-        hidden_size=24,
-        intermediate_size=29,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        max_position_embeddings=11,
-    )
-    model = BertModel(config).eval()
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(p, std=0.3)
-    return model
-
-
-IDS = torch.tensor([[3, 7, 11, 7, 2], [5, 5, 9, 1, 5]])
-
 
 # --- many heads (A2.1) -----------------------------------------------------------------------------------------------
 
@@ -329,75 +251,6 @@ def test_in_training_what_one_head_learns_depends_on_the_others():
         assert (gradient() - usual).norm() > 0.05 * usual.norm()
 
 
-# --- circuits --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_scores_and_outputs_follow_from_the_circuits(n_kv_heads):
-    """Against the queries and keys that the layer hands to its op, without biases, with shared keys and values."""
-    seen = []
-
-    def kept(q, k, v, **options):
-        seen[:] = [q, k.repeat_interleave(H // n_kv_heads, 1)]
-        return attention(q, k, v, **options)
-
-    module, x = layer(n_kv_heads=n_kv_heads, bias=False, op=kept), draw(B, N, E)
-    out, weights = module(x, return_weights=True)
-    scores = torch.stack([x @ qk_circuit(module, head) @ x.mT for head in range(H)], 1)
-    torch.testing.assert_close(scores, seen[0] @ seen[1].mT)
-    torch.testing.assert_close(torch.softmax(scores / math.sqrt(D), -1), weights)
-    written = sum(weights[:, head] @ x @ ov_circuit(module, head) for head in range(H))
-    torch.testing.assert_close(written, out)
-    for head in range(H):
-        assert torch.linalg.matrix_rank(qk_circuit(module, head)) == D
-        assert torch.linalg.matrix_rank(ov_circuit(module, head)) == D
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_in_models_of_transformers_the_output_follows_from_the_circuit(name, request):
-    """Each layer's own input, its eager weights and OV give its output; the value's bias goes through W_O whole."""
-    model = request.getfixturevalue(name)
-    layers = attention_layers(model)
-    with torch.no_grad(), watched(found.value for found in layers) as values:
-        with watched(found.output for found in layers) as outs:
-            model(IDS)
-    assert len(values) == len(outs) == 2
-    for found, weights, (x, _), (_, out) in zip(layers, weights_of(model, IDS), values, outs):
-        written = sum(weights[:, head] @ x @ ov_circuit(found.module, head) for head in range(4))
-        if name == "bert":
-            written = written + found.output(found.value.bias)
-        torch.testing.assert_close(written, out, rtol=1e-4, atol=1e-5)
-        assert qk_circuit(found, 3).shape == (24, 24)
-
-
-def test_in_bert_the_scores_follow_from_the_circuit_and_the_biases(bert):
-    """Scores are known from the weights up to a constant for each query: x_i QK x_jᵀ and the query's bias decide."""
-    found = attention_layers(bert)[0]
-    with watched([found.query]) as seen:
-        weights = weights_of(bert, IDS)[0]
-    ((x, _),) = seen
-    for head in range(4):
-        own = slice(6 * head, 6 * head + 6)
-        from_bias = x @ found.key.weight[own].T @ found.query.bias[own]  # what is asked of every key alike
-        scores = (x @ qk_circuit(found, head) @ x.mT + from_bias[:, None]) / math.sqrt(6)
-        torch.testing.assert_close(scores.softmax(-1), weights[:, head], rtol=1e-4, atol=1e-5)
-
-
-def test_in_a_llama_the_circuit_is_the_score_of_two_tokens_at_one_place(llama):
-    found = attention_layers(llama)[0]
-    with torch.no_grad(), watched([found.query, found.key]) as seen:
-        llama(IDS)
-    (x, q), (_, k) = seen
-    for head in range(4):
-        plain = q[..., 6 * head : 6 * head + 6] @ k[..., 6 * (head // 2) : 6 * (head // 2) + 6].mT  # before the turn
-        torch.testing.assert_close(x @ qk_circuit(found, head) @ x.mT, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_circuits_of_cross_attention_have_a_side_for_each():
-    module = MultiHeadAttention(E, H, d_memory=7)
-    assert qk_circuit(module, 1).shape == (E, 7) and ov_circuit(module, 1).shape == (7, E)
-
-
 def test_contributions_sum_to_the_output_in_models_of_transformers(llama, bert):
     for model in (llama, bert):
         layers = attention_layers(model)
@@ -409,75 +262,10 @@ def test_contributions_sum_to_the_output_in_models_of_transformers(llama, bert):
             torch.testing.assert_close(summed, out, rtol=1e-4, atol=1e-5)
 
 
-# --- composition -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_composition_is_the_ratio_of_the_norms_written_out():
-    first, second = layer(), layer(n_kv_heads=2)
-    for a in range(H):
-        for b in range(H):
-            ov, qk, ov_b = ov_circuit(first, a), qk_circuit(second, b), ov_circuit(second, b)
-            found = composition_score((first, a), (second, b))
-            norm = torch.linalg.matrix_norm
-            assert found["q"] == pytest.approx(float(norm(ov @ qk) / (norm(ov) * norm(qk))), rel=1e-9)
-            assert found["k"] == pytest.approx(float(norm(qk @ ov.T) / (norm(qk) * norm(ov))), rel=1e-9)
-            assert found["v"] == pytest.approx(float(norm(ov @ ov_b) / (norm(ov) * norm(ov_b))), rel=1e-9)
-            assert found["random"] == E**-0.5
-
-
-def test_composition_tells_a_head_that_reads_another_from_one_that_does_not():
-    """Head 0 writes where head 1 of the next layer has its keys alone: its keys read it, its queries and values not."""
-    first, second = layer(), layer()
-    with torch.no_grad():
-        basis = torch.linalg.qr(draw(E, E)).Q
-        first.out_proj.weight[:, :D] = basis[:, :D]
-        second.k_proj.weight[D : 2 * D] = basis[:, :D].T
-        second.q_proj.weight[D : 2 * D] = basis[:, D : 2 * D].T
-        second.v_proj.weight[D : 2 * D] = basis[:, 2 * D : 3 * D].T
-    found = composition_score((first, 0), (second, 1))
-    assert found["k"] == pytest.approx(D**-0.5, rel=0.3) and found["k"] > 1.5 * found["random"]
-    assert found["q"] < 1e-9 and found["v"] < 1e-9
-    with torch.no_grad():
-        second.k_proj.weight *= 7
-    assert composition_score((first, 0), (second, 1))["k"] == pytest.approx(found["k"])
-
-
-def test_the_random_score_is_that_of_unrelated_heads():
-    """Random rotations between two heads give 1/E as the mean square of a score; the scores of random heads agree."""
-    first, second, squares = layer(), layer(), []
-    for seed in range(2000):
-        turn = torch.linalg.qr(draw(E, E, seed=seed)).Q
-        ov, qk = ov_circuit(first, 0), qk_circuit(second, 1)
-        squares.append((ov @ turn @ qk).square().sum() / (ov.square().sum() * qk.square().sum()))
-    squares = torch.stack(squares)
-    error = squares.std() / math.sqrt(len(squares))
-    assert abs(squares.mean() - 1 / E) < 4 * error and error < 0.02 / E
-    torch.manual_seed(1)
-    one, two = (MultiHeadAttention(96, 12) for _ in range(2))
-    scores = [composition_score((one, a), (two, b)) for a in range(12) for b in range(12)]
-    for kind in "qkv":
-        assert math.fsum(score[kind] for score in scores) / 144 == pytest.approx(96**-0.5, rel=0.02)
-
-
-def test_circuits_of_what_has_none_are_refused():
-    module = layer()
-    for function in (qk_circuit, ov_circuit):
-        with pytest.raises(ValueError, match="head must be 0 to 3, got 4"):
-            function(module, 4)
-        with pytest.raises(TypeError, match=r"attention must be a MultiHeadAttention or .*, got Linear"):
-            function(nn.Linear(2, 2), 0)
-        with pytest.raises(TypeError, match="head must be an int, got float"):
-            function(module, 1.0)
-    with pytest.raises(ValueError, match="both layers must have one width E, got 12 written and 8, 8, 8 read"):
-        composition_score((module, 0), (MultiHeadAttention(8, 2), 0))
-    silent = copy.deepcopy(module)
-    nn.init.zeros_(silent.out_proj.weight)
-    with pytest.raises(ValueError, match="composition needs circuits that are not zero"):
-        composition_score((silent, 0), (module, 0))
-    for outputs in (torch.zeros(B, N, H, D + 1), torch.zeros(B, N, E)):
-        with pytest.raises(ValueError, match=r"outputs must be \(B, N, 4, 3\), got"):
-            head_contributions(module, outputs)
+@pytest.mark.parametrize("shape", [(B, N, H, D + 1), (B, N, E)])
+def test_outputs_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"outputs must be \(B, N, 4, 3\), got"):
+        head_contributions(layer(), torch.zeros(shape))
 
 
 # --- weights of a run ------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     attention_layers   where a model's heads are: ours, and Llama, BERT and ALBERT
     interventions      record what heads give out; put something else in its place
-    heads              maps and their profiles; what a head reads, writes and adds
+    heads              maps and their profiles; what a head adds
+    circuits           what a head reads and writes, from its parameters
 
 An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
 vectors most when its mean over the sentence stands in its place?
@@ -29,15 +30,8 @@ It is the same head. (MiniLM's weights are fetched once: `python -m nondual.pret
 """
 
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
-from nondual.analysis.heads import (
-    composition_score,
-    head_contributions,
-    ov_circuit,
-    overlap,
-    profile,
-    qk_circuit,
-    weights_of,
-)
+from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
+from nondual.analysis.heads import head_contributions, overlap, profile, weights_of
 from nondual.analysis.interventions import (
     HeadRecord,
     mean_values,

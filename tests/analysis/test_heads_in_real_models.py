@@ -149,6 +149,9 @@ def test_alone_nearly_every_head_can_be_spared_and_together_they_cannot(removed)
         assert all(value[1] > 0 for name, value in row.items() if name != "removed")
     assert removed["many"]["rows"][-1]["removed"] == 135
     assert min(v[0] for k, v in removed["many"]["rows"][-1].items() if k != "removed") > 1.8
+    ways = removed["three_ways"]
+    little = {how: sum(row[how][0] < 0.01 for row in ways) for how in ("mean", "resample", "zero")}
+    assert little == {"mean": 40, "resample": 35, "zero": 34} and len(ways) == 60
     more = [row["more"][0] for row in removed["pairs"]]
     assert (
         len(more) == 50 and sum(abs(each) < 0.01 for each in more) == 46
@@ -162,6 +165,7 @@ def test_alone_nearly_every_head_can_be_spared_and_together_they_cannot(removed)
 def test_induction_heads_carry_repeated_text_and_hardly_matter_to_plain_text(removed):
     heads = removed["known_heads"]["induction"]
     assert [(layer, head) for layer, head, _ in heads["heads"]][:3] == [(18, 6), (17, 3), (17, 4)]
+    assert [score > 0.75 for _, _, score in heads["heads"]] == [True] * 3 + [False] * 2  # three quarters of the weight
     for how in ("mean", "resample", "zero"):
         assert heads[f"repeated {how}"][1] > 6.5 and max(heads[f"repeated {how}, others"]) < 1.5
     assert heads["plain mean"][0] < 0.05

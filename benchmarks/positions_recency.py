@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Measured:
     def without_rotation(self):
         """Queries and keys are not turned: every position is as position 0."""
         rotary = self.model.model.rotary_emb
-        self.model.model.rotary_emb = Unturned()
+        self.model.model.rotary_emb = cast(Any, Unturned())
         try:
             yield
         finally:
@@ -96,7 +96,7 @@ class Measured:
         if arm == "first token replaced":
             ids[0, 0] = other[0, 0]
         if arm == "first token a marker":
-            ids[0, 0] = self.tokenizer.bos_token_id
+            ids[0, 0] = cast(int, self.tokenizer.bos_token_id)
         changes: dict[str, Callable[[], AbstractContextManager]] = {
             "not turned": self.without_rotation,
             "untrained": self.untrained,

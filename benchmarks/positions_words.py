@@ -4,7 +4,7 @@ import random
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.positions_recency import kept_share
 from nondual.data import BANK, SENSES
@@ -200,7 +200,7 @@ def persistence(encoder: SentenceEncoder) -> dict[str, Any]:
     texts = [[x[real[i]] for x in layers[:, i]] for i in range(len(SENTENCES))]
     alone = []
     for first in (text[0] for text in texts):
-        out = encoder.model.encoder.layers[0].mixer(first[None])[0]
+        out = cast(nn.Module, encoder.model.encoder.layers[0].mixer)(first[None])[0]
         pair = (x - x.mean(0) for x in (out, first))
         alone.append(torch.cosine_similarity(*pair, dim=-1).mean())
     return kept_share(texts) | {"attention": round(torch.stack(alone).mean().item(), 4)}

@@ -180,6 +180,11 @@ def test_what_a_token_was_persists_through_the_layers(encoder):
         bare.append(torch.cosine_similarity(first - first.mean(0), x[0] - x[0].mean(0), dim=-1).mean())
     assert torch.stack(found).mean() > 0.97 and torch.stack(own).mean() > 0.7
     assert torch.stack(bare).mean() < 0.3
+    stored = json.loads(STORED.read_text())["figures"]["recency"]["smollm2"]["persistence"]  # and in SmolLM2
+    assert sum(stored["nearest"][1:]) / len(stored["nearest"][1:]) > 0.95
+    assert (
+        stored["nearest"][0] < 0.2 and stored["through"]["nearest"] < 0.05
+    )  # but not from its first layer to its last
 
 
 @pytest.mark.claim("D5", "holds if")

@@ -4,7 +4,7 @@ Five parts:
 
     length    small causal models on Shakespeare by character, trained on windows of 64 and read up to 512: without
               positions, with a learned table, with the sinusoidal code, rotary, ALiBi, T5's bias. Each is trained to
-              the end at four rates with one seed; its rate is the one with the lowest loss on a play that none trains
+              the end at five rates with one seed; its rate is the one with the lowest loss on a play that none trains
               on. Three other seeds are reported, on two other plays. Rotary is also read with its angles rescaled.
     place     does a causal model without positions know where it is? A linear probe of the position, and its controls
     words     MiniLM: the shares of a word's vector that come from the word, its company and its place
@@ -36,7 +36,7 @@ from nondual.positional_encoding import ALiBi, RelativeBias, Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.store import cache_folder
 
-STEPS, RATES, SWEEP_SEED, SEEDS = 800, (1.5e-3, 3e-3, 6e-3, 1.2e-2), 0, (1, 2, 3)
+STEPS, RATES, SWEEP_SEED, SEEDS = 800, (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), 0, (1, 2, 3)
 FACTOR = LONGEST / CONTEXT
 RESCALED = {
     "rotary, linear": Rotary(WIDTH // HEADS, scaling="linear", factor=FACTOR),

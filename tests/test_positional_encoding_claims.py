@@ -182,9 +182,7 @@ def test_what_a_token_was_persists_through_the_layers(encoder):
     assert torch.stack(bare).mean() < 0.3
     stored = json.loads(STORED.read_text())["figures"]["recency"]["smollm2"]["persistence"]  # and in SmolLM2
     assert sum(stored["nearest"][1:]) / len(stored["nearest"][1:]) > 0.95
-    assert (
-        stored["nearest"][0] < 0.2 and stored["through"]["nearest"] < 0.05
-    )  # but not from its first layer to its last
+    assert stored["nearest"][0] < 0.2 and stored["through"]["nearest"] < 0.05  # not from first to last
 
 
 @pytest.mark.claim("D5", "holds if")

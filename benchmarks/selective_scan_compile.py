@@ -52,7 +52,7 @@ def arguments(name: str, states: int, dtype: str, given: dict):
     if name == "pass":
         constants = {"REVERSE": False, "BLOCK": 256, "num_warps": 4, "num_stages": 1}
     else:
-        constants = scan.configuration("forward" if name == "first level" else name, states, given["reset"])
+        constants = scan.configuration("forward" if name == "first level" else name, states)
         sizes = {
             "S_U": CHANNELS,
             "S_DELTA": CHANNELS,

@@ -34,7 +34,7 @@ FORWARD = {  # of the forward kernel, likewise: N_HI, BLOCK_D, N_LO, STEPS, num_
 }
 
 
-def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, int]:
+def configuration(kernel: str, states: int) -> dict[str, int]:
     """The blocks, warps and unrolling of a kernel.
 
     Forward from timings on an H100 at 16 and 64 states; the rest from what compiles in few instructions and without a
@@ -44,7 +44,6 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
     Args:
         kernel: "forward", "adjoint" or "backward".
         states: N.
-        resets: whether there are any, which cost registers.
     """
     block_n = triton.next_power_of_2(states)
     if kernel == "backward":
@@ -54,7 +53,7 @@ def configuration(kernel: str, states: int, resets: bool = False) -> dict[str, i
     else:
         warps = 1 if block_n <= 16 else 2 if block_n <= 64 else 4
         config = {"BLOCK_D": min(32 * warps, 8192 // block_n), "BLOCK_N": block_n}
-        config |= {"STEPS": 8 if block_n == 16 and not resets else 4, "num_warps": warps}
+        config |= {"STEPS": 8 if block_n == 16 else 4, "num_warps": warps}
     if INTERPRETED:  # so that tests with short sequences have several groups of steps, and some steps left over
         config["STEPS"] = 2
     return config | {"num_stages": 1}

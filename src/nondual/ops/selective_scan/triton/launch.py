@@ -49,7 +49,7 @@ class Launcher:
         """y, the last state, and with `save` what the backward pass needs, as `empty_outputs` has it."""
         self.cut("forward")
         y, last, checkpoints, ungated = empty_outputs(self.u, self.A, self.z, save)
-        config = tiles.configuration("forward", self.states, self.reset is not None)
+        config = tiles.configuration("forward", self.states)
         both_levels = {
             **self.inputs(),
             "p_u": self.u,

@@ -96,7 +96,7 @@ def test_positions_or_a_causal_mask_alone_tell_the_order(encoder):
     apart = {arm: told["relative distance"] for arm, told in stored["recency"]["smollm2"]["two_orders"].items()}
     assert apart["not turned, mask lifted"] < 1e-4 < 0.1 < apart["not turned"] < apart["as trained"]  # SmolLM2
     last = {arm: [seed[-1]["r2"] for seed in seeds] for arm, seeds in stored["place"]["layers"].items()}
-    assert min(last["trained"] + last["untrained"]) > 0.3  # a probe reads the position where only the mask can tell it
+    assert min(last["trained"] + last["untrained"]) > 0.35  # a probe reads the position where only the mask can tell it
     assert max(last["trained, mask lifted"] + last["trained, labels shuffled"]) < 0.05
 
 

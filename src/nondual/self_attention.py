@@ -216,9 +216,11 @@ class MultiHeadAttention(nn.Module):
         if reset is not None:
             check_reset(reset, x)
         source = x if memory is None else memory
+        # --8<-- [start:split]
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
         v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
+        # --8<-- [end:split]
         causal = self.causal if causal is None else causal
         dropout = self.dropout if self.training else 0.0
         with as_before_if_raised(cache):
@@ -234,7 +236,9 @@ class MultiHeadAttention(nn.Module):
             weights: Any = None
             if return_weights:
                 out, weights = out
+            # --8<-- [start:join]
             out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+            # --8<-- [end:join]
         return (out, weights) if return_weights else out
 
     def new_cache(self, batch: int, max_len: int | None = None) -> KVCache:

@@ -4,6 +4,8 @@ At width E every number of heads has the same multiply-adds, 4 N E² + 2 N² E a
 What grows is the softmax, over H tables of N x N. Measured in float32 on one thread, at the width of MiniLM.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.record import alternate, ratio, write
@@ -20,7 +22,9 @@ def main(options: list[str]) -> None:
     rows = []
     for n in LENGTHS:
         x = torch.randn(1, n, E)
-        runs = {str(heads): lambda layer=layer, x=x: layer(x) for heads, layer in layers.items()}
+        runs: dict[str, Callable[[], object]] = {
+            str(heads): lambda layer=layer, x=x: layer(x) for heads, layer in layers.items()
+        }
         times = alternate(runs, rounds=25 if n < 100 else 11)
         for heads in COUNTS[1:]:
             share = {"heads": heads, "table_share": round(heads * n * n / (4 * n * E * E + 2 * n * n * E), 4)}

@@ -70,7 +70,7 @@ def test_some_heads_follow_grammar_some_likeness_of_meaning_some_nearness(encode
         assert here["head - distance"][1] > 0.2 and here["head - random"][1] > 0.3
     made = lists()
     alike, random_alike = (one.maps([(text, words) for text, words, _ in made]) for one in (encoder, untrained))
-    here = compare(alike, [random_alike], asked([[p, p[::-1]] for _, _, p in made], "there"))
+    here = compare(alike, [random_alike], asked([[(i, j), (j, i)] for _, _, (i, j) in made], "there"))
     assert here["head - distance"][1] > 0.3 and here["head - random"][1] > 0.3
     for model, way in (("minilm", "there"), ("smollm2", "later")):
         relations = found[model]["relations"]

@@ -22,9 +22,9 @@ def main(options: list[str]) -> None:
     rows = []
     for n in LENGTHS:
         x = torch.randn(1, n, E)
-        runs: dict[str, Callable[[], object]] = {
-            str(heads): lambda layer=layer, x=x: layer(x) for heads, layer in layers.items()
-        }
+        runs: dict[str, Callable[[], object]] = {}
+        for heads, layer in layers.items():
+            runs[str(heads)] = lambda layer=layer, x=x: layer(x)
         times = alternate(runs, rounds=25 if n < 100 else 11)
         for heads in COUNTS[1:]:
             share = {"heads": heads, "table_share": round(heads * n * n / (4 * n * E * E + 2 * n * n * E), 4)}

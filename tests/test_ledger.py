@@ -222,6 +222,12 @@ WRONG = {  # name: (file, what is replaced, by what, the fault)
         "    measured: gone.json\n    test: ",
         "A1.4: there is no docs/measured/gone",
     ),
+    "no such figure": (
+        YML,
+        "    test: ",
+        "    figure: fig-arcs\n    test: ",
+        "A1.4: docs/essay/self_attention.md draws no figure named 'fig-arcs'",
+    ),
     "a measurement alone": (
         YML,
         "    test: ",

@@ -24,7 +24,7 @@ The same entry, answered. `verdict` is what the run showed, and these lines are 
       confounder: …            where something was trained or timed: the other explanation that it did not rule out
       chapter: essay/self_attention.md
       test: tests/test_self_attention.py::test_equal_projections_score_no_direction      (or a list of them)
-      figure: fig-symmetry     optional: the anchor of a figure in that chapter
+      figure: ring             optional: the name of a figure in that chapter
       measured: selective_scan_cpu.json    where it rests on a stored measurement: its file in docs/measured (or a list)
       source: …                a reading has this in place of a test: the locus, and the scholar whose edition was read
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ledger.claims import faults_of_list, faults_of_measured, load
+from ledger.claims import faults_of_figures, faults_of_list, faults_of_measured, load
 from ledger.evidence import faults_of_tests
 from ledger.stated import faults_of_pages
 
@@ -13,5 +13,6 @@ def faults(root: Path, tests: bool = True) -> list[str]:
         claims = load(root)
     except ValueError as error:
         return [str(error)]
-    found = faults_of_list(claims) + faults_of_measured(claims, root) + faults_of_pages(claims, root)
+    found = faults_of_list(claims) + faults_of_measured(claims, root)
+    found += faults_of_figures(claims, root) + faults_of_pages(claims, root)
     return found + faults_of_tests(claims, root) if tests else found

@@ -132,6 +132,16 @@ def faults_of_measured(claims: list[Claim], root: Path) -> list[str]:
     ]
 
 
+def faults_of_figures(claims: list[Claim], root: Path) -> list[str]:
+    """Where a claim names a figure that its chapter does not draw."""
+    return [
+        f"{claim.where}: docs/{claim.chapter} draws no figure named {claim.figure!r}"
+        for claim in claims
+        if claim.figure and claim.chapter and (root / "docs" / claim.chapter).is_file()
+        if f'name="{claim.figure}"' not in (root / "docs" / claim.chapter).read_text(encoding="utf-8")
+    ]
+
+
 def said(verdict: str) -> str:
     """The verdict as the end of a sentence: 'does not hold', 'is a reading'."""
     if verdict in ("reading", "slip"):

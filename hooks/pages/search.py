@@ -22,6 +22,7 @@ SEPARATOR = (
     r"""(?:[\s\-\u00a0\u00ad\u200b,:;!?=()\[\]{}"'“”‘’/|*+<>…–—·→←↔~^#%$@\\`]|&(?:lt|gt|amp|quot|#39);|&|\.(?!\d))+"""
 )
 TITLE = 8.0  # a word in a title counts so many times as much as one in the text below it
+CLAIM = 100.0  # and the number of a claim, at its own entry: chapters name many in one section
 WEIGHTS = {  # by the beginning of the location: whoever looks for Mamba wants its chapter before its reference
     "essay/": 4.0,  # what the texts say, beside a chapter, counts half of it
     "workshop/": 2.0,
@@ -62,7 +63,7 @@ def finished(index: dict[str, Any], rows: Iterable[Row] = ()) -> dict[str, Any]:
     config = index["config"] | {
         "separator": SEPARATOR,
         "pipeline": [],  # no stop words: "no" is half of no-mind
-        "fields": {"title": {"boost": TITLE}, "text": {"boost": 1.0}, "tags": {"boost": 1.0}},
+        "fields": {"title": {"boost": TITLE}, "text": {"boost": 1.0}, "tags": {"boost": CLAIM}},
     }
     entries = [shortened(entry) for entry in index["docs"]] + claims(rows)
     families = kin(word for entry in entries for word in words_of(entry))
@@ -121,7 +122,8 @@ def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
         title = row.id + (hidden([row.id]) if longer else "")  # said twice, so that E1 comes before E10
         found = f"{row.verdict}{'' if row.verdict == 'holds if' else ':'} {row.finding}" if row.finding else row.verdict
         told = "".join(f"<p>{escape(text[0].upper() + text[1:], quote=False)}</p>" for text in (row.gist, found))
-        entries.append({"location": f"ledger/#{row.id}", "title": title, "text": told.replace("`", "")})
+        told = told.replace("`", "")
+        entries.append({"location": f"ledger/#{row.id}", "title": title, "text": told, "tags": [row.id]})
     return entries
 
 

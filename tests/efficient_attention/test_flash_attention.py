@@ -73,7 +73,7 @@ def test_cross_attention():
 
 
 @pytest.mark.parametrize("options, says", [
-    ({"mask": torch.ones(N, N, dtype=torch.bool)}, r"mask must be None .* \(19, 19\); .*attention\.attention"),
+    ({"mask": torch.ones(N, N, dtype=torch.bool)}, r"mask must be None .* \(19, 19\), .*attention\.attention"),
     ({"return_weights": True}, "return_weights must be False"),
 ])  # fmt: skip
 def test_what_needs_the_weights_is_refused(options, says):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from analysis_cases import watched
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -63,15 +64,10 @@ def hooks(model: nn.Module) -> int:
 
 
 def test_a_heads_recorded_output_is_its_weights_times_its_values(model):
-    layers, values = attention_layers(model), []
-    handles = [
-        projection.register_forward_hook(lambda module, args, out: values.append(out))
-        for projection in {layer.value for layer in layers}
-    ]
-    with record_heads(model) as record:
+    layers = attention_layers(model)
+    with record_heads(model) as record, watched({layer.value for layer in layers}) as seen:
         scores(model)
-    for handle in handles:
-        handle.remove()
+    values = [out for _, out in seen]
     assert len(record.outputs) == len(values) == LAYERS
     for weights, value, layer, output in zip(weights_of(model, IDS), values, layers, record.outputs):
         shared = value.unflatten(-1, (layer.n_kv_heads, D)).repeat_interleave(H // layer.n_kv_heads, 2)
@@ -79,16 +75,10 @@ def test_a_heads_recorded_output_is_its_weights_times_its_values(model):
 
 
 def test_recorded_outputs_through_the_projection_are_the_layers_output(model):
-    layers, seen = attention_layers(model), []
-    handles = [
-        output.register_forward_hook(lambda module, args, out: seen.append(out))
-        for output in {layer.output for layer in layers}
-    ]
-    with record_heads(model) as record:
+    layers = attention_layers(model)
+    with record_heads(model) as record, watched({layer.output for layer in layers}) as seen:
         scores(model)
-    for handle in handles:
-        handle.remove()
-    for layer, output, out in zip(layers, record.outputs, seen):
+    for layer, output, (_, out) in zip(layers, record.outputs, seen):
         assert output.shape == (B, N, H, D)
         torch.testing.assert_close(layer.output(output.flatten(-2)), out, rtol=0, atol=0)
 

@@ -8,7 +8,6 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits";
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -207,16 +206,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _ours(model: nn.Module, layers: list[AttentionLayer], ids: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
     """Each layer is asked for its weights, which are taken out of what it returns."""
-    calls: Counter[nn.Module] = Counter()
+    asked: dict[nn.Module, bool] = {}  # whether the caller has asked a layer for its weights too
     weights: list[Tensor] = []
 
     def ask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        calls[module] = bool(kwargs.get("return_weights"))  # whether the caller has asked for them too
+        asked[module] = bool(kwargs.get("return_weights"))
         return args, kwargs | {"return_weights": True}
 
     def take(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         weights.append(out[1])
-        return out if calls[module] else out[0]
+        return out if asked[module] else out[0]
 
     handles = []
     try:

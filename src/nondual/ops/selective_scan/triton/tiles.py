@@ -69,7 +69,7 @@ def spans_of(u: Tensor, kernel: str) -> int:
     take longer.
     """
     batch, length, channels = u.shape
-    programs = multiprocessors(u.device, otherwise=8)
-    if batch * channels >= FULL[kernel] * programs:
+    chip = multiprocessors(u.device, otherwise=8)
+    if batch * channels >= FULL[kernel] * chip:
         return 1
-    return max(1, min(triton.cdiv(SPANNED[kernel] * programs, batch * channels), length // (2 * CHUNK)))
+    return max(1, min(triton.cdiv(SPANNED[kernel] * chip, batch * channels), length // (2 * CHUNK)))

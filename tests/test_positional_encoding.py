@@ -123,7 +123,8 @@ def read_offset(a, b, width, pairs):
 
 @pytest.mark.claim("A3.3", "holds")
 def test_each_place_has_a_pattern_of_its_own_and_offsets_are_read_at_several_scales():
-    """Unique to 65,536 places. At several scales: slow pairs say about where, fast ones exactly; both are needed."""
+    """Unique to 65,536 places. At several scales: slow pairs say about where, fast ones exactly but only for near
+    places, and all together exactly."""
     waves = Sinusoidal(512).wavelengths
     torch.testing.assert_close(waves[0].item(), 2 * math.pi)
     torch.testing.assert_close(waves[-1].item(), 2 * math.pi * 10000 ** (510 / 512))  # 60,611; not quite 10000 · 2π

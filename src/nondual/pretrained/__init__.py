@@ -1,8 +1,9 @@
 """Real weights: fetched once, checked by hash, read from safe formats only.
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
-`smollm2()` a causal language model in those of transformers, `rxnmapper()` an encoder of chemical reactions in those
-too. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from a folder of yours.
+`smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
+of chemical reactions in those of transformers. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from
+a folder of yours, and `from_llama()` copies a Llama of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from nondual.pretrained.minilm import MINILM, minilm
 from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
-from nondual.pretrained.smollm2 import SMOLLM2, smollm2
+from nondual.pretrained.smollm2 import SMOLLM2, our_smollm2, smollm2
 from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
 if TYPE_CHECKING:
+    from nondual.pretrained.causal_lm import from_llama
     from nondual.pretrained.encoder import SentenceEncoder, from_bert
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
@@ -32,9 +34,11 @@ __all__ = [
     "WeightsMissing",
     "fetch",
     "from_bert",
+    "from_llama",
     "load_mamba",
     "load_mamba2",
     "minilm",
+    "our_smollm2",
     "read",
     "rxnmapper",
     "smollm2",
@@ -47,6 +51,7 @@ PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2, "rxnmapper
 _HOME = {
     "SentenceEncoder": "encoder",
     "from_bert": "encoder",
+    "from_llama": "causal_lm",
     "load_mamba": "mamba",
     "load_mamba2": "mamba",
 }

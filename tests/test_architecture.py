@@ -32,6 +32,7 @@ RANKS = {
     "vision_transformers": 3,
     "multimodal": 3,
     "language_models": 3,
+    "search": 3,
     "recent": 3,
     "pretrained": 3,
     "extensions": 4,

@@ -16,6 +16,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.decoder               the decoder that reads a memory
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
+    nondual.search                greedy search, sampling and beam search over any model that scores the next token
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         relative_positions,
         self_attention,
         tasks,
+        search,
         token_ids,
         training,
         transformer,
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from nondual.self_attention import MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, MixerBlock, TextEncoder, TransformerLayer
 
+    from nondual.search import beam_search, greedy, sample
 __version__ = "0.1.0"
 
 __all__ = [
@@ -117,6 +120,7 @@ __all__ = [
     "feed_forward",
     "figures",
     "flash_attention",
+    "beam_search",
     "kv_cache",
     "language_models",
     "linear_recurrence",
@@ -124,6 +128,7 @@ __all__ = [
     "load_mamba2",
     "masks",
     "minilm",
+    "greedy",
     "mixers",
     "ops",
     "positional_encoding",
@@ -138,6 +143,8 @@ __all__ = [
     "ssd",
     "ssd_step",
     "tasks",
+    "sample",
+    "search",
     "token_ids",
     "training",
     "transformer",
@@ -190,6 +197,9 @@ _HOME = {
 }
 _DEEPER = {"masks": "ops.masks"}  # a module that lies within another
 
+    "beam_search": "search",
+    "greedy": "search",
+    "sample": "search",
 if not TYPE_CHECKING:  # a type checker reads the imports above, and should go on to report a name that does not exist
 
     def __getattr__(name):

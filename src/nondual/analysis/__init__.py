@@ -1,9 +1,10 @@
-"""Attention heads, measured: what a head looks at, what it adds, and what a model does without it.
+"""Attention heads, measured: what a head looks at, what it adds, what a model does without it. And what waits for what.
 
     attention_layers   where a model's heads are: ours, and Llama, BERT and ALBERT
     interventions      record what heads give out; put something else in its place
     heads              maps and their profiles; what a head adds
     circuits           what a head reads and writes, from its parameters
+    critical_path      the longest chain of operations that wait for one another
 
 An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
 vectors most when its mean over the sentence stands in its place?
@@ -31,6 +32,7 @@ It is the same head. (MiniLM's weights are fetched once: `python -m nondual.pret
 
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
 from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
+from nondual.analysis.critical_path import is_arithmetic, longest_chain, products
 from nondual.analysis.heads import head_contributions, overlap, profile, weights_of
 from nondual.analysis.interventions import (
     HeadRecord,
@@ -49,10 +51,13 @@ __all__ = [
     "attention_layers",
     "composition_score",
     "head_contributions",
+    "is_arithmetic",
+    "longest_chain",
     "mean_values",
     "ov_circuit",
     "overlap",
     "patch_heads",
+    "products",
     "profile",
     "qk_circuit",
     "record_heads",

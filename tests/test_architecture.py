@@ -19,7 +19,7 @@ RANKS = {
     "token_ids": 1,
     "mixers": 1,
     "kv_cache": 1,
-    "attention_mechanism": 1,
+    "attention_mechanism": 3,
     "self_attention": 1,
     "positional_encoding": 1,
     "relative_positions": 1,

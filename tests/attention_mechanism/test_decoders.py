@@ -168,7 +168,7 @@ def test_a_decoder_sees_no_later_output():
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_compiled_for_two_lengths(decoder):
     made = make(decoder, "coverage")
-    compiled = torch.compile(copy.deepcopy(made), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(made), fullgraph=True, backend="eager")
     y, h = given()
     for n, m in ((4, 7), (2, 3)):
         torch.testing.assert_close(compiled(y[:, :n], h[:, :m]), made(y[:, :n], h[:, :m]))

@@ -4,6 +4,7 @@
     attention   the same as modules that a decoder calls once a step: additive, dot, general, concat, location-aware,
                 with coverage, local; and two without scores, the mean and the last state
     decoders    recurrent decoders that read through any of these: Bahdanau's and Luong's
+    seq2seq     a whole encoder and decoder: loss, greedy and beam search
 
 Everything public can be imported from here.
 """
@@ -31,6 +32,7 @@ from nondual.attention_mechanism.scores import (
     scaled_dot_scores,
     smooth,
 )
+from nondual.attention_mechanism.seq2seq import Seq2Seq
 
 __all__ = [
     "AdditiveAttention",
@@ -45,6 +47,7 @@ __all__ = [
     "LocalAttention",
     "LocationAttention",
     "LuongDecoder",
+    "Seq2Seq",
     "UniformAttention",
     "additive_scores",
     "around_median",

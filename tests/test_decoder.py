@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nondual.decoder import Decoder, DecoderLayer
+from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
 from nondual.feed_forward import FeedForward, GatedFeedForward
 from nondual.ops import masks
@@ -131,3 +132,63 @@ def test_dropout_is_for_training_only():
     x = torch.randn(B, N, E)
     assert not torch.equal(layer(x, x), layer(x, x))
     assert torch.equal(layer.eval()(x, x), layer(x, x))
+
+
+# --- a memory that is projected once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_projected_memory_gives_what_the_memory_gives_gradients_too(kind):
+    model, real = KINDS[kind]().double(), masks.padding(torch.tensor([M, 3]), M)
+    results = []
+    for project in (lambda memory: memory, model.project):
+        x, memory = draw(B, N, E).requires_grad_(), draw(B, M, E, seed=2).requires_grad_()
+        y, weights = model(x, project(memory), memory_mask=real, return_weights=True)
+        torch.testing.assert_close(y, model(x, memory, memory_mask=real), atol=1e-11, rtol=1e-11)
+        y.square().sum().backward()
+        results.append((y, weights, x.grad, memory.grad))
+    for name, a, b in zip(("y", "weights", "x", "memory"), *results):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    assert results[0][1].shape == (LAYERS, B, HEADS, N, M)
+
+
+@torch.no_grad()
+def test_a_projected_memory_is_read_step_by_step_and_projected_once():
+    model, x, memory = KINDS["plain"]().double(), draw(B, N, E), draw(B, M, E, seed=2)
+    calls = []
+    for layer in model.layers:
+        layer.cross.k_proj.register_forward_hook(lambda *_: calls.append(1))
+    projected, cache = model.project(memory), model.new_cache(B, N)
+    parts = torch.cat([model(part, projected, cache=cache) for part in x.split(1, 1)], 1)
+    assert len(calls) == LAYERS
+    torch.testing.assert_close(parts, model(x, memory), atol=1e-11, rtol=1e-11)
+    rows = torch.tensor([1, 0, 1])
+    chosen = model(x[rows], [one.select(rows) for one in projected])
+    torch.testing.assert_close(chosen, model(x[rows], memory[rows]), atol=1e-11, rtol=1e-11)
+
+
+@torch.no_grad()
+def test_a_projected_memory_that_does_not_fit_is_refused_and_changes_no_cache():
+    model, x, memory = KINDS["plain"]().double(), draw(B, N, E), draw(B, M, E, seed=2)
+    cache, projected = model.new_cache(B, N), model.project(memory)
+    with pytest.raises(ValueError, match="memory must be projected for each of 2 layers, got 1"):
+        model(x, projected[:1], cache=cache)
+    other = Decoder(E, 2, FF, LAYERS).double().project(memory)
+    with pytest.raises(ValueError, match=r"memory must be this module's own project\(memory\), keys \(2, 3, M, 4\)"):
+        model(x, [projected[0], other[1]], cache=cache)
+    with pytest.raises(ValueError, match=r"keys \(1, 3, M, 4\), got \(2, 3, 5, 4\)"):
+        model(x[:1], projected)
+    assert [one.length for one in cache] == [0, 0]
+    model.layers[1].cross = nn.Linear(E, E)
+    with pytest.raises(ValueError, match="the cross of layer 1, Linear, has no project: give the memory itself"):
+        model.project(memory)
+
+
+@torch.no_grad()
+def test_a_projected_memory_under_another_op_and_compiled():
+    torch._dynamo.reset()
+    model = Decoder(E, HEADS, FF, LAYERS, op=FlashAttention(impl="reference")).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in (5, 9):
+        x, memory = draw(B, n, E).float(), draw(B, n + 3, E).float()
+        torch.testing.assert_close(compiled(x, model.project(memory)), model(x, memory), atol=1e-5, rtol=1e-4)

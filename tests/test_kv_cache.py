@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nondual.kv_cache import KVCache
+from nondual.kv_cache import KVCache, ProjectedMemory
 
 B, G, D = 2, 3, 4
 
@@ -44,3 +44,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(k, error, says):
     with pytest.raises(error, match=says):
         cache.append(k, k if error is TypeError else k.detach())
     assert cache.length == 0
+
+
+def test_selected_rows_are_a_cache_of_their_own():
+    cache, k, v = KVCache(B, G, 7, D), rows(5), rows(5, 1)
+    cache.append(k, v)
+    cache.start = torch.tensor([1, 2])
+    chosen = torch.tensor([1, 1, 0])
+    other = cache.select(chosen)
+    assert other.start.tolist() == [2, 2, 1] and other.length == 5
+    keys, values = other.append(k[chosen, :, :2], v[chosen, :, :2])
+    assert torch.equal(keys, torch.cat([k, k[:, :, :2]], 2)[chosen])
+    assert torch.equal(values, torch.cat([v, v[:, :, :2]], 2)[chosen])
+    assert cache.length == 5 and torch.equal(cache.keys[:, :, :5], k)
+    with pytest.raises(ValueError, match="cache holds 7 positions, and 8 were asked of it"):
+        other.append(k[chosen, :, :1], v[chosen, :, :1])
+
+
+def test_rows_of_a_projected_memory():
+    memory, chosen = ProjectedMemory(rows(5), rows(5, 1)), torch.tensor([1, 1, 0])
+    other = memory.select(chosen)
+    assert torch.equal(other.keys, memory.keys[chosen]) and torch.equal(other.values, memory.values[chosen])

@@ -7,13 +7,15 @@ memory (B, M, E), F the feed-forward width.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.feed_forward import FeedForward
+from nondual.kv_cache import ProjectedMemory
 from nondual.mixers import as_before_if_raised, new_caches
 from nondual.ops.attention import attention
 from nondual.self_attention import MultiHeadAttention
@@ -28,7 +30,8 @@ class DecoderLayer(nn.Module):
 
     Args:
         mixer: any module x -> x over (B, N, E); what `forward` is given besides x and memory goes to it.
-        cross: a module (x, memory) -> x that takes `mask=`, such as `MultiHeadAttention`.
+        cross: a module (x, memory) -> x that takes `mask=`, and `return_weights=` where they are asked for, such as
+            `MultiHeadAttention`.
         feed_forward: any module x -> x, position by position.
         d_model: width E.
         norm_first: pre-norm if True, as torch's nn.TransformerDecoderLayer names it.
@@ -66,36 +69,67 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        memory: Float[Tensor, "b m e"],
+        memory: Float[Tensor, "b m e"] | ProjectedMemory,
         *,
         memory_mask: Tensor | None = None,
+        return_weights: bool = False,
         **mixing: Any,
-    ) -> Float[Tensor, "b n e"]:
-        """x (B, N, E), memory (B, M, E) -> (B, N, E).
+    ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "b h n m"]]:
+        """x (B, N, E), memory (B, M, E) -> (B, N, E), or with the weights over the memory (B, H, N, M) if asked for.
 
         Args:
             x: (B, N, E).
-            memory: what cross attends to.
+            memory: what cross attends to; or what `cross.project` made of it.
             memory_mask: (N, M) or broadcastable to (B, H, N, M); True where attending to the memory is allowed.
+            return_weights: also return the weights over the memory.
             mixing: given to the mixer as it is: mask, cache, reset. Whatever this call raises, the cache is then as it
                 was before.
         """
+        asked = {"return_weights": True} if return_weights else {}  # cross need not have this argument
         with as_before_if_raised(mixing.get("cache")):
-            x = self._branch(x, self.norm1, lambda x: self.mixer(x, **mixing))
-            x = self._branch(x, self.norm2, lambda x: self.cross(x, memory, mask=memory_mask))
-            return self._branch(x, self.norm3, self.feed_forward)
+            x = self._joined(x, self.norm1, self.mixer(self._before(x, self.norm1), **mixing))
+            read = self.cross(self._before(x, self.norm2), memory, mask=memory_mask, **asked)
+            weights: Any = None
+            if return_weights:
+                read, weights = read
+            x = self._joined(x, self.norm2, read)
+            x = self._joined(x, self.norm3, self.feed_forward(self._before(x, self.norm3)))
+        return (x, weights) if return_weights else x
 
-    def _branch(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x and what the branch adds to it, normalised before or after."""
-        if self.norm_first:
-            return x + self.dropout(branch(norm(x)))
-        return norm(x + self.dropout(branch(x)))
+    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a branch is given: x, normalised if the norms come first."""
+        return norm(x) if self.norm_first else x
+
+    def _joined(self, x: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
+        """x and what a branch made of it, normalised if the norms come last."""
+        x = x + self.dropout(branch)
+        return x if self.norm_first else norm(x)
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
+        @overload
         def __call__(
-            self, x: Tensor, memory: Tensor, *, memory_mask: Tensor | None = None, **mixing: Any
+            self,
+            x: Tensor,
+            memory: Tensor | ProjectedMemory,
+            *,
+            memory_mask: Tensor | None = None,
+            return_weights: Literal[False] = False,
+            **mixing: Any,
         ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | ProjectedMemory,
+            *,
+            memory_mask: Tensor | None = None,
+            return_weights: bool,
+            **mixing: Any,
+        ) -> Any: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Decoder(nn.Module):
@@ -157,47 +191,105 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        memory: Float[Tensor, "b m e"],
+        memory: Float[Tensor, "b m e"] | list[ProjectedMemory],
         *,
         mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         cache: list[Any] | None = None,
         reset: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n e"]:
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "layers b h n m"]]:
         """x (B, N, E), memory (B, M, E) -> (B, N, E); no output depends on a later position of x.
 
         Args:
             x: (B, N, E).
-            memory: (B, M, E), what an encoder gave. Its keys and values are computed anew at every call.
+            memory: (B, M, E), what an encoder gave; or what `project` made of it, where it is read more than once.
             mask: over x, as in `nondual.ops.attention.attention`, on top of the causal one.
             memory_mask: over the memory; `masks.padding` for a padded one.
             cache: of the positions before x, from `new_cache`; whatever this call raises, it is then as it was before.
             reset: (B, N), True at the first position of each of several sequences packed along N.
+            return_weights: also return every layer's weights over the memory (layers, B, H, N, M).
 
         Raises:
             TypeError: x or memory is not a tensor.
-            ValueError: a cache of another depth, or what the mixers refuse.
+            ValueError: a cache or a projected memory of another depth, or what the mixers refuse.
         """
         check_depth(cache, self.layers)
-        given = {name: value for name, value in (("mask", mask), ("reset", reset)) if value is not None}
+        if isinstance(memory, (list, tuple)) and len(memory) != len(self.layers):
+            raise ValueError(f"memory must be projected for each of {len(self.layers)} layers, got {len(memory)}")
+        given: dict[str, Any] = {"memory_mask": memory_mask, "return_weights": return_weights}
+        given |= {name: value for name, value in (("mask", mask), ("reset", reset)) if value is not None}
+        weights = []
         with as_before_if_raised(*(cache or ())):
             for i, layer in enumerate(self.layers):
                 own = given if cache is None else given | {"cache": cache[i]}
-                x = layer(x, memory, memory_mask=memory_mask, **own)
-            return self.norm(x)
+                x = layer(x, memory[i] if isinstance(memory, (list, tuple)) else memory, **own)
+                if return_weights:
+                    x, rows = x
+                    weights.append(rows)
+            x = self.norm(x)
+        return (x, torch.stack(weights)) if return_weights else x
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
+        @overload
         def __call__(
             self,
             x: Tensor,
-            memory: Tensor,
+            memory: Tensor | list[ProjectedMemory],
             *,
             mask: Tensor | None = None,
             memory_mask: Tensor | None = None,
             cache: list[Any] | None = None,
             reset: Tensor | None = None,
+            return_weights: Literal[False] = False,
         ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | list[ProjectedMemory],
+            *,
+            mask: Tensor | None = None,
+            memory_mask: Tensor | None = None,
+            cache: list[Any] | None = None,
+            reset: Tensor | None = None,
+            return_weights: Literal[True],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor | list[ProjectedMemory],
+            *,
+            mask: Tensor | None = None,
+            memory_mask: Tensor | None = None,
+            cache: list[Any] | None = None,
+            reset: Tensor | None = None,
+            return_weights: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def project(self, memory: Float[Tensor, "b m e"]) -> list[ProjectedMemory]:
+        """Each layer's keys and values of the memory, made once and given to each call in its place.
+
+        Args:
+            memory: (B, M, E).
+
+        Raises:
+            TypeError: memory is not a tensor.
+            ValueError: a wrong rank or width, or a `cross` that does not make them apart.
+        """
+        crosses: list[Any] = [layer.cross for layer in self.layers]
+        for i, cross in enumerate(crosses):
+            if not hasattr(cross, "project"):
+                raise ValueError(
+                    f"the cross of layer {i}, {type(cross).__name__}, has no project: give the memory itself"
+                )
+        return [cross.project(memory) for cross in crosses]
 
     def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
         """An empty cache for each layer: attention needs max_len, how many positions it will hold.

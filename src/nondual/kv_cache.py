@@ -1,10 +1,12 @@
-"""The key/value cache: what attention has read, kept for decoding token by token.
+"""What attention has read, kept for decoding token by token: a cache that grows, and a memory that stays as it is.
 
 Symbols: B batch, G key/value heads of width D, M positions held so far.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from nondual.ops.autocast import is_autocasting
@@ -85,6 +87,41 @@ class KVCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def select(self, rows: Int[Tensor, " r"]) -> "KVCache":
+        """A cache of its own with these rows of the batch, in this order; a row may be taken more than once.
+
+        Args:
+            rows: (R,) int64.
+        """
+        _, heads, capacity, width = self.keys.shape
+        chosen = KVCache(len(rows), heads, capacity, width, dtype=self.keys.dtype, device=self.keys.device)
+        chosen.keys[:, :, : self.length] = self.keys[rows, :, : self.length]
+        chosen.values[:, :, : self.length] = self.values[rows, :, : self.length]
+        chosen.length, chosen.start = self.length, None if self.start is None else self.start[rows]
+        return chosen
+
     def reset(self) -> None:
         """Hold no positions; the memory stays allocated."""
         self.length, self.start = 0, None
+
+
+class ProjectedMemory(NamedTuple):
+    """The keys and values of a memory, made once by `MultiHeadAttention.project` and read by any number of calls.
+
+    A memory does not change while a decoder reads it. Neither do these: nothing is appended to them.
+
+    Attributes:
+        keys: (B, G, M, D).
+        values: (B, G, M, D).
+    """
+
+    keys: Float[Tensor, "b g m d"]
+    values: Float[Tensor, "b g m d"]
+
+    def select(self, rows: Int[Tensor, " r"]) -> "ProjectedMemory":
+        """These rows of the batch, in this order; a row may be taken more than once.
+
+        Args:
+            rows: (R,) int64.
+        """
+        return ProjectedMemory(self.keys[rows], self.values[rows])

@@ -38,6 +38,10 @@ class PositionCache:
     length: int = 0
     start: Integer[Tensor, " b"] | None = None
 
+    def select(self, rows: Integer[Tensor, " r"]) -> "PositionCache":
+        """A cache of its own for these rows of the batch, in this order; a row may be taken more than once."""
+        return PositionCache(self.length, None if self.start is None else self.start[rows])
+
 
 class AddedPositions(nn.Module):
     """A vector for each position, added to the token's own. A subclass has `at` and sets d_model.

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.kv_cache import KVCache as KVCache
+from nondual.kv_cache import ProjectedMemory as ProjectedMemory
 from nondual.mixers import as_before_if_raised, check_reset, sequence_starts
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
@@ -169,7 +170,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n e"],
-        memory: Float[Tensor, "b m em"] | None = None,
+        memory: Float[Tensor, "b m em"] | ProjectedMemory | None = None,
         *,
         mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
         causal: bool | None = None,
@@ -181,7 +182,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: (B, N, E).
-            memory: what is attended to instead of x.
+            memory: what is attended to instead of x; or what `project` made of it, where it is read more than once.
             mask: (N, M) or broadcastable to (B, H, N, M); True where attending is allowed.
             causal: no position sees a later one; as the module was made where left out.
             cache: keys and values of the positions before x; x's own are appended. Whatever this call raises, the
@@ -195,14 +196,18 @@ class MultiHeadAttention(nn.Module):
             out (B, N, E), or (out, weights).
 
         Raises:
-            TypeError: x, memory, mask or reset is not a tensor, or cache is not a KVCache.
+            TypeError: x, mask or reset is not a tensor, memory neither that nor a ProjectedMemory, or cache is not a
+                KVCache.
             ValueError: a rank, width or batch that does not fit; a cache, a reset or positions together with a memory;
                 a full cache.
             RuntimeError: a cache while gradients are recorded.
         """
         _check_width("x", x, self.q_proj.in_features)
         if memory is not None:
-            _check_width("memory", memory, self.k_proj.in_features)
+            if isinstance(memory, ProjectedMemory):
+                self._check_projected(memory, len(x))
+            else:
+                _check_width("memory", memory, self.k_proj.in_features)
             if cache is not None:
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
             if reset is not None:
@@ -216,11 +221,10 @@ class MultiHeadAttention(nn.Module):
         if reset is not None:
             check_reset(reset, x)
         source = x if memory is None else memory
-        # --8<-- [start:split]
+        # --8<-- [start:queries]
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
-        k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
-        v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
-        # --8<-- [end:split]
+        # --8<-- [end:queries]
+        k, v = source if isinstance(source, ProjectedMemory) else self._keys_and_values(source)
         causal = self.causal if causal is None else causal
         dropout = self.dropout if self.training else 0.0
         with as_before_if_raised(cache):
@@ -240,6 +244,36 @@ class MultiHeadAttention(nn.Module):
             out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
             # --8<-- [end:join]
         return (out, weights) if return_weights else out
+
+    def project(self, memory: Float[Tensor, "b m em"]) -> ProjectedMemory:
+        """The keys and values of a memory, which do not depend on x: made once, and given to each call in its place.
+
+        Args:
+            memory: (B, M, d_memory).
+
+        Raises:
+            TypeError: memory is not a tensor.
+            ValueError: a wrong rank or width.
+        """
+        _check_width("memory", memory, self.k_proj.in_features)
+        return ProjectedMemory(*self._keys_and_values(memory))
+
+    def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        # --8<-- [start:keys_and_values]
+        k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
+        v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
+        # --8<-- [end:keys_and_values]
+        return k, v
+
+    def _check_projected(self, memory: ProjectedMemory, batch: int) -> None:
+        check_tensors({"memory.keys": memory.keys, "memory.values": memory.values})
+        expected = (batch, self.n_kv_heads, self.d_head)
+        for name, x in (("keys", memory.keys), ("values", memory.values)):
+            if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != expected:
+                shape = "({}, {}, M, {})".format(*expected)
+                raise ValueError(
+                    f"memory must be this module's own project(memory), {name} {shape}, got {tuple(x.shape)}"
+                )
 
     def new_cache(self, batch: int, max_len: int | None = None) -> KVCache:
         """An empty cache for self-attention, in the dtype and on the device of the key projection.
@@ -264,7 +298,7 @@ class MultiHeadAttention(nn.Module):
         def __call__(
             self,
             x: Tensor,
-            memory: Tensor | None = None,
+            memory: Tensor | ProjectedMemory | None = None,
             *,
             mask: Tensor | None = None,
             causal: bool | None = None,
@@ -277,7 +311,7 @@ class MultiHeadAttention(nn.Module):
         def __call__(
             self,
             x: Tensor,
-            memory: Tensor | None = None,
+            memory: Tensor | ProjectedMemory | None = None,
             *,
             mask: Tensor | None = None,
             causal: bool | None = None,
@@ -290,7 +324,7 @@ class MultiHeadAttention(nn.Module):
         def __call__(
             self,
             x: Tensor,
-            memory: Tensor | None = None,
+            memory: Tensor | ProjectedMemory | None = None,
             *,
             mask: Tensor | None = None,
             causal: bool | None = None,

@@ -41,6 +41,22 @@ s, h = torch.randn(2, 3, 7), torch.randn(2, 5, 11)
 attention_mechanism.AdditiveAttention(7, 11, 13)(s, h, torch.ones(2, 1, 5, dtype=torch.bool))
 attention_mechanism.scaled_dot_scores(s, torch.randn(2, 5, 7))
 attention_mechanism.AttentionDecoder(17, 7, 11, 13)(torch.randn(2, 3, 17), torch.randn(2, 7), h)
+padding, memory = torch.tensor([[[True] * 5], [[True] * 3 + [False] * 2]]), torch.randn(2, 5, 12)
+for reader in (
+    attention_mechanism.ConcatAttention(7, 12, 13),
+    attention_mechanism.GeneralAttention(7, 12),
+    attention_mechanism.LocalAttention(7, 12, 2),
+    attention_mechanism.LocationAttention(7, 12, 13, 3, 5, window=2, weigh=attention_mechanism.smooth),
+    attention_mechanism.CoverageAttention(7, 12, 13),
+    attention_mechanism.UniformAttention(7, 12),
+    attention_mechanism.LastState(7, 12),
+):
+    for decoder in (attention_mechanism.BahdanauDecoder, attention_mechanism.LuongDecoder):
+        _, weights = decoder(17, reader, 3)(torch.randn(2, 3, 17), memory, padding)
+attention_mechanism.coverage_loss(weights)
+words, lengths = torch.randint(7, (2, 5)), torch.tensor([5, 2])
+speller = attention_mechanism.Seq2Seq(7, 9, 8)
+speller.loss(words, words, source_lengths=lengths, target_lengths=lengths)
 
 x, memory = torch.randn(2, 5, 12), torch.randn(2, 11, 17)
 self_attention.SelfAttention(12, 3, 5)(x, return_weights=True)

@@ -3,7 +3,7 @@
 The names below can be taken from here, `from nondual import attention, Mamba`, or from the modules that they live in:
 
     nondual.ops                   the operations and their engines: attention, flash attention, scans, masks
-    nondual.attention_mechanism   additive and multiplicative scores, softmax, context (Bahdanau 2014)
+    nondual.attention_mechanism   a decoder that reads an encoder: additive attention and those after it, seq2seq
     nondual.mixers                what a mixer of positions is; attention, Mamba, Mamba-2 and S4D are mixers alike
     nondual.recurrent             RNN, LSTM and GRU, and a mixer made of one
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
@@ -54,7 +54,14 @@ if TYPE_CHECKING:
         transformer,
         transformer_layer,
     )
-    from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder
+    from nondual.attention_mechanism import (
+        AdditiveAttention,
+        AttentionDecoder,
+        BahdanauDecoder,
+        LocationAttention,
+        LuongDecoder,
+        Seq2Seq,
+    )
     from nondual.data import shakespeare
     from nondual.decoder import Decoder
     from nondual.efficient_attention.flash_attention import FlashAttention
@@ -94,6 +101,7 @@ __all__ = [
     "ALiBi",
     "AdditiveAttention",
     "AttentionDecoder",
+    "BahdanauDecoder",
     "CausalLM",
     "Decoder",
     "Encoder",
@@ -103,6 +111,8 @@ __all__ = [
     "HybridLM",
     "KVCache",
     "LearnedPositions",
+    "LocationAttention",
+    "LuongDecoder",
     "Mamba",
     "Mamba2",
     "MambaCache",
@@ -114,6 +124,7 @@ __all__ = [
     "Rotary",
     "SelfAttention",
     "SentenceEncoder",
+    "Seq2Seq",
     "Sinusoidal",
     "TextEncoder",
     "TransformerLayer",
@@ -163,6 +174,10 @@ __all__ = [
 _HOME = {
     "AdditiveAttention": "attention_mechanism",
     "AttentionDecoder": "attention_mechanism",
+    "BahdanauDecoder": "attention_mechanism",
+    "LocationAttention": "attention_mechanism",
+    "LuongDecoder": "attention_mechanism",
+    "Seq2Seq": "attention_mechanism",
     "FlashAttention": "efficient_attention.flash_attention",
     "Mamba": "efficient_attention.mamba",
     "MambaCache": "efficient_attention.mamba",

@@ -97,7 +97,8 @@ def test_what_is_stored_is_read_back(speak, tmp_path):
 # --- the browser ---------------------------------------------------------------------------------------------------
 
 SCORES = """async (ids) => {
-    const { Mamba, tensors } = await import("./assets/js/live/speak.js");
+    const { Mamba } = await import("./assets/js/live/speak.js");
+    const { tensors } = await import("./assets/js/live/weights.js");
     const answer = await fetch("./assets/models/speak.bin");
     const model = new Mamba(tensors(await answer.arrayBuffer()));
     const read = () => ids.map((id) => ({ scores: [...model.step(id)], steps: model.steps() }));

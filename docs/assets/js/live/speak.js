@@ -1,34 +1,10 @@
 // A small Mamba that writes: its weights load on a click, a beginning is read, and it goes on character by character.
 import { buttons, el, OKABE_ITO, sentence, slider, svg } from "./core.js";
+import { tensors, times } from "./weights.js";
 
 const WEIGHTS = new URL("../../models/speak.bin", import.meta.url);
 const SHOWN = 32, LENGTH = 400, PAUSE = 15; // characters in the strip; characters to write; milliseconds after each
 
-/** The tensors of a safetensors file by name, {shape, data}; rows of integers are multiplied by their scales. */
-export function tensors(buffer) {
-  const size = Number(new DataView(buffer).getBigUint64(0, true));
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
-  const kinds = { F32: Float32Array, I8: Int8Array };
-  const read = ({ dtype, data_offsets: [start, end] }) => new kinds[dtype](buffer.slice(8 + size + start, 8 + size + end));
-  const found = {};
-  for (const [name, one] of Object.entries(header)) {
-    if (name === "__metadata__" || name.endsWith(".scale")) continue;
-    const scale = header[`${name}.scale`] && read(header[`${name}.scale`]), numbers = read(one);
-    const row = numbers.length / one.shape[0];
-    found[name] = { shape: one.shape, data: scale ? Float32Array.from(numbers, (x, i) => x * scale[Math.floor(i / row)]) : numbers };
-  }
-  return { alphabet: [...header.__metadata__.alphabet], weights: found };
-}
-
-const times = ({ shape: [rows, columns], data }, x) => { // a matrix times a vector
-  const y = new Float64Array(rows);
-  for (let i = 0, at = 0; i < rows; i++) {
-    let sum = 0;
-    for (let j = 0; j < columns; j++) sum += data[at++] * x[j];
-    y[i] = sum;
-  }
-  return y;
-};
 const silu = (x) => x / (1 + Math.exp(-x));
 const softplus = (x) => (x > 20 ? x : Math.log1p(Math.exp(x)));
 const normed = (x, { data }) => { // divided by the root of the mean square
@@ -38,8 +14,8 @@ const normed = (x, { data }) => { // divided by the root of the mean square
 
 /** The model and its state: `step(id)` reads one character and returns a score for each that may follow. */
 export class Mamba {
-  constructor({ alphabet, weights }) {
-    Object.assign(this, { alphabet, weights });
+  constructor({ metadata, weights }) {
+    Object.assign(this, { alphabet: [...metadata.alphabet], weights });
     this.layers = Object.keys(weights).filter((name) => name.endsWith("A_log")).map((name) => {
       const part = (rest) => weights[name.replace("mixer.A_log", rest)];
       const mixer = Object.fromEntries(["in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight",

@@ -1,0 +1,40 @@
+// What the trained models of the figures share: the weights of a file, and a matrix times a vector.
+
+/** A number of 16 bits (half precision) as JavaScript knows numbers. */
+function half(bits) {
+  const sign = bits >> 15 ? -1 : 1, power = (bits >> 10) & 31, rest = bits & 1023;
+  if (power === 31) return rest ? NaN : sign * Infinity;
+  return sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
+}
+
+const KINDS = { F32: Float32Array, I8: Int8Array, F16: Uint16Array };
+
+/** What a safetensors file holds: its metadata, and its tensors by name, {shape, data}. Rows of integers are multiplied
+ * by their scales. */
+export function tensors(buffer) {
+  const size = Number(new DataView(buffer).getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
+  const read = ({ dtype, data_offsets: [start, end] }) => {
+    const numbers = new KINDS[dtype](buffer.slice(8 + size + start, 8 + size + end));
+    return dtype === "F16" ? Float32Array.from(numbers, half) : numbers;
+  };
+  const weights = {};
+  for (const [name, one] of Object.entries(header)) {
+    if (name === "__metadata__" || name.endsWith(".scale")) continue;
+    const scale = header[`${name}.scale`] && read(header[`${name}.scale`]), numbers = read(one);
+    const row = numbers.length / one.shape[0];
+    weights[name] = { shape: one.shape, data: scale ? Float32Array.from(numbers, (x, i) => x * scale[Math.floor(i / row)]) : numbers };
+  }
+  return { metadata: header.__metadata__, weights };
+}
+
+/** A matrix times a vector. A matrix of more than two axes is read as rows of all that follows the first. */
+export function times({ shape: [rows], data }, x) {
+  const y = new Float64Array(rows);
+  for (let i = 0, at = 0; i < rows; i++) {
+    let sum = 0;
+    for (let j = 0; j < x.length; j++) sum += data[at++] * x[j];
+    y[i] = sum;
+  }
+  return y;
+}

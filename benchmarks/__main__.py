@@ -11,7 +11,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HELPERS = ("__init__", "__main__", "record", "aot", "compiled", "ceilings", "scaling")
-HELPERS += ("shakespeare_run", "heads_trained_run", "positions_run", "positions_words", "positions_recency")
+HELPERS += (
+    "shakespeare_run",
+    "heads_trained_run",
+    "recurrence_run",
+    "positions_run",
+    "positions_words",
+    "positions_recency",
+)
+HELPERS += ("spellers_words", "spellers_looks", "spellers_gates")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

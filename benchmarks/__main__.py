@@ -14,6 +14,7 @@ HELPERS = ("__init__", "__main__", "record", "aot", "compiled", "ceilings", "sca
 HELPERS += (
     "shakespeare_run",
     "heads_trained_run",
+    "recall_run",
     "recurrence_run",
     "positions_run",
     "positions_words",

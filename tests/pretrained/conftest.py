@@ -1,7 +1,9 @@
-"""What several files of tests read: the real models, and small checkpoints of transformers' Mamba and Mamba-2.
+"""What several files of tests read: the real models, small checkpoints of transformers' Mamba and Mamba-2, and Whisper.
 
 encoder   MiniLM
 smol      SmolLM2: model and tokenizer
+recogniser  Whisper tiny.en
+judge_of  judge_of(model, frames): transformers' Whisper with the weights of a SpeechTransformer
 theirs    theirs("mamba2", n_groups=1): transformers' model with random weights
 folder    a folder with a checkpoint of transformers' Mamba
 """
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nondual.pretrained import minilm, smollm2
+from nondual.pretrained import minilm, smollm2, whisper
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,11 @@ def encoder():
 @pytest.fixture(scope="module")
 def smol():
     return smollm2()
+
+
+@pytest.fixture(scope="session")
+def recogniser():
+    return whisper()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +54,62 @@ def theirs():
                     p /= p.norm(dim=1, keepdim=True)
         made.generation_config.eos_token_id = None
         return made.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judge_of():
+    """A function: transformers' Whisper, with the weights of a SpeechTransformer of ours."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    inside = {
+        ".mixer.": ".self_attn.",
+        ".cross.": ".encoder_attn.",
+        ".feed_forward.linear1.": ".fc1.",
+        ".feed_forward.linear2.": ".fc2.",
+        ".norm1.": ".self_attn_layer_norm.",
+    }
+    norms = {"encoder": {".norm2.": ".final_layer_norm."}}
+    norms["decoder"] = {".norm2.": ".encoder_attn_layer_norm.", ".norm3.": ".final_layer_norm."}
+    outside = {"token": "decoder.embed_tokens", "position.table": "decoder.embed_positions"}
+    outside |= {name: f"encoder.{name}" for name in ("conv1", "conv2")}
+    outside |= {f"{half}.norm": f"{half}.layer_norm" for half in ("encoder", "decoder")}
+
+    def renamed(name):
+        half, _, rest = name.partition(".")
+        if rest.startswith("layers."):
+            for ours, theirs in (inside | norms[half]).items():
+                name = name.replace(ours, theirs)
+            return f"model.{name}"
+        module, _, kind = name.rpartition(".")
+        return f"model.{outside[module]}.{kind}"
+
+    def make(model, frames):
+        layers, heads = len(model.encoder.layers), model.encoder.layers[0].mixer.n_heads
+        vocabulary, width = model.token.weight.shape
+        config = WhisperConfig(
+            vocab_size=vocabulary,
+            num_mel_bins=model.conv1.in_channels,
+            d_model=width,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=heads,
+            decoder_attention_heads=heads,
+            encoder_ffn_dim=model.encoder.layers[0].feed_forward.linear1.out_features,
+            decoder_ffn_dim=model.encoder.layers[0].feed_forward.linear1.out_features,
+            max_source_positions=frames // 2,
+            max_target_positions=model.position.longest,
+            **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "decoder_start")},
+        )
+        config._attn_implementation = "eager"  # the one that returns weights
+        judge = WhisperForConditionalGeneration(config)
+        state = {renamed(name): tensor for name, tensor in model.state_dict().items()}
+        for name in [name for name in state if name.endswith("k_proj.bias")]:
+            assert not state.pop(name).any()  # Whisper's keys have none
+        missing, unexpected = judge.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) == {"model.encoder.embed_positions.weight", "proj_out.weight"}
+        return judge.eval()  # the positions of the encoder are those that transformers computes; the scores are tied
 
     return make
 

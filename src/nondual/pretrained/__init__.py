@@ -3,8 +3,8 @@
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
 of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
-without attention. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from a folder of yours, and
-`from_llama()` copies a Llama of transformers into our classes.
+without attention, `whisper()` a transformer that hears speech, in ours too. `load_mamba()` and `load_mamba2()` read
+checkpoints of Mamba models from a folder of yours, and `from_llama()` copies a Llama of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -19,6 +19,7 @@ from nondual.pretrained.hama import HAMA, hama
 from nondual.pretrained.minilm import MINILM, minilm
 from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
 from nondual.pretrained.smollm2 import SMOLLM2, our_smollm2, smollm2
+from nondual.pretrained.whisper import WHISPER, whisper
 from nondual.store import FetchError, Package, WeightsMissing, fetch, read
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "PACKAGES",
     "RXNMAPPER",
     "SMOLLM2",
+    "WHISPER",
     "FetchError",
     "Package",
     "SentenceEncoder",
@@ -49,6 +51,7 @@ __all__ = [
     "read",
     "rxnmapper",
     "smollm2",
+    "whisper",
 ]
 
 PACKAGES: dict[str, Package] = {
@@ -57,6 +60,7 @@ PACKAGES: dict[str, Package] = {
     "rxnmapper": RXNMAPPER,
     "hama": HAMA,
     "g2p_en": G2P_EN,
+    "whisper": WHISPER,
 }
 """What is fetched, by the name of the function that reads it."""
 

@@ -127,7 +127,7 @@ def forced(speller: AttentiveSpeller, words: list[str], phonemes: list[list[str]
 def left_out(speller: AttentiveSpeller, batches: list[list[str]], listed: dict[str, list[Sounds]]) -> dict:
     """Each variant: how well it spells, and where it looks; means over words with bootstrap intervals."""
     plain = {word: got for words in batches for word, got in zip(words, speller.spell_all(words))}
-    results = {}
+    results, kept = {}, torch.zeros(0)
     for name, (scores, pull) in variants(mean_parts(speller, batches)).items():
         each: dict[str, list[float]] = {}
         for words in batches:
@@ -144,6 +144,8 @@ def left_out(speller: AttentiveSpeller, batches: list[list[str]], listed: dict[s
                 for what, x in one.items():
                     each.setdefault(what, []).append(x)
         columns = {what: torch.tensor(xs) for what, xs in each.items()}
+        kept = kept if len(kept) else columns["right"]  # of the first variant, which is unchanged
+        columns["right_less_trained"] = columns["right"] - kept
         results[name] = {what: spread(xs[~xs.isnan()]) for what, xs in columns.items()}
         print(name, {what: x[0] for what, x in results[name].items()}, flush=True)
     return results

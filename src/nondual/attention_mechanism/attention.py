@@ -404,13 +404,17 @@ class LocationAttention(Attention):
     def _project(self, h: Tensor) -> Tensor:
         return self.w_h(h)
 
+    # --8<-- [start:location]
     def features(self, past: Float[Tensor, "b m"]) -> Float[Tensor, "b m k"]:
         """f_j (B, M, k): what the filters see around each position in the weights of the step before."""
         return self.filters(past[:, None]).mT
 
     def _scores(self, s: Tensor, projected: Tensor, past: Tensor | None) -> Tensor:
-        past = masked_softmax(projected.new_zeros(projected.shape[:2])) if past is None else past
-        return compare(self.w_s(s), projected + self.w_f(self.features(past)), self.v)
+        past = self.start(projected) if past is None else past
+        located = projected + self.w_f(self.features(past))  # W_h h_j + W_f f_j
+        return compare(self.w_s(s), located, self.v)
+
+    # --8<-- [end:location]
 
     def forward(
         self,

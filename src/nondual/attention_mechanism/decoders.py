@@ -154,10 +154,15 @@ class _ReadingDecoder(nn.Module):
         """s_0 = tanh(W_0 h_1), h_1 the backward half at the first position: it has read the whole source. (B, S)."""
         return torch.tanh(self.w_0(memory.h[:, 0, memory.h.shape[-1] // 2 :]))
 
+    # --8<-- [start:read]
     def read(self, s: Tensor, memory: Memory, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One look at the memory: the context (B, H), the weights (B, M) and what the attention remembers of them."""
-        c, weights = self.attention(s[:, None], memory.h, memory.mask, projected=memory.projected, past=past)
-        return c[:, 0], weights[:, 0], self.attention.carry(past, weights[:, 0])
+        h, projected, mask = memory
+        c, weights = self.attention(s[:, None], h, mask, projected=projected, past=past)
+        c, weights = c[:, 0], weights[:, 0]
+        return c, weights, self.attention.carry(past, weights)
+
+    # --8<-- [end:read]
 
     def _check(self, y: Tensor, ndim: int) -> None:
         check_tensors({"y": y})

@@ -3,8 +3,8 @@
     ids      n n c n n n n n ?      answer      c
 
 The cue is one of CUES, the noise is drawn anew for each row, and the distance from the cue to the end too, evenly in
-its logarithm, so that near ones teach the first steps. The task asks for one thing at any distance: a dependency that
-is sparse, and as long as the row.
+its logarithm. What is asked is one thing at any distance: a dependency that is sparse, and up to as long as the row.
+The distances of the training begin at 1, so that near cues can teach what far ones cannot, or at FAR.
 """
 
 import copy
@@ -24,6 +24,7 @@ from nondual.self_attention import MultiHeadAttention
 from nondual.training import optimiser, train
 
 CUES, NOISE, WIDTH, LENGTH, BATCH = 8, 8, 32, 128, 32
+NEAR, FAR = 1, 64
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 127, 255, 511, 1023, 2047)
 ARMS = ("RNN", "LSTM, forget bias 0", "LSTM, forget bias 1", "GRU", "Mamba", "attention")
 TORCH_S = {RNN: nn.RNN, LSTM: nn.LSTM, GRU: nn.GRU}
@@ -73,13 +74,17 @@ class Reader(nn.Module):
 
 
 def draw(
-    generator: torch.Generator, batch: int = BATCH, length: int = LENGTH, distance: int | None = None
+    generator: torch.Generator,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    distance: int | None = None,
+    nearest: int = NEAR,
 ) -> tuple[Tensor, Tensor]:
-    """(ids (B, length), cues (B,)): at one distance, or each row at its own."""
+    """(ids (B, length), cues (B,)): at one distance, or each row at its own, from the nearest on."""
     ids = torch.randint(CUES, CUES + NOISE, (batch, length), generator=generator)
     cues = torch.randint(CUES, (batch,), generator=generator)
-    exponent = torch.rand(batch, generator=generator) * math.log(length)
-    at = exponent.exp().long().clamp(1, length - 1) if distance is None else torch.full((batch,), distance)
+    exponent = math.log(nearest) + torch.rand(batch, generator=generator) * math.log(length / nearest)
+    at = exponent.exp().long().clamp(nearest, length - 1) if distance is None else torch.full((batch,), distance)
     ids[torch.arange(batch), length - 1 - at] = cues
     ids[:, -1] = CUES + NOISE
     return ids, cues
@@ -95,7 +100,7 @@ def accuracy(model: Reader, distance: int, rows: int = 128) -> float:
 
 
 def gradient(model: Reader, distance: int, rows: int = 16) -> float:
-    """How much the scores change with the cue's vector, in float64: the median over rows of the norm of ∂(u · scores)/∂x.
+    """How much the scores change with the cue's vector, in float64: the median over rows of the norm of ∂(u·scores)/∂x.
 
     u (CUES,) is random, drawn for each row: the square of the norm is that of the whole Jacobian on average.
     """
@@ -116,6 +121,7 @@ class Run(NamedTuple):
     """One network, trained once to the end, and where it is kept."""
 
     arm: str
+    nearest: int
     rate: float
     seed: int
     steps: int
@@ -124,7 +130,7 @@ class Run(NamedTuple):
     @property
     def file(self) -> Path:
         arm = self.arm.replace(",", "").replace(" ", "_")
-        return self.folder / f"{arm}_{self.rate}_{self.seed}_{self.steps}.json"
+        return self.folder / f"{arm}_from_{self.nearest}_{self.rate}_{self.seed}_{self.steps}.json"
 
     def result(self) -> dict[str, Any]:
         """What the run ended with."""
@@ -154,7 +160,7 @@ def carry_out(run: Run) -> None:
     train(
         model,
         lambda drawn: F.cross_entropy(model(drawn[0]), drawn[1]),
-        draw,
+        lambda generator: draw(generator, nearest=run.nearest),
         optimiser=optimiser(model, run.rate, decay=0.01),
         steps=run.steps,
         seed=run.seed,
@@ -166,14 +172,14 @@ def carry_out(run: Run) -> None:
         name=None,
     )
     model.eval()
-    ids, cues = draw(torch.Generator().manual_seed(999), 512)
+    ids, cues = draw(torch.Generator().manual_seed(999), 512, nearest=run.nearest)
     with torch.no_grad():
         loss = F.cross_entropy(model(ids), cues).item()
     result = {
         "rate": run.rate,
         "seed": run.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "chosen_on_loss": round(loss, 4),
+        "chosen_on_loss": float(f"{loss:.4g}"),
         "commit": json.loads(log.read_text(encoding="utf-8").splitlines()[0])["commit"],
     }
     keep(run.file, result)

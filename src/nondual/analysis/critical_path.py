@@ -34,7 +34,7 @@ def is_arithmetic(name: str) -> bool:
 def longest_chain(y: Tensor, counts: Callable[[str], int] = products) -> int:
     """The most operations that had to wait for one another on the way to y.
 
-        longest_chain(GRU(8, 8)(x)[0])      # N + 1: W x at once, then a product with U for each position
+        longest_chain(GRU(8, 8)(x)[0])      # N: a product with U for each position; W x is beside them
 
     What a graph holds as one node counts as one: count an operation with a backward of its own by its parts.
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nondual.attention_mechanism import additive_scores, attend
 from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.selective_scan import selective_scan
@@ -221,12 +222,40 @@ def check_added(added: Callable[..., Any]) -> None:
         raise NotYetError(f"the sum over the heads is off by up to {off:.2g} from flat @ w_o.T")
 
 
+# --- additive attention --------------------------------------------------------------------------------------------
+
+
+def check_read(read: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for n, m, padded in ((3, 7, 0), (4, 6, 2), (1, 5, 4)):
+        s, h, w_s, w_h, v = (torch.randn(size) for size in ((n, 5), (m, 4), (8, 5), (8, 4), (8,)))
+        real = torch.arange(m) < m - padded
+        given = tensor("the result", read(s.clone(), h.clone(), real.clone(), w_s, w_h, v), (n, 4))
+        scores = additive_scores(s[None], h[None], w_s, w_h, v)[0]
+        if near(given, attend(scores[None], h[None], real[None, None])[0][0]):
+            continue
+        if near(given, scores.softmax(-1) @ h):
+            raise NotYetError("padding is read: set its scores to -inf before the softmax")
+        if near(given, scores.softmax(-1) * real @ h):
+            raise NotYetError("the weights of padding are 0, but the others do not sum to 1: mask before the softmax")
+        if near(given, scores.masked_fill(~real, -torch.inf).softmax(0).nan_to_num() @ h):
+            raise NotYetError("the softmax runs over the questions: each question's weights should sum to 1")
+        if near(given, h[real].mean(0).expand(n, -1)):
+            raise NotYetError("every state gets the same weight: let the scores decide")
+        plain = (s @ w_s.T)[:, None] + h @ w_h.T
+        if near(given, (plain @ v).masked_fill(~real, -torch.inf).softmax(-1) @ h):
+            raise NotYetError("without tanh every question gets the same weights: bend the sum before v")
+        off = (given - attend(scores[None], h[None], real[None, None])[0][0]).abs().max().item()
+        raise NotYetError(f"with {m - padded} real states and {padded} of padding it is off by up to {off:.2g}")
+
+
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
     "mamba": {"steps": check_steps, "in_pieces": check_in_pieces},
     "positional_encoding": {"onward": check_onward},
     "heads": {"added": check_added},
+    "attention_mechanism": {"read": check_read},
 }
 
 

@@ -81,6 +81,18 @@ def added(code, k):
     return code + torch.stack([angle.sin(), angle.cos()], -1).flatten()
 
 
+def reading(scores=None, weigh=None):
+    """Additive attention, with another score or another way from scores to weights."""
+
+    def read(s, h, real, w_s, w_h, v):
+        pairs = (s @ w_s.T)[:, None] + h @ w_h.T
+        e = torch.tanh(pairs) @ v if scores is None else scores(pairs, v)
+        e = e.masked_fill(~real, -torch.inf).softmax(-1) if weigh is None else weigh(e, real)
+        return e @ h
+
+    return read
+
+
 RIGHT = [
     ("self_attention", "largest", largest()),
     ("self_attention", "largest", lambda v: (torch.full((1, 1, 1, 1), -100.0), -10 * v)),
@@ -90,6 +102,8 @@ RIGHT = [
     ("mamba", "in_pieces", pieces(lambda states: states[-1])),
     ("positional_encoding", "onward", turning()),
     ("heads", "added", parted(by_head)),
+    ("attention_mechanism", "read", reading()),
+    ("attention_mechanism", "read", lambda s, h, real, *w: reading()(s, h[real], real[real], *w)),
     ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
 ]
 WRONG = [
@@ -129,6 +143,18 @@ WRONG = [
         "the sum over the heads is off by up to",
     ),
     ("heads", "added", lambda o, w: o, "the result should have the shape (5, 3, 12)"),
+    ("attention_mechanism", "read", reading(weigh=lambda e, real: e.softmax(-1)), "padding is read"),
+    ("attention_mechanism", "read", reading(weigh=lambda e, real: e.softmax(-1) * real), "mask before the softmax"),
+    (
+        "attention_mechanism",
+        "read",
+        reading(weigh=lambda e, real: e.masked_fill(~real, -torch.inf).softmax(0).nan_to_num()),
+        "the softmax runs over the questions",
+    ),
+    ("attention_mechanism", "read", reading(weigh=lambda e, real: (real / real.sum()).expand_as(e)), "the same weight"),
+    ("attention_mechanism", "read", reading(scores=lambda pairs, v: pairs @ v), "without tanh every question"),
+    ("attention_mechanism", "read", reading(scores=lambda pairs, v: pairs.sum(-1)), "with 7 real states and 0 of"),
+    ("attention_mechanism", "read", lambda *given: given[1], "the result should have the shape (3, 4)"),
 ]
 
 

@@ -32,7 +32,7 @@ NAMES = ["Anna", "Ben", "Clara", "Dev", "Eva", "Finn", "Gita", "Hugo", "Ida", "J
 DIGITS, WIDTH, HIDDEN = 10, 32, 64
 SIZES = (8, 16, 32, 64)
 STEPS, BATCH, ASKED = 2000, 64, 3
-RATES, SWEEP_SEED, SEEDS = (3e-3, 6e-3, 1.2e-2), 0, (1, 2, 3)
+RATES, SWEEP_SEED, SEEDS = (6e-3, 1.2e-2, 2.4e-2), 0, (1, 2, 3)
 TESTED, SHOWN = 1000, 3  # fresh lists for the shares of right answers, and lists of which every answer is stored
 
 N = len(NAMES)

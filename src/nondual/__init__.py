@@ -15,6 +15,8 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.transformer_layer     a mixer and a feed-forward network with residual paths and norms; a mixer alone
     nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
     nondual.decoder               the decoder that reads a memory
+    nondual.encoder_decoder       the transformer whole: a source is read, a target written
+    nondual.losses                cross-entropy by token, with label smoothing
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.search                greedy search, sampling and beam search over any model that scores the next token
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
         data,
         decoder,
         efficient_attention,
+        encoder_decoder,
         feed_forward,
         figures,
         kv_cache,
         language_models,
+        losses,
         mixers,
         ops,
         positional_encoding,
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from nondual.efficient_attention.mamba2 import Mamba2
     from nondual.efficient_attention.s4d import S4D
     from nondual.efficient_attention.transformers_interface import register_with_transformers
+    from nondual.encoder_decoder import EncoderDecoder
     from nondual.feed_forward import FeedForward, GatedFeedForward
     from nondual.kv_cache import KVCache
     from nondual.language_models.causal import CausalLM
@@ -105,6 +110,7 @@ __all__ = [
     "CausalLM",
     "Decoder",
     "Encoder",
+    "EncoderDecoder",
     "FeedForward",
     "FlashAttention",
     "GatedFeedForward",
@@ -136,6 +142,7 @@ __all__ = [
     "data",
     "decoder",
     "efficient_attention",
+    "encoder_decoder",
     "feed_forward",
     "figures",
     "flash_attention",
@@ -145,6 +152,7 @@ __all__ = [
     "linear_recurrence",
     "load_mamba",
     "load_mamba2",
+    "losses",
     "masks",
     "minilm",
     "mixers",
@@ -218,6 +226,7 @@ _HOME = {
     "MultiHeadAttention": "self_attention",
     "SelfAttention": "self_attention",
     "Decoder": "decoder",
+    "EncoderDecoder": "encoder_decoder",
     "FeedForward": "feed_forward",
     "GatedFeedForward": "feed_forward",
     "Encoder": "transformer",

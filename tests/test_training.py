@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.efficient_attention.s4d import S4D
 from nondual.language_models.mamba import MambaLM
 from nondual.self_attention import MultiHeadAttention
-from nondual.training import constant, decay_groups, optimiser, train, warmup_cosine
+from nondual.training import constant, decay_groups, optimiser, train, warmup_cosine, warmup_inverse_root
 from nondual.transformer import Encoder
 
 SRC = Path(__file__).parent.parent / "src"
@@ -148,6 +149,37 @@ def test_the_schedule_by_hand():
 def test_what_the_schedule_refuses(step, steps, options):
     with pytest.raises(ValueError, match="must lie in"):
         warmup_cosine(step, steps, **options)
+
+
+def test_the_transformers_schedule_is_the_papers_equation():
+    width, warmup, steps = 512, 40, 1000
+    peak = 1 / math.sqrt(width * warmup)
+    for step in range(steps):
+        t = step + 1  # the paper counts from 1
+        papers = width**-0.5 * min(t**-0.5, t * warmup**-1.5)
+        assert math.isclose(peak * warmup_inverse_root(step, steps, warmup=warmup), papers)
+    shares = [warmup_inverse_root(step, steps, warmup=warmup) for step in range(steps)]
+    assert shares.index(max(shares)) == warmup - 1 and shares[warmup - 1] == 1
+    assert math.isclose(shares[0], 1 / 40) and math.isclose(shares[159], 1 / 2) and math.isclose(shares[639], 1 / 4)
+    assert warmup_inverse_root(7, 10, warmup=4) == warmup_inverse_root(7, 10**6, warmup=4)  # steps do not count
+
+
+def test_a_run_takes_the_transformers_schedule():
+    history = run(model(), 9, schedule=partial(warmup_inverse_root, warmup=4), log_every=1)
+    assert [round(row["rate"] / 1e-2, 3) for row in history] == [0.25, 0.5, 0.75, 1, 0.894, 0.816, 0.756, 0.707, 0.667]
+
+
+@pytest.mark.parametrize(
+    "step, steps, warmup, says",
+    [
+        (-1, 5, 1, "step must lie in 0 to steps - 1, got -1 of 5"),
+        (5, 5, 1, "step must lie in 0 to steps - 1, got 5 of 5"),
+        (0, 5, 0, "warmup must be 1 step or more, got 0"),
+    ],
+)
+def test_what_the_transformers_schedule_refuses(step, steps, warmup, says):
+    with pytest.raises(ValueError, match=says):
+        warmup_inverse_root(step, steps, warmup=warmup)
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
     history = train(model, model.loss, windows, optimiser=optimiser(model, 3e-3), steps=1000, checkpoint="run.pt")
 
 Sources: decoupled weight decay, Loshchilov and Hutter 2019 (1711.05101); no decay for A, the released code of Mamba;
-warm-up, Vaswani et al. 2017 (1706.03762), section 5.3; cosine, Loshchilov and Hutter 2017 (1608.03983), equation 5;
+warm-up, and the fall that follows it in the transformer, Vaswani et al. 2017 (1706.03762), equation 3; cosine, Loshchilov and Hutter 2017 (1608.03983), equation 5;
 clipping, Pascanu et al. 2013 (1211.5063), algorithm 1.
 """
 
@@ -111,6 +111,36 @@ def warmup_cosine(step: int, steps: int, *, warmup: float = 0.1, last: float = 0
     if step < rising:
         return (step + 1) / rising
     return last + (1 - last) * (1 + math.cos(math.pi * (step - rising) / (steps - rising))) / 2
+
+
+def warmup_inverse_root(step: int, steps: int, *, warmup: int = 4000) -> float:
+    """The share of the learning rate at a step: up along a line, then down as one over the root of the step.
+
+    The transformer's own schedule. The paper counts steps from 1 and gives the rate itself,
+    d_model^-0.5 · min(step^-0.5, step · warmup^-1.5), which is this share of a rate of 1 / √(d_model · warmup):
+
+        schedule = partial(warmup_inverse_root, warmup=400)
+        train(model, loss, draw, optimiser=optimiser(model, rate, betas=(0.9, 0.98)), steps=2000, schedule=schedule)
+
+    Unlike the cosine, it does not depend on how many steps there are: a run can be made longer without having to begin
+    again.
+
+    Args:
+        step: 0 for the first of the steps.
+        steps: how many there are.
+        warmup: in how many steps the rate rises; the last of these has the whole rate. A number of steps, as in the
+            paper, not a share of them.
+
+    Raises:
+        ValueError: a step that is not one of 0 to steps - 1, or a warmup below 1.
+
+    Source: 1706.03762, equation 3.
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"step must lie in 0 to steps - 1, got {step} of {steps}")
+    if warmup < 1:
+        raise ValueError(f"warmup must be 1 step or more, got {warmup}")
+    return min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
 
 
 def constant(step: int, steps: int) -> float:

@@ -32,8 +32,8 @@ from nondual.tasks import copying, recall
 from nondual.training import constant, optimiser, train, warmup_cosine
 from nondual.transformer_layer import MixerBlock
 
-VALUES, KEYS, QUESTIONS, LONGEST = 8, 32, 8, 32
-TRAINED_ON = (1, 2, 4, 8, 16, 32)
+VALUES, KEYS, QUESTIONS, LONGEST = 8, 16, 8, 16
+TRAINED_ON = (1, 2, 4, 8, 16)
 """How many pairs or tokens the batches of recall and copying have; each batch has one of these."""
 WIDTH, HEADS, BATCH, DECAY = 64, 4, 32, 0.01
 GAP_WIDTH, GAP_BATCH, CHECKED, SOLVED = 32, 16, 25, 0.99
@@ -297,7 +297,7 @@ def tabled(run: Run) -> dict[str, Any]:
         "bits": [round(n * bits, 2) for n, (_, bits, _) in enumerate(told, 1)],
     }
     if run.task == "copying":
-        result["right_by_question"] = {str(n): [round(x, 4) for x in told[n - 1][2]] for n in (8, 16, 32)}
+        result["right_by_question"] = {str(n): [round(x, 4) for x in told[n - 1][2]] for n in (4, 8, 16)}
     elif not state:
         result["weight"] = {str(m): weight_on_the_pair(model, m) for m in TRAINED_ON}
     return result

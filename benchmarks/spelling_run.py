@@ -1,4 +1,4 @@
-"""One run of `spelling`: three tasks of writing one sequence after reading another, four models, a training kept.
+"""One run of `spelling`: three tasks of writing one sequence after reading another, five models, a training kept.
 
 Tasks:
 
@@ -13,8 +13,12 @@ two last states) and one decoder (a GRU cell that is given a context at each ste
     uniform    the mean of all the encoder's states, the same at every step: attention whose weights are all equal
     additive   the states weighed by additive attention, with the decoder's state as the query
 
-The decoder of `fixed` and `uniform` is a little wider, which makes up for the parameters of the scores. The fourth,
-`transformer`, is an encoder-decoder of self-attention and cross-attention with as many parameters, to 2 %.
+The decoder of `fixed` and `uniform` is a little wider, which makes up for the parameters of the scores. Two more have
+as many parameters, to 2 %, and no recurrence:
+
+    transformer  an encoder and a decoder of self-attention; the decoder reads the encoder by cross-attention, so that
+                 here too queries come from one sequence, keys and values from another
+    one stream   causal self-attention alone, over what is read followed by what is written
 """
 
 import json
@@ -36,11 +40,17 @@ from torch import Tensor, nn
 from nondual.attention_mechanism import AttentionDecoder, LastState, UniformAttention
 from nondual.data import gita, pronunciations
 from nondual.data.gita import transliterate
+from nondual.encoder_decoder import EncoderDecoder
+from nondual.feed_forward import FeedForward
+from nondual.language_models.causal import CausalLM
+from nondual.positional_encoding import Sinusoidal
+from nondual.self_attention import MultiHeadAttention
 from nondual.training import optimiser, train
+from nondual.transformer_layer import TransformerLayer
 
-ARMS = ("fixed", "uniform", "additive", "transformer")
+ARMS = ("fixed", "uniform", "additive", "transformer", "one stream")
 EMBEDDED, ENCODER, DECODER, COMPARED, WIDER = 48, 64, 96, 48, 105
-D_MODEL, N_HEADS, D_FF, LAYERS = 80, 4, 176, 2
+D_MODEL, N_HEADS, D_FF, LAYERS, D_FF_STREAM, LAYERS_STREAM = 64, 4, 92, 2, 156, 4
 PAD, START, END = 0, 1, 2
 DECAY, EVERY = 0.01, 100
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -237,8 +247,8 @@ class Speller(nn.Module):
         return self.out(torch.stack(states, 1))
 
     @torch.no_grad()
-    def spell(self, source: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """The likeliest sign at each step, until END: (B, up to longest)."""
+    def spell(self, source: Tensor, lengths: Tensor, longest: int, *, end: int | None = END) -> Tensor:
+        """The likeliest sign at each step, until end: (B, up to longest)."""
         h, s, mask = self.encode(source, lengths)
         projected = self.decoder.attention.project(h)
         sign, written = torch.full((len(source),), START), []
@@ -247,21 +257,109 @@ class Speller(nn.Module):
             s, _ = self.decoder.step(self.write(sign), s, h, mask, projected=projected)
             sign = self.out(s).argmax(-1)
             written.append(sign)
-            done |= sign == END
+            if end is not None:
+                done |= sign == end
         return torch.stack(written, 1)
 
 
-def model_of(arm: str, task: Task) -> nn.Module:
-    return Speller(arm, task)
+class Translator(nn.Module):
+    """Self-attention reads, self-attention and cross-attention write: the fourth arm."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.model = EncoderDecoder(
+            len(task.sources) + 3,
+            D_MODEL,
+            N_HEADS,
+            D_FF,
+            LAYERS,
+            target_vocabulary=len(task.targets) + 3,
+            norm_first=True,
+        )
+
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        """Scores (B, N, V) of the next sign at each step, the true signs before it given."""
+        padded = bool((lengths < source.shape[1]).any())
+        return self.model(source, target, source_lengths=lengths if padded else None)
+
+    @torch.no_grad()
+    def spell(self, source: Tensor, lengths: Tensor, longest: int, *, end: int | None = END) -> Tensor:
+        """The likeliest sign at each step, until end: (B, up to longest)."""
+        return self.model.generate(source, longest, bos=START, eos=end, source_lengths=lengths).tokens[:, 0]
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+class OneStream(nn.Module):
+    """A causal language model over the source and then the target: the fifth arm."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.sources = len(task.sources)
+
+        def layer(_: int) -> TransformerLayer:
+            mixer = MultiHeadAttention(D_MODEL, N_HEADS, causal=True)
+            return TransformerLayer(mixer, FeedForward(D_MODEL, D_FF_STREAM), D_MODEL, norm_first=True)
+
+        positions = Sinusoidal(D_MODEL, scale=0.02 * 2**0.5)  # of the size of the first embeddings
+        vocabulary = 3 + len(task.sources) + len(task.targets)
+        self.model = CausalLM(vocabulary, D_MODEL, LAYERS_STREAM, layer=layer, positions=positions, norm=nn.LayerNorm)
+
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        """Scores (B, N, V) of the next sign at each step, the true signs before it given."""
+        before, reset = self._padded_left(source, lengths)
+        if reset is not None:
+            reset = torch.cat([reset, torch.zeros_like(target, dtype=torch.bool)], 1)
+        return self._of_targets(self.model(torch.cat([before, self._shared(target)], 1), reset=reset), source)
+
+    @torch.no_grad()
+    def spell(self, source: Tensor, lengths: Tensor, longest: int, *, end: int | None = END) -> Tensor:
+        """The likeliest sign at each step, until end: (B, up to longest)."""
+        before, reset = self._padded_left(source, lengths)
+        cache = self.model.new_cache(len(source), source.shape[1] + longest + 1)
+        self.model(before, cache=cache, reset=reset)
+        sign, written = torch.full((len(source),), START), []
+        done = torch.zeros(len(source), dtype=torch.bool)
+        while len(written) < longest and not done.all():
+            scores = self.model(self._shared(sign[:, None]), cache=cache)
+            sign = self._of_targets(scores, source[:, :0])[:, 0].argmax(-1)
+            written.append(sign)
+            if end is not None:
+                done |= sign == end
+        return torch.stack(written, 1)
+
+    def _shared(self, target: Tensor) -> Tensor:
+        """Signs of the target as numbers of the vocabulary that both share: those of the source come first."""
+        return target + self.sources * (target > END)
+
+    def _of_targets(self, scores: Tensor, source: Tensor) -> Tensor:
+        """Scores at the target's steps, of PAD, START, END and the target's signs."""
+        scores = scores[:, source.shape[1] :]
+        return torch.cat([scores[..., :3], scores[..., 3 + self.sources :]], -1)
+
+    def _padded_left(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sources with their padding before them, and where each begins; None where nothing is padded."""
+        if bool((lengths == source.shape[1]).all()):
+            return source, None
+        at = torch.arange(source.shape[1])
+        first = (source.shape[1] - lengths)[:, None]
+        return source.gather(1, (at - first) % source.shape[1]), at == first
+
+
+Model = Speller | Translator | OneStream
+
+
+def model_of(arm: str, task: Task) -> Model:
+    """An untrained model of an arm."""
+    made = {"transformer": Translator, "one stream": OneStream}
+    return made[arm](task) if arm in made else Speller(arm, task)
+
+
+def loss_of(model: Model, batch: Batch) -> Tensor:
     """Nats a sign, END included, padding left out."""
     scores = model(batch.source, batch.lengths, batch.target[:, :-1])
     return F.cross_entropy(scores.flatten(0, 1), batch.target[:, 1:].flatten(), ignore_index=PAD)
 
 
-def right(model: nn.Module, task: Task, pairs: tuple[Pair, ...], at_once: int = 256) -> list[bool]:
+def right(model: Model, task: Task, pairs: tuple[Pair, ...], at_once: int = 256) -> list[bool]:
     """For each pair whether the whole word was written without a mistake."""
     found: list[bool] = [False] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source))
@@ -273,6 +371,32 @@ def right(model: nn.Module, task: Task, pairs: tuple[Pair, ...], at_once: int = 
             said = row[: row.index(END)] if END in row else None
             found[i] = said == target[1 : target.index(END)]
     return found
+
+
+# --- what a word costs ---------------------------------------------------------------------------------------------
+
+
+def multiply_adds(arm: str, m: int, n: int, vocabulary: int) -> int:
+    """Multiply-adds of the matrix products that read m signs and write n, each fed back, keys and values kept.
+
+    Counted as one word needs them: the mean or the last states of the encoder are taken once, without products.
+    """
+    if arm == "transformer":
+        projections, hidden = 4 * D_MODEL**2, 2 * D_MODEL * D_FF
+        reads = m * (projections + hidden) + 2 * m * m * D_MODEL
+        memory = m * 2 * D_MODEL**2
+        writes = n * (projections + hidden + 2 * D_MODEL**2) + 2 * D_MODEL * (n * (n + 1) // 2 + n * m)
+        return LAYERS * (reads + memory + writes) + n * D_MODEL * vocabulary
+    if arm == "one stream":
+        both = m + n
+        layer = both * (4 * D_MODEL**2 + 2 * D_MODEL * D_FF_STREAM) + 2 * D_MODEL * (both * (both + 1) // 2)
+        return LAYERS_STREAM * layer + n * D_MODEL * vocabulary
+    state = DECODER if arm == "additive" else WIDER
+    reads = m * 2 * 3 * ENCODER * (EMBEDDED + ENCODER) + 2 * ENCODER * state
+    writes = n * (3 * state * (EMBEDDED + 2 * ENCODER + state) + state * vocabulary)
+    if arm == "additive":  # W_h h once; then W_s s, the scores and the context at each step
+        writes += m * 2 * ENCODER * COMPARED + n * (state * COMPARED + m * COMPARED + m * 2 * ENCODER)
+    return reads + writes
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -290,7 +414,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        return self.folder / f"{self.task}_{self.arm}_{self.rate}_{self.seed}_{self.steps}.json"
+        return self.folder / f"{self.task}_{self.arm.replace(' ', '-')}_{self.rate}_{self.seed}_{self.steps}.json"
 
     def result(self) -> dict[str, Any] | None:
         """What the run ended with, or None where it has not ended."""

@@ -7,6 +7,7 @@ Each check runs the reader's function on cases that its docstring allows, and co
 Where they differ, it looks for the mistakes that are made most, and names the one it finds.
 """
 
+import math
 import runpy
 import sys
 import traceback
@@ -196,6 +197,29 @@ def turned_by(angle: Tensor) -> Tensor:
     return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
 
 
+# --- recurrence ----------------------------------------------------------------------------------------------------
+
+
+def check_forget_bias(forget_bias: Callable[..., Any]) -> None:
+    for share, steps in ((0.5, 10), (0.9, 100), (0.5, 1000), (0.3, 2)):
+        given = float(forget_bias(share, steps))
+        gate = share ** (1 / steps)
+        right = math.log(gate / (1 - gate))
+        added = 1 - (1 - share) / steps
+        if math.isclose(given, right, rel_tol=1e-4):
+            continue
+        if math.isclose(given, gate, rel_tol=1e-4):
+            raise NotYetError("this is the gate f: find the b with σ(b) = f")
+        if math.isclose(given, -right, rel_tol=1e-4):
+            raise NotYetError("the sign is turned: a larger bias keeps more")
+        if math.isclose(given, math.log(share / (1 - share)), rel_tol=1e-4, abs_tol=1e-9):
+            raise NotYetError(f"this keeps {share:g} after one step: after {steps} it is the gate to the power {steps}")
+        if math.isclose(given, math.log(added / (1 - added)), rel_tol=1e-4):
+            raise NotYetError("the losses of the steps do not add up: the gates multiply")
+        kept = (1 / (1 + math.exp(-given))) ** steps
+        raise NotYetError(f"a bias of {given:.4g} keeps {kept:.3g} after {steps} steps, where {share:g} is asked for")
+
+
 # --- the grading ---------------------------------------------------------------------------------------------------
 
 # --- heads ---------------------------------------------------------------------------------------------------------
@@ -256,6 +280,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "positional_encoding": {"onward": check_onward},
     "heads": {"added": check_added},
     "attention_mechanism": {"read": check_read},
+    "recurrent": {"forget_bias": check_forget_bias},
 }
 
 

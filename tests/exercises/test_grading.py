@@ -1,5 +1,6 @@
 """The grading of the exercises: a right answer passes, and each of the usual mistakes gets its own sentence."""
 
+import math
 import re
 import runpy
 import subprocess
@@ -93,6 +94,10 @@ def reading(scores=None, weigh=None):
     return read
 
 
+def logit(gate):
+    return math.log(gate / (1 - gate))
+
+
 RIGHT = [
     ("self_attention", "largest", largest()),
     ("self_attention", "largest", lambda v: (torch.full((1, 1, 1, 1), -100.0), -10 * v)),
@@ -103,6 +108,8 @@ RIGHT = [
     ("positional_encoding", "onward", turning()),
     ("heads", "added", parted(by_head)),
     ("attention_mechanism", "read", reading()),
+    ("recurrent", "forget_bias", lambda share, steps: logit(share ** (1 / steps))),
+    ("recurrent", "forget_bias", lambda share, steps: -math.log(math.expm1(-math.log(share) / steps))),
     ("attention_mechanism", "read", lambda s, h, real, *w: reading()(s, h[real], real[real], *w)),
     ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
 ]
@@ -155,6 +162,11 @@ WRONG = [
     ("attention_mechanism", "read", reading(scores=lambda pairs, v: pairs @ v), "without tanh every question"),
     ("attention_mechanism", "read", reading(scores=lambda pairs, v: pairs.sum(-1)), "with 7 real states and 0 of"),
     ("attention_mechanism", "read", lambda *given: given[1], "the result should have the shape (3, 4)"),
+    ("recurrent", "forget_bias", lambda share, steps: share ** (1 / steps), "this is the gate f"),
+    ("recurrent", "forget_bias", lambda share, steps: -logit(share ** (1 / steps)), "the sign is turned"),
+    ("recurrent", "forget_bias", lambda share, steps: logit(share), "this keeps 0.5 after one step"),
+    ("recurrent", "forget_bias", lambda share, steps: logit(1 - (1 - share) / steps), "the gates multiply"),
+    ("recurrent", "forget_bias", lambda share, steps: 1.0, "a bias of 1 keeps 0.0436 after 10 steps, where 0.5 is"),
 ]
 
 

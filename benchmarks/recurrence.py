@@ -182,7 +182,7 @@ def newton_errors(network: GRU, x: Tensor, most: int = 100) -> list[float]:
     def step(given: Tensor, h: Tensor) -> Tensor:
         return gru_step(given[None], h[None], u, bias)[0]
 
-    slopes = torch.func.vmap(torch.func.jacfwd(step, argnums=1))
+    slopes = torch.func.vmap(torch.func.jacrev(step, argnums=1))
     with torch.no_grad():
         states = network(x[None])[0][0]
         h, errors = torch.zeros_like(states), []

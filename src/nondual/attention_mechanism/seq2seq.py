@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from nondual.attention_mechanism.attention import AdditiveAttention, Attention
 from nondual.attention_mechanism.decoders import BahdanauDecoder, LuongDecoder, Memory
+from nondual.losses import check_smoothing, token_loss
 from nondual.ops import masks
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.recurrent import GRU
-from nondual.search import Found, beam_search
+from nondual.search import Found, beam_search, sample
 from nondual.token_ids import check_ids, has_values
 
 
@@ -86,7 +86,7 @@ class Seq2Seq(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     # --8<-- [start:encode]
-    def encode(self, source: Integer[Tensor, "b m"], source_lengths: Integer[Tensor, " b"] | None = None) -> Memory:
+    def encode(self, source: Integer[Tensor, "b m"], *, source_lengths: Integer[Tensor, " b"] | None = None) -> Memory:
         """What the decoder reads: a state for each position of the source, and its projection, made once.
 
         Args:
@@ -128,7 +128,7 @@ class Seq2Seq(nn.Module):
         """
         target = check_ids("target", target, self.target_embeddings.num_embeddings)
         _check_batch(source, target)
-        memory = self.encode(source, source_lengths)
+        memory = self.encode(source, source_lengths=source_lengths)
         y = self.dropout(self.target_embeddings(target))
         out, weights = self.decoder(y, memory.h, memory.mask)
         return self.head(self.dropout(out)), weights
@@ -154,16 +154,12 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; a target of fewer than 2 tokens, a label_smoothing out of range.
         """
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        check_smoothing(label_smoothing)
         target = check_ids("target", target, self.target_embeddings.num_embeddings)
         lengths = _lengths("target_lengths", target_lengths, target, at_least=2)
         scores, _ = self(source, target[:, :-1], source_lengths=source_lengths)
         real = torch.arange(1, target.shape[1], device=target.device) < lengths[:, None]
-        right = target[:, 1:].long().masked_fill(~real, -100)
-        return F.cross_entropy(
-            at_least_float32(scores).flatten(0, 1), right.flatten(), ignore_index=-100, label_smoothing=label_smoothing
-        )
+        return token_loss(scores, target[:, 1:], real=real, label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def generate(
@@ -171,42 +167,59 @@ class Seq2Seq(nn.Module):
         source: Integer[Tensor, "b m"],
         max_len: int,
         *,
-        start: int,
-        eos: int,
+        bos: int,
+        eos: int | None = None,
         source_lengths: Integer[Tensor, " b"] | None = None,
         beams: int = 1,
         length_penalty: float = 0.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> Found:
-        """Write a target for each source: the likeliest token each time, or a search of several beams.
+        """Write a target for each source: the best of a beam search, or one drawn sequence. Dropout is off meanwhile.
 
         Args:
             source: (B, M) token ids.
             max_len: how many tokens to write at most, eos included.
-            start: the token that every target begins with.
-            eos: the token that ends one.
+            bos: the token that every target begins with; it is not part of what is returned.
+            eos: the token that ends a target; every target has max_len tokens where left out.
             source_lengths: (B,), 1 to M.
             beams: how many sequences to follow at once; 1 is greedy search.
             length_penalty: as in `nondual.search.beam_search`.
+            temperature: scores are divided by it and tokens are drawn, with one beam; the likeliest are searched for
+                where left out.
+            top_k: draw among the k likeliest only.
+            top_p: of those, draw among the fewest whose probabilities sum to top_p or more.
+            generator: where the randomness comes from.
 
         Returns:
-            tokens (B, beams, N) without the start token, scores and lengths, the best first. Dropout is off meanwhile.
+            tokens (B, beams, N), scores and lengths (B, beams), the best first.
 
         Raises:
-            TypeError, ValueError: as `forward` and `beam_search`; a start or eos that is not in the vocabulary.
+            TypeError, ValueError: as `forward`, `nondual.search.beam_search` and `nondual.search.sample`; a bos or eos
+                that is not in the vocabulary; several beams with a temperature.
         """
         vocabulary = self.target_embeddings.num_embeddings
-        for name, token in (("start", start), ("eos", eos)):
-            if not 0 <= token < vocabulary:
+        for name, token in (("bos", bos), ("eos", eos)):
+            if token is not None and not 0 <= token < vocabulary:
                 raise ValueError(f"{name} must lie in 0 to {vocabulary - 1}, got {token}")
+        drawn = {"top_k": top_k, "top_p": top_p}
+        if temperature is None and drawn != {"top_k": None, "top_p": None}:
+            raise ValueError(f"top_k and top_p must go with a temperature, got {top_k} and {top_p} without one")
+        if temperature is not None and beams != 1:
+            raise ValueError(f"beams must be 1 where tokens are drawn at a temperature, got {beams}")
         training = self.training
         try:
             self.eval()
-            memory = self.encode(source, source_lengths)
-            first = torch.full((source.shape[0],), start, device=source.device)
+            memory = self.encode(source, source_lengths=source_lengths)
             state = (memory, self.decoder.start(memory))
-            return beam_search(
-                self.step, first, state, max_len=max_len, eos=eos, beams=beams, length_penalty=length_penalty
-            )
+            first = torch.full((len(source),), bos, device=source.device)
+            if temperature is None:
+                options = {"beams": beams, "length_penalty": length_penalty}
+                return beam_search(self.step, first, state, max_len=max_len, eos=eos, **options)
+            options = drawn | {"temperature": temperature, "generator": generator}
+            return sample(self.step, first, state, max_len=max_len, eos=eos, **options)
         finally:
             self.train(training)
 

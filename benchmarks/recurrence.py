@@ -34,8 +34,11 @@ from benchmarks.recurrence_run import (
     BATCH,
     CUES,
     DISTANCES,
+    FAR,
     LENGTH,
+    NEAR,
     NOISE,
+    SLOPES,
     WIDTH,
     Run,
     carry_out,
@@ -48,7 +51,7 @@ from nondual.recurrent import GRU, LSTM, RNN, RecurrentNetwork, gru_step
 from nondual.self_attention import MultiHeadAttention
 from nondual.store import cache_folder
 
-STEPS, RATES, SWEEP_SEED, SEEDS = 400, (2e-3, 6e-3, 2e-2, 6e-2), 0, (1, 2, 3, 4, 5)
+STEPS, RATES, SWEEP_SEED, SEEDS = 400, (2e-3, 6e-3, 2e-2, 6e-2), 0, {NEAR: (1, 2, 3, 4, 5), FAR: (1, 2, 3)}
 LENGTHS, D = (64, 128, 256, 512, 1024, 2048), 64
 PRECISE = 1e-6  # of a state: what Newton's method must come to
 
@@ -58,10 +61,14 @@ def main(options: list[str]) -> None:
     folder = folder or cache_folder() / "runs" / "recurrence"
     torch.set_num_threads(1)
     setup = {"steps": STEPS, "batch": BATCH, "length": LENGTH, "cues": CUES, "noise": NOISE, "width": WIDTH}
-    setup |= {"rates": RATES, "seeds": SEEDS, "distances": DISTANCES, "nearest": {"any": NEAR, "far": FAR}}
+    setup |= {"rates": RATES, "distances": DISTANCES, "gradient_at": SLOPES, "nearest": {"any": NEAR, "far": FAR}}
     reported, chosen = distance(folder, NEAR)
     figures = {
-        "distance": {"setup": setup, "any": reported, "far": distance(folder, FAR)[0]},
+        "distance": {
+            "setup": setup | {"seeds": {"any": SEEDS[NEAR], "far": SEEDS[FAR]}},
+            "any": reported,
+            "far": distance(folder, FAR)[0],
+        },
         "gates": {arm: gates(chosen[arm]) for arm in ("LSTM, forget bias 1", "GRU")},
         "newton": newton(chosen["GRU"]),
         "chain": chain(),
@@ -236,7 +243,7 @@ def distance(folder: Path, nearest: int) -> tuple[dict[str, Any], dict[str, list
             carry_out(run)
             swept[rate] = run.result()["chosen_on_loss"]
         rate = min(swept, key=swept.__getitem__)
-        chosen[arm] = [Run(arm, nearest, rate, seed, STEPS, folder) for seed in SEEDS]
+        chosen[arm] = [Run(arm, nearest, rate, seed, STEPS, folder) for seed in SEEDS[nearest]]
         for run in chosen[arm]:
             carry_out(run)
         results, looks = [run.result() for run in chosen[arm]], [looked_at(run) for run in chosen[arm]]
@@ -244,12 +251,14 @@ def distance(folder: Path, nearest: int) -> tuple[dict[str, Any], dict[str, list
             "parameters": results[0]["parameters"],
             "sweep_loss": {str(rate): loss for rate, loss in swept.items()},
             "rate": rate,
+            "rate_is_at_the_edge": rate in (min(RATES), max(RATES)),
             "commits": sorted({str(result["commit"]) for result in results}),
             "loss": [result["chosen_on_loss"] for result in results],
             "accuracy": [look["accuracy"] for look in looks],
         }
-        for when in ("before", "after"):
-            curves = [[value / look[f"gradient_{when}"][0] for value in look[f"gradient_{when}"]] for look in looks]
+        for when in ("before", "after") if nearest == NEAR else ():
+            of = [look[f"gradient_{when}"][: len(SLOPES)] for look in looks]
+            curves = [[value / curve[0] for value in curve] for curve in of]
             arms[arm][f"gradient_{when}"] = [[float(f"{value:.3g}") for value in curve] for curve in curves]
             arms[arm][f"half_distance_{when}"] = [half_distance(curve) for curve in curves]
         print(arm, swept, [mean(each) for each in zip(*arms[arm]["accuracy"])], flush=True)
@@ -259,8 +268,8 @@ def distance(folder: Path, nearest: int) -> tuple[dict[str, Any], dict[str, list
 
 
 def half_distance(curve: list[float]) -> float | None:
-    """The distance at which a curve over DISTANCES first falls below half its first value; None where it does not."""
-    for (near, far), (high, low) in zip(pairwise(DISTANCES), pairwise(curve)):
+    """The distance at which a curve over SLOPES first falls below half its first value; None where it does not."""
+    for (near, far), (high, low) in zip(pairwise(SLOPES), pairwise(curve)):
         if low < curve[0] / 2:
             share = math.log(2 * high / curve[0]) / math.log(high / low) if high > low > 0 else 0.0
             return round(near * (far / near) ** share, 1)

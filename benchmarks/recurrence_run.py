@@ -26,6 +26,7 @@ from nondual.training import optimiser, train
 CUES, NOISE, WIDTH, LENGTH, BATCH = 8, 8, 32, 128, 32
 NEAR, FAR = 1, 64
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 127, 255, 511, 1023, 2047)
+SLOPES = DISTANCES[:10]  # at which gradients are taken
 ARMS = ("RNN", "LSTM, forget bias 0", "LSTM, forget bias 1", "GRU", "Mamba", "attention")
 TORCH_S = {RNN: nn.RNN, LSTM: nn.LSTM, GRU: nn.GRU}
 
@@ -190,11 +191,10 @@ def looked_at(run: Run) -> dict[str, Any]:
     file = run.file.with_suffix(".looked_at")
     if not file.exists():
         before, after = run.model(trained=False), run.model()
-        found = {
-            "accuracy": [round(accuracy(after, distance), 4) for distance in DISTANCES],
-            "gradient_before": [gradient(before, distance) for distance in DISTANCES],
-            "gradient_after": [gradient(after, distance) for distance in DISTANCES],
-        }
+        found = {"accuracy": [round(accuracy(after, distance), 4) for distance in DISTANCES]}
+        if run.nearest == NEAR:
+            found["gradient_before"] = [gradient(before, distance) for distance in SLOPES]
+            found["gradient_after"] = [gradient(after, distance) for distance in SLOPES]
         keep(file, found)
     return json.loads(file.read_text())
 

@@ -12,6 +12,8 @@ from jaxtyping import install_import_hook
 with install_import_hook("nondual", "beartype.beartype"):
     import torch
     from nondual import attention_mechanism, positional_encoding, relative_positions, self_attention, tasks, transformer
+    from nondual import encoder_decoder, search
+    from nondual.decoder import Decoder
     from nondual.pretrained import SentenceEncoder, load_mamba, minilm as load_minilm  # lazy, so named here
     from nondual.ops import masks
     from nondual.efficient_attention.flash_attention import FlashAttention
@@ -91,6 +93,17 @@ transformer.Encoder(12, 4, 48, n_layers=2, norm_first=True)(x, return_weights=Tr
 encoder = transformer.TextEncoder(31, 9, 12, 4, 48, n_layers=2)
 encoder(torch.zeros(2, 5, dtype=torch.long), mask=masks.padding(torch.tensor([5, 2]), 5), return_weights=True)
 tasks.relation(tasks.RING, 4)
+stack = Decoder(12, 4, 48, n_layers=2, n_kv_heads=2)
+stack(x, stack.project(x), memory_mask=masks.padding(torch.tensor([5, 2]), 5), return_weights=True)
+whole, lengths = encoder_decoder.EncoderDecoder(31, 12, 4, 48, 2), torch.tensor([5, 2])
+whole(ids, ids[:, :3], source_lengths=lengths, return_weights=True)
+whole.loss(ids, ids, source_lengths=lengths, target_lengths=lengths, label_smoothing=0.1)
+for options in ({"beams": 3, "length_penalty": 0.6}, {"temperature": 1.0, "top_p": 0.9}):
+    for cached in (True, False):
+        found = whole.generate(ids, 4, bos=1, eos=2, source_lengths=lengths, cached=cached, **options)
+search.length_penalty(found.lengths, 0.6), search.select_rows({"x": x}, torch.tensor([1, 1, 0]))
+search.greedy(whole.step, torch.tensor([1, 1]), whole.start(ids, 3), max_len=3)
+encoder_decoder.from_torch(torch.nn.Transformer(12, 4, 1, 1, 48))
 
 a, b = torch.rand(2, 5, 3), torch.randn(2, 5, 3)
 linear_recurrence(a, b), linear_recurrence(a[:, :1], b + 0j, torch.zeros(2, 3), impl="parallel")

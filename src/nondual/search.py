@@ -293,7 +293,7 @@ def _highest(x: Tensor, k: int) -> Tensor:
     return index.gather(1, x.gather(1, index).argsort(dim=-1, descending=True, stable=True))
 
 
-def _padded(x: Tensor, width: int, value: float | bool) -> Tensor:
+def _padded(x: Tensor, width: int, value: int | float | bool) -> Tensor:
     """x (B, w) with columns of value after it, up to the width."""
     return torch.cat([x, x.new_full((len(x), width - x.shape[1]), value)], 1)
 

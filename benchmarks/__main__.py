@@ -20,7 +20,7 @@ HELPERS += (
     "positions_words",
     "positions_recency",
 )
-HELPERS += ("spellers_words", "spellers_looks", "spellers_gates")
+HELPERS += ("spellers_words", "spellers_looks", "spellers_gates", "whisper_speech")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

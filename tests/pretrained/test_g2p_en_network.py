@@ -31,6 +31,13 @@ def test_what_it_cannot_read_is_refused(speller, word, found):
         speller.spell(word)
 
 
+def test_what_is_no_word_or_no_list_of_words_is_refused(speller):
+    with pytest.raises(TypeError, match="word must be a str, got int"):
+        speller.spell(7)
+    with pytest.raises(TypeError, match="words must be a list of words, got the one word 'knight': use spell"):
+        speller.spell_all("knight")
+
+
 def test_gradients_reach_every_parameter():
     model = G2PNetwork(5, 7)
     state = model.read(torch.tensor([[3, 4, 2]]), torch.tensor([3]))

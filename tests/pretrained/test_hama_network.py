@@ -111,6 +111,13 @@ def test_a_word_that_does_not_end_is_ended_after_32_phonemes():
     assert phonemes == ["b"] * 32 and weights.shape == (32, 2)
 
 
+def test_what_is_no_word_or_no_list_of_words_is_refused(speller):
+    with pytest.raises(TypeError, match="word must be a str, got int"):
+        speller.spell(7)
+    with pytest.raises(TypeError, match="words must be a list of words, got the one word 'knight': use spell"):
+        speller.spell_all("knight")
+
+
 def test_gradients_reach_every_parameter():
     model = HamaNetwork(7, 5)
     letters = torch.tensor([[1, 2, 3], [4, 5, 0]])

@@ -71,8 +71,11 @@ class LastStateSpeller:
         """The numbers of a word's letters and of the sign of its end; capital letters are read as small ones.
 
         Raises:
+            TypeError: it is not a str.
             ValueError: it has no letter, or others than a to z.
         """
+        if not isinstance(word, str):
+            raise TypeError(f"word must be a str, got {type(word).__name__}")
         unknown = sorted({letter for letter in word.lower() if letter not in self.letters})
         if unknown or not word:
             found = f"{word!r} with {', '.join(map(repr, unknown))}" if unknown else "no letter"
@@ -83,6 +86,7 @@ class LastStateSpeller:
         """The phonemes of a word, ["N", "AY1", "T"].
 
         Raises:
+            TypeError: it is not a str.
             ValueError: it has no letter, or others than a to z.
         """
         return self.spell_all([word])[0]
@@ -92,8 +96,11 @@ class LastStateSpeller:
         """What `spell` gives for each of several words, read as one batch.
 
         Raises:
+            TypeError: words is one str, or one of them is not a str.
             ValueError: one of them has no letter, or others than a to z.
         """
+        if isinstance(words, str):
+            raise TypeError(f"words must be a list of words, got the one word {words!r}: use spell")
         if not words:
             return []
         device, numbers = self.model.output.weight.device, [self.numbers(word) for word in words]

@@ -159,8 +159,11 @@ class AttentiveSpeller:
         """The numbers of a word's letters; capital letters are read as small ones.
 
         Raises:
+            TypeError: it is not a str.
             ValueError: it has no letter, or one that the network does not know.
         """
+        if not isinstance(word, str):
+            raise TypeError(f"word must be a str, got {type(word).__name__}")
         unknown = sorted({letter for letter in word.lower() if letter not in self.letters})
         if unknown or not word:
             found = f"{word!r} with {', '.join(map(repr, unknown))}" if unknown else "no letter"
@@ -177,6 +180,7 @@ class AttentiveSpeller:
             scores, pull: how the letters are scored; as trained where left out.
 
         Raises:
+            TypeError: it is not a str.
             ValueError: it has no letter, or one that the network does not know.
         """
         return self.spell_all([word], scores=scores, pull=pull)[0]
@@ -188,8 +192,11 @@ class AttentiveSpeller:
         """What `spell` gives for each of several words, read as one batch.
 
         Raises:
+            TypeError: words is one str, or one of them is not a str.
             ValueError: one of them has no letter, or one that the network does not know.
         """
+        if isinstance(words, str):
+            raise TypeError(f"words must be a list of words, got the one word {words!r}: use spell")
         if not words:
             return []
         device, numbers = self.model.bridge.weight.device, [self.numbers(word) for word in words]

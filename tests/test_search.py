@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nondual.efficient_attention.mamba import Mamba
+from nondual.efficient_attention.mamba2 import Mamba2
+from nondual.efficient_attention.s4d import S4D
+from nondual.language_models.causal import CausalLM
+from nondual.positional_encoding import Sinusoidal
 from nondual.search import Found, beam_search, greedy, length_penalty, sample, select_rows
+from nondual.self_attention import MultiHeadAttention
+from nondual.transformer_layer import MixerBlock
 
 V, EOS, B = 3, 2, 2
 START = torch.tensor([0, 1])
@@ -225,6 +232,32 @@ def test_a_recurrent_cell_as_the_page_says_it():
                 total, last = total + log_probs[0, token], token[None]
             torch.testing.assert_close(score, total.detach())
     assert not found.scores.requires_grad
+
+
+MIXERS = {
+    "attention": lambda: MultiHeadAttention(12, 3, causal=True),
+    "mamba": lambda: Mamba(12, d_state=5),
+    "mamba-2": lambda: Mamba2(12, d_state=5, d_head=3),
+    "s4d": lambda: S4D(12, 4),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_a_causal_language_model_over_any_mixer_is_searched_with_its_caches(mixer):
+    torch.manual_seed(0)
+    model = CausalLM(V, 12, 2, layer=lambda i: MixerBlock(MIXERS[mixer](), 12), positions=Sinusoidal(12)).double()
+    nn.init.normal_(model.embeddings.weight)
+
+    def step(tokens, cache):
+        return model(tokens[:, None], cache=cache)[:, -1].log_softmax(-1), cache
+
+    found = beam_search(step, START, model.new_cache(B, 8), max_len=6, beams=4, eos=EOS, length_penalty=1.0)
+    for b in range(B):
+        for tokens, score, length in zip(found.tokens[b], found.scores[b], found.lengths[b]):
+            ids = torch.cat([START[b : b + 1], tokens[:length]])[None]
+            own = model(ids[:, :-1]).log_softmax(-1)[0].gather(1, ids[0, 1:, None]).sum()
+            torch.testing.assert_close(score, own / length_penalty(length, 1.0))
 
 
 def test_half_precision_is_summed_in_float32():

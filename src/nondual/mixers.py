@@ -17,7 +17,8 @@ arguments, each of them keyword-only and None where left out:
     mask      as in `nondual.ops.attention.attention`
 
 A cache changes by having its attributes replaced. Tensors in it are never written into where they are read, so that its
-attributes are all that there is to put back after an error.
+attributes are all that there is to put back after an error. A beam search (`nondual.search`) needs one method more:
+`select(rows)`, which gives a cache of its own for these rows of the batch.
 """
 
 import inspect

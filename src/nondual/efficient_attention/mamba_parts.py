@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -42,6 +42,10 @@ class MambaCache:
         self.conv, self.state = torch.zeros_like(self.conv), torch.zeros_like(self.state)
 
     # --8<-- [end:cache]
+
+    def select(self, rows: Int[Tensor, " r"]) -> "MambaCache":
+        """A cache of its own for these rows of the batch, in this order; a row may be taken more than once."""
+        return MambaCache(self.conv[rows], self.state[rows])
 
     def history(self, x: Tensor) -> Tensor:
         """The convolution's last inputs in the dtype of x, which autocast may have changed since they were kept."""

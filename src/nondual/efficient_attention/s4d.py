@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from nondual.efficient_attention.diagonal import chunked as chunked
@@ -282,3 +282,7 @@ class S4DCache:
     def reset(self) -> None:
         """Zero state."""
         self.state = torch.zeros_like(self.state)
+
+    def select(self, rows: Int[Tensor, " r"]) -> "S4DCache":
+        """A cache of its own for these rows of the batch, in this order; a row may be taken more than once."""
+        return S4DCache(self.state[rows])

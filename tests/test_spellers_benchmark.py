@@ -1,6 +1,7 @@
 """benchmarks/spellers*.py: sounds in one alphabet, what is counted, and the weights that the page loads."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nondual.pretrained import hama  # noqa: E402
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "docs" / "assets" / "models" / "spell.bin"
 SHA256 = "258ca27779879535f5020cc47618688f769f0b5c3a0f6c27527e9a5ffc010938"
+PLACE = "without the location term"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,11 @@ def modules():
 @pytest.fixture(scope="module")
 def words(modules):
     return modules["spellers_words"]
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return json.loads((ROOT / "docs" / "measured" / "spellers.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,51 @@ def test_the_pages_weights_are_hamas_for_the_latin_letters(modules, speller, tmp
     asked = ["knight", "attention", "café", "o'clock", "antidisestablishmentarianism"]
     for (ours, weights), (phonemes, of_hama) in zip(stored.spell_all(asked), speller.spell_all(asked), strict=True):
         assert ours == phonemes and torch.equal(weights, of_hama)
+
+
+def test_the_measured_file_is_of_these_weights(measured):
+    assert measured["bytes"] == WEIGHTS.stat().st_size
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def test_longer_words_cost_the_speller_with_one_vector_more(measured):
+    """Both have fewer words right as words grow; of the sounds, only the one without attention has fewer right."""
+    rows = list(measured["figures"]["by_length"].values())
+    for reading in ("strict", "merged", "lenient"):
+        short, long = rows[0][reading], rows[-1][reading]
+        assert short["hama_less_g2p_en"][2] < 0 < long["hama_less_g2p_en"][1]
+        assert all(long[name][2] < short[name][1] for name in ("hama", "g2p_en"))
+    short, long = rows[0]["phoneme_errors"], rows[-1]["phoneme_errors"]
+    assert long["hama"][2] < short["hama"][1] and long["g2p_en"][1] > 2.4 * short["g2p_en"][2]
+
+
+def test_short_words_differ_by_those_that_hama_reads_as_another_language(measured):
+    for row in list(measured["figures"]["by_length"].values())[:2]:
+        others = row["merged_of_the_others"]
+        assert abs(others["hama"][0] - others["g2p_en"][0]) < 0.005 and row["hama_reads_as_another_language"][1] > 0.04
+
+
+def test_the_location_term_is_needed_and_the_pull_is_not(measured):
+    found = measured["figures"]["left_out"]
+    pull, place, other = (found[name] for name in ("without the pull", PLACE, "letters of another word"))
+    assert pull["right_less_trained"][1] > -0.02 and pull["forced_same_letter"][1] > 0.99
+    assert place["right"][2] < 0.03 and place["forced_same_letter"][2] < 0.45 and place["forced_onward"][2] < 0.75
+    assert found["location term at its mean"]["right"][2] < 0.05  # not for want of numbers of the usual size
+    assert other["forced_onward"][1] > 0.96 and other["forced_same_letter"][2] < 0.5  # onward, but to wrong letters
+    assert all(found[name]["right"][2] < 0.1 for name in found if name not in ("as trained", "without the pull"))
+
+
+def test_gates_of_trained_networks_vary_with_what_is_read(measured):
+    for name in ("hama", "g2p_en"):
+        gates = measured["figures"]["gates"][name]
+        z = gates["trained"]["z"]
+        assert z["within_units_of_all"] > 0.75 and z["place_of_within"] < 0.3
+        assert z["standard_deviation_of_a_unit"] > 3 * gates["new"]["z"]["standard_deviation_of_a_unit"]
+        assert (
+            gates["trained"]["gain"]["factor_between_words"] > 100 > 10 > gates["new"]["gain"]["factor_between_words"]
+        )
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------

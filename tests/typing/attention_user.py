@@ -5,7 +5,18 @@ from typing import assert_type
 import torch
 from torch import Tensor
 
-from nondual.attention_mechanism import AdditiveAttention, AttentionDecoder, attend
+from nondual.attention_mechanism import (
+    AdditiveAttention,
+    AttentionDecoder,
+    BahdanauDecoder,
+    GeneralAttention,
+    LastState,
+    LocationAttention,
+    LuongDecoder,
+    Seq2Seq,
+    UniformAttention,
+    attend,
+)
 from nondual.decoder import Decoder
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
@@ -16,6 +27,7 @@ from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention
 from nondual.positional_encoding import LearnedPositions, Sinusoidal
 from nondual.relative_positions import ALiBi, RelativeBias, RelativePositions, Rotary, reorder_pairs
+from nondual.search import Found
 from nondual.self_attention import KVCache, MultiHeadAttention, SelfAttention
 from nondual.transformer import Encoder, FeedForward, MixerBlock, TextEncoder, TransformerLayer
 
@@ -89,3 +101,16 @@ def before_self_attention(s: Tensor, h: Tensor, y: Tensor) -> None:
     additive = AdditiveAttention(7, 11, 13)
     assert_type(additive(s, h, projected=additive.project(h)), tuple[Tensor, Tensor])
     assert_type(AttentionDecoder(17, 7, 11, 13)(y, s[:, 0], h), tuple[Tensor, Tensor])
+    located = LocationAttention(7, 12, 13, 2, 3)
+    assert_type(located(s, h, past=located.start(h)), tuple[Tensor, Tensor])
+    assert_type(BahdanauDecoder(17, located, 3)(y, h), tuple[Tensor, Tensor])
+
+
+def a_whole_speller(ids: Tensor) -> None:
+    model = Seq2Seq(28, 41, 16, attention=GeneralAttention, decoder=LuongDecoder)
+    assert_type(model(ids, ids), tuple[Tensor, Tensor])
+    assert_type(model.loss(ids, ids), Tensor)
+    assert_type(model.generate(ids, 9, bos=1, eos=2, beams=4), Found)
+    Seq2Seq(28, 41, 16, attention=UniformAttention)
+    Seq2Seq(28, 41, 16, attention=LastState)
+    Seq2Seq(28, 41, 16, attention=lambda s, h: LocationAttention(s, h, 8, 2, 3))

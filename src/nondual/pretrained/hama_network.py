@@ -88,7 +88,11 @@ class HamaNetwork(nn.Module):
         self.output = nn.Sequential(nn.Linear(96, 80), nn.Linear(80, n_phonemes, bias=False))
 
     # --8<-- [start:read]
-    def read(self, letters: Int64[Tensor, "b m"], lengths: Int64[Tensor, " b"]) -> Memory:
+    def read(
+        self,
+        letters: Int64[Tensor, "b m"],
+        lengths: Int64[Tensor, " b"],
+    ) -> Memory:
         """Read a batch of words, once each.
 
         Args:
@@ -96,12 +100,13 @@ class HamaNetwork(nn.Module):
             lengths: how many letters each word has (B,), at least 1.
         """
         mask = torch.arange(letters.shape[1], device=letters.device) < lengths[:, None]
-        e = self.embedding(letters) * mask[..., None]  # the convolution must see 0 beyond the end
+        e = self.embedding(letters) * mask[..., None]  # 0 beyond the word's end
         x = self.frontend_norm(e + self.frontend(e.mT).mT)
         g, ends = self.encoder(x, lengths=lengths)
         h = self.encoder_norm(g + self.encoder_skip(x)) * mask[..., None]
-        both_ways = torch.cat([ends[0::2], ends[1::2]], dim=-1)  # (layers, B, forward and backward)
-        return Memory(h, self.attention.project(h), mask, torch.tanh(self.bridge(both_ways)))
+        both_ways = torch.cat([ends[0::2], ends[1::2]], dim=-1)  # (layers, B, 2 · 96)
+        state = torch.tanh(self.bridge(both_ways))
+        return Memory(h, self.attention.project(h), mask, state)
 
     # --8<-- [end:read]
 

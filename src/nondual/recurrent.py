@@ -39,7 +39,6 @@ State = TypeVar("State", Tensor, tuple[Tensor, Tensor])
 # --- one step ------------------------------------------------------------------------------------------------------
 
 
-# --8<-- [start:rnn]
 def rnn_step(
     given: Float[Tensor, "b h"],
     h: Float[Tensor, "b h"],
@@ -59,13 +58,11 @@ def rnn_step(
 
     Source: Elman 1990, figure 2, with torch's two biases.
     """
+    # --8<-- [start:rnn]
     return nonlinearity(given + from_state(h, u, bias))
+    # --8<-- [end:rnn]
 
 
-# --8<-- [end:rnn]
-
-
-# --8<-- [start:lstm]
 def lstm_step(
     given: Float[Tensor, "b four_h"],
     h: Float[Tensor, "b h"],
@@ -86,17 +83,15 @@ def lstm_step(
         (h_t, c_t), each (B, H).
 
     Source: Hochreiter and Schmidhuber 1997, section 4 (i and o are its input and output gate); the forget gate f is
-    that of Gers, Schmidhuber and Cummins 2000, equation 2.5.
+    that of Gers, Schmidhuber and Cummins 2000, section 3.
     """
+    # --8<-- [start:lstm]
     i, f, g, o = (given + from_state(h, u, bias)).chunk(4, dim=-1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
+    # --8<-- [end:lstm]
 
 
-# --8<-- [end:lstm]
-
-
-# --8<-- [start:gru]
 def gru_step(
     given: Float[Tensor, "b three_h"],
     h: Float[Tensor, "b h"],
@@ -121,6 +116,7 @@ def gru_step(
 
     Source: 1406.1078, equations 5 to 8. There, as here, z is the share of the old state; in 1409.0473, of the new one.
     """
+    # --8<-- [start:gru]
     width = h.shape[-1]
     x_rz, x_n = given.split([2 * width, width], dim=-1)
     if reset_after:
@@ -129,12 +125,11 @@ def gru_step(
         n = torch.tanh(x_n + r * h_n)
     else:
         b_rz, b_n = (None, None) if bias is None else bias.split([2 * width, width])
-        r, z = torch.sigmoid(x_rz + from_state(h, u[: 2 * width], b_rz)).chunk(2, dim=-1)
+        h_rz = from_state(h, u[: 2 * width], b_rz)
+        r, z = torch.sigmoid(x_rz + h_rz).chunk(2, dim=-1)
         n = torch.tanh(x_n + from_state(r * h, u[2 * width :], b_n))
     return z * h + (1 - z) * n
-
-
-# --8<-- [end:gru]
+    # --8<-- [end:gru]
 
 
 def from_state(h: Tensor, u: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,7 +142,6 @@ def from_state(h: Tensor, u: Tensor, bias: Tensor | None) -> Tensor:
 Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
-# --8<-- [start:loop]
 def unroll(
     step: Step,
     given: Float[Tensor, "b n g"],
@@ -170,6 +164,7 @@ def unroll(
     Returns:
         (y (B, N, H), the state after the last step).
     """
+    # --8<-- [start:loop]
     outputs: list[Tensor] = []
     steps = list(enumerate(given.unbind(1)))
     for t, given_t in reversed(steps) if reverse else steps:
@@ -177,16 +172,15 @@ def unroll(
             state = tuple(s.masked_fill(reset[:, t, None], 0) for s in state)
         new = step(given_t, state)
         if alive is not None:
-            new = tuple(torch.where(alive[:, t, None], a, b) for a, b in zip(new, state))
+            real = alive[:, t, None]
+            new = tuple(torch.where(real, a, b) for a, b in zip(new, state))
         state = new
         outputs.append(state[0])
+    # --8<-- [end:loop]
     if not outputs:
         return state[0].new_zeros(len(given), 0, state[0].shape[-1]), state
     y = torch.stack(outputs[::-1] if reverse else outputs, dim=1)
     return y if alive is None else y.masked_fill(~alive[..., None], 0), state
-
-
-# --8<-- [end:loop]
 
 
 # --- the networks --------------------------------------------------------------------------------------------------
@@ -321,7 +315,6 @@ class RecurrentNetwork(nn.Module, Generic[State]):
         def __call__(self, x: PackedSequence, state: State | None = None) -> tuple[PackedSequence, State]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    # --8<-- [start:layers]
     def _read(
         self, x: Tensor, states: tuple[Tensor, ...], alive: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -347,8 +340,6 @@ class RecurrentNetwork(nn.Module, Generic[State]):
             if layer < self.n_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         return x, tuple(torch.stack(of_all) for of_all in zip(*last))
-
-    # --8<-- [end:layers]
 
     def _packed(self, x: PackedSequence, state: Any) -> tuple[PackedSequence, Any]:
         """As torch answers it: a PackedSequence in the same order, and the state in the order of the batch."""

@@ -213,7 +213,7 @@ class ConcatAttention(Attention):
         d_attention: width A of the comparison.
         weigh: how scores become weights: `masked_softmax`, or `smooth`.
 
-    Source: 1508.04025, section 3.1 (v is left out in its printed formula, and stands in the later versions).
+    Source: 1508.04025, section 3.1.
     """
 
     w: nn.Linear

@@ -48,3 +48,15 @@ def training(ids: Tensor) -> None:
     history = nondual.training.train(model, model.loss, lambda generator: ids, optimiser=adam, steps=2, log="run.jsonl")
     assert_type(history, list[dict[str, float]])
     assert_type(nondual.training.warmup_cosine(0, 2), float)
+
+
+def whole_transformer(source: Tensor, target: Tensor) -> None:
+    model = nondual.EncoderDecoder(100, 64, 4, 256, 2)
+    assert_type(model(source, target), Tensor)
+    assert_type(model(source, target, return_weights=True), tuple[Tensor, Tensor])
+    assert_type(model.loss(source, target, label_smoothing=0.1), Tensor)
+    found = model.generate(source, 9, bos=1, eos=2, beams=4)
+    assert_type(found, nondual.search.Found)
+    assert_type(found.tokens, Tensor)
+    assert_type(nondual.greedy(model.step, source[:, 0], model.start(source, 9), max_len=9).scores, Tensor)
+    assert_type(nondual.training.warmup_inverse_root(0, 9, warmup=4), float)

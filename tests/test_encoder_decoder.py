@@ -458,6 +458,22 @@ def test_in_half_precision_and_on_meta():
         assert empty(ids, ids).shape == (B, M, V)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_it_gives_what_it_gives_on_the_cpu():
+    ours = shaken(model()).double()
+    options = {"bos": 1, "eos": 2, "beams": 3, "length_penalty": 0.6}
+    expected = ours.generate(SOURCE, 8, source_lengths=LENGTHS, **options)
+    loss = ours.loss(SOURCE, TARGET, source_lengths=LENGTHS, label_smoothing=0.1)
+    ours, source, lengths = ours.cuda(), SOURCE.cuda(), LENGTHS.cuda()
+    found = ours.generate(source, 8, source_lengths=lengths, **options)
+    assert torch.equal(found.tokens.cpu(), expected.tokens) and torch.equal(found.lengths.cpu(), expected.lengths)
+    torch.testing.assert_close(found.scores.cpu(), expected.scores)
+    on_gpu = ours.loss(source, TARGET.cuda(), source_lengths=lengths, label_smoothing=0.1)
+    torch.testing.assert_close(on_gpu.cpu(), loss)
+    drawn = ours.generate(source, 8, bos=1, eos=2, temperature=1.0, top_p=0.9)
+    assert drawn.tokens.device.type == "cuda"
+
+
 def test_dropout_is_for_training_only():
     ours = model(dropout=0.5)
     assert torch.equal(ours(SOURCE, TARGET), ours(SOURCE, TARGET))

@@ -13,9 +13,10 @@ Five parts:
 
     nox -s bench -- recurrence
 
-Trainings are kept as they end, in `runs/recurrence` of the cache folder or in --runs=FOLDER, and are not made again.
+Trainings, and the rounds of Newton's method, are kept as they end, in `runs/recurrence` of the cache folder or in --runs=FOLDER, and are not made again.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +44,7 @@ from benchmarks.recurrence_run import (
     Run,
     carry_out,
     draw,
+    keep,
     looked_at,
 )
 from nondual.analysis.critical_path import is_arithmetic, longest_chain
@@ -70,11 +72,18 @@ def main(options: list[str]) -> None:
             "far": distance(folder, FAR)[0],
         },
         "gates": {arm: gates(chosen[arm]) for arm in ("LSTM, forget bias 1", "GRU")},
-        "newton": newton(chosen["GRU"]),
+        "newton": kept(folder / "newton.json", lambda: newton(chosen["GRU"][:3])),
         "chain": chain(),
         "time": times(),
     }
     write("recurrence", "nox -s bench -- recurrence", figures, threads=1)
+
+
+def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the file has; where there is none, what is measured now, and kept there."""
+    if not file.exists():
+        keep(file, measure())
+    return json.loads(file.read_text())
 
 
 # --- what must wait, counted ---------------------------------------------------------------------------------------

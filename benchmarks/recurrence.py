@@ -13,7 +13,8 @@ Five parts:
 
     nox -s bench -- recurrence
 
-Trainings, and the rounds of Newton's method, are kept as they end, in `runs/recurrence` of the cache folder or in --runs=FOLDER, and are not made again.
+Trainings, and the rounds of Newton's method, are kept as they end, in `runs/recurrence` of the cache folder or in
+--runs=FOLDER, and are not made again.
 """
 
 import json

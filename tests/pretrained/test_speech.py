@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_refused():
         model(tokens(), torch.zeros(2, 5, E + 1))
     with pytest.raises(TypeError, match="mel must be a Tensor"):
         model.encode([1])
+    with pytest.raises(ValueError, match="d_model must be even and 4 or more, got 2"):
+        SpeechTransformer(V, 2, 1, FF, LAYERS, max_len=13)
 
 
 # --- the recogniser, with real weights ------------------------------------------------------------------------------

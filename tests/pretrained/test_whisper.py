@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nondual.pretrained.ctranslate2 import read_ctranslate2
 from nondual.pretrained.log_mel import log_mel
 from nondual.pretrained.whisper import from_ctranslate2
 
+ROOT = Path(__file__).parent.parent.parent
 MARKS = [50257, 50362]  # the start of a transcript, without timestamps
 
 
@@ -127,3 +129,34 @@ def test_without_tokenizers_a_sentence_says_what_to_install():
     script = "import sys; sys.modules['tokenizers'] = None\nfrom nondual.pretrained import whisper\nwhisper()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     assert done.stderr.splitlines()[-1] == "ImportError: tokenizers is needed: pip install 'nondual[pretrained]'"
+
+
+def test_the_heads_that_were_chosen_go_along_with_the_recording_as_was_measured(recogniser):
+    """docs/measured/whisper.json: `onward` is the share of tokens that look no earlier than the one before."""
+    found = json.loads((ROOT / "docs/measured/whisper.json").read_text(encoding="utf-8"))["figures"]
+    _, weights = recogniser.attention(speech())
+    heard = weights[..., : -(-len(speech()) // 320)]
+    places = heard @ torch.arange(float(heard.shape[-1])) / heard.sum(-1)
+    onward = (places.diff() >= 0).float().mean(-1)  # (layers, H)
+    chosen = torch.zeros(4, 6, dtype=torch.bool)
+    chosen[tuple(torch.tensor(found["chosen"]).T)] = True
+    assert abs(onward[chosen].mean() - found["recording"]["chosen"]["onward"]) < 0.03
+    assert abs(onward[~chosen].mean() - found["recording"]["others"]["onward"]) < 0.03
+    held_out = found["held_out"]  # on other sentences; 95 percent intervals
+    assert held_out["chosen"]["onward"][1] > held_out["others"]["onward"][2]
+
+
+@torch.no_grad()
+def test_where_it_looks_moves_with_the_sound(recogniser, written):
+    """Two seconds of silence between the sentences move the second one's places by two seconds, the first one's not."""
+    sound = speech()
+    longer = torch.cat([sound[:48_000], torch.zeros(32_000), sound[48_000:]])
+    place = []
+    for x in (sound, longer):
+        memory = recogniser.model.encode(log_mel(x[None]))
+        _, weights = recogniser.model(written[:, :-1], memory, return_weights=True)
+        rows = weights[2, 0, 1, 1:, : -(-len(x) // 320)]  # layer 2, head 1
+        place.append(rows @ torch.arange(float(rows.shape[-1])) / rows.sum(-1) / 50)  # seconds
+    moved = place[1] - place[0]
+    for part, expected in ((moved[:10], 0), (moved[11:], 2)):  # token 10 is the full stop
+        assert (part - expected).abs().max() < 0.4 and abs(part.median() - expected) < 0.03

@@ -40,6 +40,9 @@ class SpeechTransformer(nn.Module):
         n_layers: of the encoder, and of the decoder.
         max_len: how many tokens it can write, two marks at the beginning included.
         n_mels: bands of the spectrogram.
+
+    Raises:
+        ValueError: an E that is odd or below 4, or that the heads do not divide.
     """
 
     conv1: nn.Conv1d
@@ -62,6 +65,8 @@ class SpeechTransformer(nn.Module):
         n_mels: int = N_MELS,
     ):
         super().__init__()
+        if d_model < 4 or d_model % 2:
+            raise ValueError(f"d_model must be even and 4 or more, got {d_model}")
         self.conv1 = nn.Conv1d(n_mels, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         # Whisper's wavelengths go up to 10000 · 2π itself, where those of Vaswani et al. end one step before it
@@ -185,8 +190,8 @@ class SpeechRecognizer:
         Args:
             sound: (N,) samples between -1 and 1, of at most 30 seconds.
             rate: samples a second, 16,000.
-            beams: how many texts are followed at once, and compared by log-probability / ((5 + n) / 6) of n tokens; with
-                one, the likeliest token is taken at each step.
+            beams: how many texts are followed at once, and compared by log-probability / ((5 + n) / 6), n their tokens;
+                with one, the likeliest token is taken at each step.
 
         Raises:
             TypeError: sound is not a tensor.

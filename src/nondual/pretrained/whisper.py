@@ -8,7 +8,6 @@ torch is imported by the function: `python -m nondual.pretrained` reads the pack
 """
 
 import json
-import re
 from typing import TYPE_CHECKING
 
 from nondual.store import Package, read
@@ -112,9 +111,7 @@ def from_ctranslate2(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         for theirs, our in ours.items():
             name = name.replace(theirs, our)
         # the norm before the feed-forward network is the third where there is a memory, else the second
-        name = re.sub(
-            "(en|de)coder(.*)/ffn/layer_norm/", lambda m: f"{m[1]}coder{m[2]}/norm{'23'[m[1] == 'de']}/", name
-        )
+        name = name.replace("/ffn/layer_norm/", "/norm3/" if name.startswith("decoder/") else "/norm2/")
         stacked = next((key for key in projections if key in name), None)
         parts = [name] if stacked is None else [name.replace(stacked, part) for part in projections[stacked]]
         for part, block in zip(parts, tensor.float().chunk(len(parts))):

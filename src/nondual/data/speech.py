@@ -1,8 +1,8 @@
 """A short recording: six seconds of English in a computer's voice, two sentences.
 
 Source: the sentences were written for this project, and spoken by eSpeak NG 1.51 (voice en-us, 150 words a minute);
-`benchmarks/whisper.py` made the file speech.wav beside this one, 16,000 samples a second of 8 bits each. Licence:
-CC BY 4.0.
+`nox -s bench -- whisper --record` made the file speech.wav beside this one: 16,000 samples a second, 8 bits each.
+Licence: CC BY 4.0.
 """
 
 import wave

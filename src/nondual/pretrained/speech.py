@@ -207,7 +207,9 @@ class SpeechRecognizer:
         """The N tokens that are written, and where every head of the decoder looked in the sound as it wrote each.
 
         Args:
-            sound, rate, beams: as in `transcribe`.
+            sound: as in `transcribe`.
+            rate: as in `transcribe`.
+            beams: as in `transcribe`.
 
         Returns:
             Tokens as text, a word's space before it, and weights (layers, H, N, M): M = 1500 moments of 20 ms, silence

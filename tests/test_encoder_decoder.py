@@ -180,6 +180,79 @@ def test_what_is_no_transformer_of_torchs_is_refused():
         from_torch(nn.Transformer(E, HEADS, 1, 1, FF, custom_encoder=nn.Identity()))
 
 
+@pytest.fixture(scope="module")
+def marian():
+    """transformers' translation model of this architecture, with random weights, and ours with copies of them."""
+    from transformers import MarianConfig, MarianMTModel
+
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in MARIAN.items()}
+    config = MarianConfig(
+        vocab_size=V, d_model=E, activation_function="relu", scale_embedding=True, max_position_embeddings=16,
+        pad_token_id=0, bos_token_id=1, decoder_start_token_id=1, eos_token_id=2, forced_eos_token_id=None,
+        dropout=0.0, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = shaken(MarianMTModel(config).double().eval())
+    table = theirs.model.encoder.embed_positions.weight  # sines in its first half, cosines in its second
+    with torch.no_grad():
+        code = Sinusoidal(E).double()(16)
+        table.copy_(torch.cat([code[:, 0::2], code[:, 1::2]], 1))
+        theirs.model.decoder.embed_positions.weight.copy_(table)
+    ours = EncoderDecoder(V, E, HEADS, FF, LAYERS, positions=LearnedPositions(16, E)).double().eval()
+    state = {"embeddings.weight": theirs.model.shared.weight, "positions.table.weight": table}
+    for name, tensor in theirs.model.state_dict().items():
+        if ".layers." in name:
+            last = "norm3" if name.startswith("decoder") else "norm2"
+            for their, our in (*MARIANS_NAMES, ("final_layer_norm", last)):
+                name = name.replace(their, our)
+            state[name] = tensor
+    ours.load_state_dict(state)
+    return ours, theirs
+
+
+MARIAN = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": FF}
+MARIANS_NAMES = (
+    ("self_attn_layer_norm", "norm1"),
+    ("encoder_attn_layer_norm", "norm2"),
+    ("self_attn", "mixer"),
+    ("encoder_attn", "cross"),
+    ("fc", "feed_forward.linear"),
+)
+
+
+def test_the_model_equals_the_one_of_transformers_with_copied_weights(marian):
+    ours, theirs = marian
+    real = masks.padding(LENGTHS, M)[:, 0, 0].long()
+    results = []
+    for scores, embeddings in (
+        (ours(SOURCE, TARGET, source_lengths=LENGTHS), ours.embeddings.weight),
+        (theirs(SOURCE, attention_mask=real, decoder_input_ids=TARGET).logits, theirs.model.shared.weight),
+    ):
+        scores.square().sum().backward()
+        results.append((scores, embeddings.grad[1:]))  # transformers' padding, token 0, learns from the scores alone
+    for name, a, b in zip(("scores", "embeddings"), *results):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_the_searches_find_what_those_of_transformers_find(marian):
+    """Beams are compared without an end token: after one, transformers lets more than K sequences compete."""
+    ours, theirs = marian
+    real = masks.padding(LENGTHS, M)[:, 0, 0].long()
+    given = {"attention_mask": real, "max_new_tokens": 6, "do_sample": False}
+    found = ours.generate(SOURCE, 6, bos=1, eos=2, source_lengths=LENGTHS)
+    for b, tokens in enumerate(theirs.generate(SOURCE, num_beams=1, **given)):
+        length = found.lengths[b, 0]
+        assert tokens[1 : 1 + length].tolist() == found.tokens[b, 0, :length].tolist()
+    told = theirs.generation_config
+    told.eos_token_id = None
+    given |= {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.0, "return_dict_in_generate": True}
+    expected = theirs.generate(SOURCE, generation_config=told, output_scores=True, **given)
+    found = ours.generate(SOURCE, 6, bos=1, source_lengths=LENGTHS, beams=4)
+    assert torch.equal(found.tokens.flatten(0, 1), expected.sequences[:, 1:])
+    torch.testing.assert_close(found.scores.flatten(), expected.sequences_scores.double(), atol=1e-5, rtol=1e-5)
+
+
 def count(v, e, f, layers, norm_first=False):
     """Embeddings, once; 4 E² + 4 E an attention; 2 E F + F + E a feed-forward network; 2 E a norm."""
     attention, network, norm = 4 * e * e + 4 * e, 2 * e * f + f + e, 2 * e

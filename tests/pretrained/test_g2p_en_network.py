@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nondual.pretrained import g2p_en
-from nondual.pretrained.g2p_en_network import END_OF_LETTERS, G2PNetwork
+from nondual.pretrained.g2p_en_network import END_OF_LETTERS, G2PNetwork, LastStateSpeller
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,15 @@ def test_what_is_no_word_or_no_list_of_words_is_refused(speller):
         speller.spell(7)
     with pytest.raises(TypeError, match="words must be a list of words, got the one word 'knight': use spell"):
         speller.spell_all("knight")
+
+
+def test_a_word_that_does_not_end_is_ended_after_20_phonemes():
+    model = G2PNetwork(5, 7).eval()
+    torch.nn.init.zeros_(model.output.weight)
+    torch.nn.init.constant_(model.output.bias, 0)
+    with torch.no_grad():
+        model.output.bias[5] = 1
+    assert LastStateSpeller(model, {"a": 0, "b": 1}, list("0123abc")).spell("ab") == ["b"] * 20
 
 
 def test_gradients_reach_every_parameter():

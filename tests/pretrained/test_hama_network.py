@@ -32,6 +32,15 @@ def test_a_batch_gives_what_each_word_gives_alone(speller):
     assert speller.spell_all([]) == []
 
 
+def test_what_stands_beyond_a_words_end_does_not_matter(speller):
+    numbers, lengths = speller.numbers("knight"), torch.tensor([6, 8])
+    with torch.no_grad():
+        memory = speller.model.read(torch.tensor([[*numbers, 13, 21], speller.numbers("throught")]), lengths)
+        alone = speller.model.read(torch.tensor([numbers]), torch.tensor([6]))
+    torch.testing.assert_close(memory.h[0, :6], alone.h[0], atol=1e-5, rtol=0)
+    assert memory.h[0, 6:].abs().max() == 0
+
+
 def test_a_step_is_the_formulas_of_the_module(speller):
     """The score, the pull, the weights and the context of one step, written out with loops."""
     model = speller.model

@@ -340,6 +340,15 @@ def test_source_and_target_share_one_table_and_the_scores_use_it_too():
     torch.testing.assert_close(size, torch.ones(2), atol=0.35, rtol=0)
 
 
+def test_the_target_may_have_positions_of_its_own():
+    other = Sinusoidal(E, base=50.0)
+    both, read, written = model(target_positions=other), model(), model(positions=other)
+    memory = both.encode(SOURCE)
+    assert torch.equal(memory, read.encode(SOURCE)) and not torch.equal(memory, written.encode(SOURCE))
+    scores = both.decode(TARGET, memory)
+    assert torch.equal(scores, written.decode(TARGET, memory)) and not torch.equal(scores, read.decode(TARGET, memory))
+
+
 # --- generation ----------------------------------------------------------------------------------------------------
 
 

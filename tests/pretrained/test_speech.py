@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nondual.data import speech
-from nondual.pretrained.speech import SpeechTransformer
+from nondual.pretrained.speech import SpeechRecognizer, SpeechTransformer
 
 V, E, HEADS, FF, LAYERS, MELS, FRAMES = 29, 12, 3, 17, 2, 7, 22
 
@@ -108,6 +108,40 @@ def test_what_does_not_fit_is_refused():
         model.encode([1])
     with pytest.raises(ValueError, match="d_model must be even and 4 or more, got 2"):
         SpeechTransformer(V, 2, 1, FF, LAYERS, max_len=13)
+
+
+# --- the recogniser -------------------------------------------------------------------------------------------------
+
+MARKS = {"<|startoftranscript|>": 0, "<|notimestamps|>": 1, "<|endoftext|>": 2}
+
+
+class Letters:
+    """A tokenizer whose token i, from 3 on, is a letter."""
+
+    def token_to_id(self, mark):
+        return MARKS[mark]
+
+    def decode(self, ids):
+        return "".join("abcdefghijklmnopqrstuvwxyz"[i - 3] for i in ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    "never, not_first, text",
+    [([5], [2], "a"), ([5], [], ""), ([5, 3], [2], "b"), ([], [2], "c" * 6), ([5], [2, 3], "b")],
+)
+def test_what_may_not_be_written_is_not(beams, never, not_first, text):
+    """Every step likes c (5) best, then the end (2), a (3), b (4), and all others far less."""
+    torch.manual_seed(0)
+    model = SpeechTransformer(V, E, HEADS, FF, 1, max_len=12)
+    model.decoder.norm.weight.zero_()
+    model.decoder.norm.bias.copy_(torch.eye(E)[0])
+    model.token.weight.zero_()
+    model.token.weight[:, 0] = -99.0
+    model.token.weight[[5, 2, 3, 4], 0] = torch.tensor([40.0, 30.0, 10.0, 5.0])
+    recogniser = SpeechRecognizer(model, Letters(), suppressed=never, suppressed_first=not_first)
+    assert recogniser.transcribe(torch.zeros(1000), beams=beams) == text
 
 
 # --- the recogniser, with real weights ------------------------------------------------------------------------------

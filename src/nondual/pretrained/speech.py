@@ -247,7 +247,9 @@ class SpeechRecognizer:
         """The tokens of the text, without marks."""
         device, (first, last) = memory.device, self._start
         longest = self.model.position.longest // 2  # as in OpenAI's program: the other half is for earlier text
-        never, not_first = (torch.tensor(x, device=device) for x in (self._never, [*self._never, *self._not_first]))
+        never, not_first = (
+            torch.tensor(x, dtype=torch.long, device=device) for x in (self._never, [*self._never, *self._not_first])
+        )
         cache, keys = self.model.new_cache(1, longest + len(self._start)), self.model.decoder.project(memory)
         self.model(torch.tensor([[first]], device=device), keys, cache=cache)
 

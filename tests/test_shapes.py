@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 with install_import_hook("nondual", "beartype.beartype"):
     import torch
     from nondual import attention_mechanism, positional_encoding, relative_positions, self_attention, tasks, transformer
-    from nondual import encoder_decoder, search
+    from nondual import encoder_decoder, recurrent, search
     from nondual.decoder import Decoder
     from nondual.pretrained import SentenceEncoder, load_mamba, minilm as load_minilm  # lazy, so named here
     from nondual.ops import masks
@@ -72,6 +72,12 @@ with torch.no_grad():
 first = torch.zeros(2, 5, dtype=torch.bool)
 causal_conv1d(x, torch.randn(12, 4), torch.randn(12), torch.randn(2, 3, 12), reset=first)
 step_bias(7, 0.001, 0.1)
+for kind in (recurrent.RNN, recurrent.LSTM, recurrent.GRU):
+    kind(12, 7, 2, bidirectional=True)(x, lengths=torch.tensor([5, 2]))
+    mixer = recurrent.Recurrent(12, kind(12, 7))
+    memory = mixer.new_cache(2)
+    mixer(x, cache=memory, reset=first), memory.select(torch.tensor([1, 0]))
+recurrent.GRU(12, 7, reset_after=False)(x)
 for mixer in (Mamba(12, d_state=7), Mamba2(12, d_state=7, d_head=3, n_groups=2)):
     memory = mixer.new_cache(2)
     mixer(x, cache=memory, reset=first), mixer.step(x[:, 0], memory)

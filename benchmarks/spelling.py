@@ -55,8 +55,8 @@ from benchmarks.spelling_run import (
 from nondual.analysis import longest_chain
 from nondual.store import cache_folder
 
-STEPS = {"spelling": 1000, "reversal": 600, "gita": 300}
-RATES = (2e-3, 4e-3, 8e-3)
+STEPS = {"spelling": 1000, "reversal": 500, "gita": 200}
+RATES = {"spelling": (2e-3, 4e-3, 8e-3), "reversal": (4e-3, 8e-3, 1.6e-2), "gita": (4e-3, 8e-3, 1.6e-2)}
 SWEEP_SEED, BEYOND = 0, 2
 SEEDS = {"spelling": tuple(range(1, 9)), "gita": tuple(range(1, 5)), "reversal": tuple(range(1, 5))}
 LENGTHS = {
@@ -85,7 +85,7 @@ class Arm(NamedTuple):
     steps: int
     seeds: tuple[int, ...]
     folder: Path
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...]
 
     def run(self, rate: float, seed: int) -> Run:
         return Run(self.task, self.model, rate, seed, self.steps, self.folder)
@@ -224,14 +224,14 @@ def main(options: list[str]) -> None:
     torch.set_num_threads(1)
     tasks = {
         task: {
-            model: Arm(task, model, steps, SEEDS[task], folder)
+            model: Arm(task, model, steps, SEEDS[task], folder, RATES[task])
             for model in ARMS
             if only is None or f"{task}/{model}" in only
         }
         for task, steps in STEPS.items()
     }
     if tiny:
-        tasks = {"gita": {model: Arm("gita", model, 2, (1, 2), folder, RATES[:1]) for model in ("fixed", "additive")}}
+        tasks = {"gita": {model: Arm("gita", model, 2, (1, 2), folder, (4e-3,)) for model in ("fixed", "additive")}}
     for arms in tasks.values():
         for arm in arms.values():
             arm.runs()

@@ -207,7 +207,7 @@ def test_a_sweep_goes_on_where_the_best_is_at_its_edge(monkeypatch, tmp_path):
         run.file.write_text(json.dumps({"tune_loss": abs(run.rate - best), "rate": run.rate, "seed": run.seed}))
 
     monkeypatch.setattr("benchmarks.spelling.carry_out", kept)
-    arm = Arm("gita", "fixed", 2, SEEDS["gita"], tmp_path)
+    arm = Arm("gita", "fixed", 2, SEEDS["gita"], tmp_path, (2e-3, 4e-3, 8e-3))
     assert [run.rate for run in arm.sweep()] == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
     assert best_rate(arm.sweep()) == 1.6e-2
     assert {(run.rate, run.seed) for run in arm.runs()} == {(1.6e-2, seed) for seed in SEEDS["gita"]}

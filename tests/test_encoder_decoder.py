@@ -296,8 +296,9 @@ def test_the_loss_is_that_of_each_pair_by_itself_weighted_by_its_tokens(kind):
     second = ours.loss(SOURCE[1:, :3], TARGET[1:, :3], label_smoothing=0.1)
     torch.testing.assert_close(loss, (4 * first + 2 * second) / 6, atol=1e-12, rtol=1e-12)
     scores = ours(SOURCE, TARGET[:, :-1])
-    plain = F.cross_entropy(scores.flatten(0, 1), TARGET[:, 1:].flatten())
-    torch.testing.assert_close(ours.loss(SOURCE, TARGET), plain)
+    for smoothing in (0.0, 0.1):
+        plain = F.cross_entropy(scores.flatten(0, 1), TARGET[:, 1:].flatten(), label_smoothing=smoothing)
+        torch.testing.assert_close(ours.loss(SOURCE, TARGET, label_smoothing=smoothing), plain)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 

@@ -110,6 +110,7 @@ def written_out(p: dict[str, Tensor], source: Tensor, target: Tensor) -> Tensor:
     return x @ p["embeddings.weight"].T
 
 
+@pytest.mark.claim("E10", "holds")
 def test_the_whole_architecture_equals_its_written_out_formulas():
     ours = shaken(model()).double()
     expected = written_out(ours.state_dict(), SOURCE, TARGET)
@@ -124,6 +125,7 @@ def torchs(norm_first, activation):
     return shaken(theirs.double())
 
 
+@pytest.mark.claim("E10", "holds")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("padded", [False, True])
@@ -220,6 +222,7 @@ MARIANS_NAMES = (
 )
 
 
+@pytest.mark.claim("E10", "holds")
 def test_the_model_equals_the_one_of_transformers_with_copied_weights(marian):
     ours, theirs = marian
     real = masks.padding(LENGTHS, M)[:, 0, 0].long()

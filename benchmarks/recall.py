@@ -14,7 +14,8 @@ every rate of its task's grid with one seed; at the best of them it is trained w
 the choice. A seed fixes the batches, so that arms are paired by it. Attention has a quarter of the others' batches of
 recall and copying. One arm has three times as many, to see what more training gives.
 
-Gaps: an arm is trained at each gap in turn. It goes no further than the first gap at which none of the rates succeeds.
+Gaps: an arm is trained at each gap in turn. It goes no further than the first gap at which none of the rates succeeds;
+there it is tried again with four times the steps, up to a gap of 100, to tell what is slow from what stops.
 A training ends as soon as 99 % of 128 rows are right.
 
     nox -s bench -- recall           some twelve minutes of one core
@@ -66,6 +67,8 @@ TABLED = {"recall": ("LSTM 64", "attention 64", "LSTM 16"), "copying": ("LSTM 64
 MORE = {"recall": ("Mamba 16", "LSTM 128"), "copying": ("Mamba 16",)}
 RECURRENT = ("LSTM, forget bias 1", "LSTM, chrono", "LSTM, forget bias 0", "RNN", "GRU")
 GAPS, SEVERAL_GAP, SEVERAL = (3, 10, 30, 100, 300, 1000), 30, (2, 4, 8)
+LONGER_GAP, LONGER_UP_TO = 4, 100
+"""Where a gap of 100 or less is the first at which an arm fails, it is tried once more with four times the steps."""
 SEVERAL_ARMS = ("LSTM, chrono",)
 EEG_ARMS = ("attention", "LSTM", "attention, ALiBi")
 RECALLED = 0.9
@@ -132,25 +135,34 @@ def summed_up(arms: dict[str, Any]) -> dict[str, Any]:
 def gaps(folder: Path, tiny: bool) -> dict[str, Any]:
     """One token by the gap before it is asked for, and several after one gap."""
     one: dict[str, Any] = {}
+    longer: dict[str, Any] = {}
     for arm in ("LSTM, chrono", "attention") if tiny else (*RECURRENT, "attention"):
         one[arm] = {}
         for gap in GAPS[:1] if tiny else GAPS:
             found = at_gap(f"gap {gap} x 1", arm, folder, 30 if tiny else STEPS["gap"])
             one[arm][str(gap)] = found
-            if max(found["best"] + [run["best"] for run in found["sweep"].values()]) < SOLVED:
+            if not solved(found):
+                if gap <= LONGER_UP_TO and not tiny:
+                    task, steps = f"gap {gap} x 1", LONGER_GAP * STEPS["gap"]
+                    longer[arm] = {"gap": gap, "steps": steps, **at_gap(task, arm, folder, steps)}
                 break
     several: dict[str, Any] = {}
     for arm in () if tiny else SEVERAL_ARMS:
         tasks = {str(n): f"gap {SEVERAL_GAP} x {n}" for n in SEVERAL}
         several[arm] = {n: at_gap(task, arm, folder, STEPS["several"]) for n, task in tasks.items()}
-    return {"one": one, "several": several}
+    return {"one": one, "longer": longer, "several": several}
+
+
+def solved(found: dict[str, Any]) -> bool:
+    """Whether any run at a gap succeeded."""
+    return max(found["best"] + [run["best"] for run in found["sweep"].values()]) >= SOLVED
 
 
 def at_gap(task: str, arm: str, folder: Path, steps: int) -> dict[str, Any]:
     """The sweep at one gap, and the runs at its best rate; no more runs of one token where no rate succeeds."""
     sweep, rate = swept(task, arm, RATES["gap"], steps, folder)
-    solved = any(run["best"] >= SOLVED for run in sweep.values())
-    more = FEW if solved or not task.endswith("x 1") else ()
+    any_rate = any(run["best"] >= SOLVED for run in sweep.values())
+    more = FEW if any_rate or not task.endswith("x 1") else ()
     runs = [carry_out(Run(task, arm, rate, seed, steps, folder)) for seed in more]
     print(task, arm, rate, [run["best"] for run in sweep.values()], [run["best"] for run in runs], flush=True)
     return {

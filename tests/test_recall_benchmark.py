@@ -74,7 +74,7 @@ def test_one_pair_can_be_known_from_the_start_of_training():
 def test_chrono_cells_last_from_one_step_to_the_gap():
     torch.manual_seed(0)
     hidden = 400
-    bias = chrono(4, hidden, 100).network.bias_ih_l0
+    bias = dict(chrono(4, hidden, 100).network.named_parameters())["bias_ih_l0"]
     forget = torch.sigmoid(bias[hidden : 2 * hidden])
     lasts = 1 / (1 - forget)  # the steps after which a cell has lost all but 1/e
     assert 2 < lasts.min() < 6 and 95 < lasts.max() <= 100 and 45 < lasts.mean() < 56

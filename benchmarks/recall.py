@@ -15,7 +15,8 @@ the choice. A seed fixes the batches, so that arms are paired by it. Attention h
 recall and copying. One arm has three times as many, to see what more training gives.
 
 Gaps: an arm is trained at each gap in turn. It goes no further than the first gap at which none of the rates succeeds;
-there it is tried again with four times the steps, up to a gap of 100, to tell what is slow from what stops.
+there it is tried again with four times the steps, up to a gap of 100, to tell what is slow from what stops. The GRU is
+not tried at 1,000, because torch's takes six times as long as its LSTM.
 A training ends as soon as 99 % of 128 rows are right.
 
     nox -s bench -- recall           some twelve minutes of one core
@@ -138,7 +139,7 @@ def gaps(folder: Path, tiny: bool) -> dict[str, Any]:
     longer: dict[str, Any] = {}
     for arm in ("LSTM, chrono", "attention") if tiny else (*RECURRENT, "attention"):
         one[arm] = {}
-        for gap in GAPS[:1] if tiny else GAPS:
+        for gap in GAPS[:1] if tiny else GAPS[:-1] if arm == "GRU" else GAPS:
             found = at_gap(f"gap {gap} x 1", arm, folder, 30 if tiny else STEPS["gap"])
             one[arm][str(gap)] = found
             if not solved(found):

@@ -128,7 +128,8 @@ class HamaNetwork(nn.Module):
             memory: the words, from `read`.
             state: the writer's state (2, B, 96); at first `memory.state`.
             past: the weights of the step before (B, M); at first alike for every letter of the word.
-            scores, pull: how the letters are scored; as trained where left out.
+            scores: how the letters are scored; as trained where left out.
+            pull: what is added to the scores for a letter's place; as trained where left out.
 
         Returns:
             (the scores of the next phonemes (B, P), the state (2, B, 96), the weights (B, M)).
@@ -182,7 +183,8 @@ class AttentiveSpeller:
 
         Args:
             word: one word, without spaces.
-            scores, pull: how the letters are scored; as trained where left out.
+            scores: how the letters are scored; as trained where left out.
+            pull: what is added to the scores for a letter's place; as trained where left out.
 
         Raises:
             TypeError: it is not a str.

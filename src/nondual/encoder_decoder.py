@@ -1,7 +1,7 @@
 """The transformer whole: an encoder reads a source, a decoder writes a target and looks at what was read.
 
     source ids -> embeddings √E + positions -> encoder -> memory
-    target ids -> embeddings √E + positions -> decoder (reads the memory) -> scores by the same embeddings
+    target ids -> embeddings √E + positions -> decoder, reading the memory -> scores
 
 Source: Vaswani et al. 2017 (1706.03762), section 3 and figure 1; shared embeddings: section 3.4 and Press and Wolf 2017
 (1608.05859). Symbols: source (B, M), target (B, N), E width, H heads, F the feed-forward width, V tokens.

@@ -7,7 +7,7 @@ Source: Vaswani et al. 2017 (1706.03762), section 3 and figure 1; shared embeddi
 (1608.05859). Symbols: source (B, M), target (B, N), E width, H heads, F the feed-forward width, V tokens.
 
 Where it differs from the paper: dropout also acts on the attention weights and on the hidden units of the feed-forward
-networks, as in torch and in the authors' released code.
+networks, as in torch's nn.Transformer.
 """
 
 import math

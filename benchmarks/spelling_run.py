@@ -43,7 +43,7 @@ from nondual.data.gita import transliterate
 from nondual.encoder_decoder import EncoderDecoder
 from nondual.feed_forward import FeedForward
 from nondual.language_models.causal import CausalLM
-from nondual.positional_encoding import Sinusoidal
+from nondual.positional_encoding import Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.training import optimiser, train
 from nondual.transformer_layer import TransformerLayer
@@ -296,12 +296,12 @@ class OneStream(nn.Module):
         self.sources = len(task.sources)
 
         def layer(_: int) -> TransformerLayer:
-            mixer = MultiHeadAttention(D_MODEL, N_HEADS, causal=True)
+            mixer = MultiHeadAttention(D_MODEL, N_HEADS, causal=True, positions=Rotary(D_MODEL // N_HEADS))
             return TransformerLayer(mixer, FeedForward(D_MODEL, D_FF_STREAM), D_MODEL, norm_first=True)
 
-        positions = Sinusoidal(D_MODEL, scale=0.02 * 2**0.5)  # of the size of the first embeddings
+        # No code is added to the embeddings: at these rates they soon grow larger than a fixed one beside them.
         vocabulary = 3 + len(task.sources) + len(task.targets)
-        self.model = CausalLM(vocabulary, D_MODEL, LAYERS_STREAM, layer=layer, positions=positions, norm=nn.LayerNorm)
+        self.model = CausalLM(vocabulary, D_MODEL, LAYERS_STREAM, layer=layer, norm=nn.LayerNorm)
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """Scores (B, N, V) of the next sign at each step, the true signs before it given."""

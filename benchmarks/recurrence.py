@@ -57,7 +57,7 @@ from nondual.store import cache_folder
 
 STEPS, RATES, SWEEP_SEEDS, SEEDS = 400, (2e-3, 6e-3, 2e-2, 6e-2), (0, 6), {NEAR: (1, 2, 3, 4, 5), FAR: (1, 2, 3)}
 LENGTHS, D = (64, 128, 256, 512, 1024, 2048), 64
-PRECISE = 1e-6  # of a state: what Newton's method must come to
+PRECISE, MOST = 1e-6, 100  # what Newton's method must come to, of a state, and in how many rounds at most
 
 
 def main(options: list[str]) -> None:
@@ -182,7 +182,7 @@ def with_gradient(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
 # --- Newton's method -----------------------------------------------------------------------------------------------
 
 
-def newton_errors(network: GRU, x: Tensor, most: int = 100) -> list[float]:
+def newton_errors(network: GRU, x: Tensor, most: int = MOST) -> list[float]:
     """The largest error of the states after each round of Newton's method, until it is below PRECISE.
 
     All states are guessed at first (0). A round takes the step and its Jacobian at every position at once, from the
@@ -224,7 +224,7 @@ def scan(a: Tensor, b: Tensor) -> Tensor:
 
 def newton(chosen: list[Run]) -> dict[str, Any]:
     """Rounds to PRECISE by length, for the GRUs of `distance`, before and after training."""
-    found: dict[str, Any] = {"precise": PRECISE, "width": WIDTH, "lengths": [64, 256, 1024]}
+    found: dict[str, Any] = {"precise": PRECISE, "most": MOST, "width": WIDTH, "lengths": [64, 256, 1024]}
     for name, trained in (("before", False), ("after", True)):
         rounds = []
         for run in chosen:

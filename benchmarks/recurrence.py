@@ -8,9 +8,9 @@ Five parts:
     newton    a GRU's states found for all positions at once, by Newton's method: how many rounds it takes
     distance  a cue among noise that must be named at the end: six networks trained alike (recurrence_run.py), what they
               name at each distance, and how their scores change with the cue, before and after training; and the same
-              networks trained without near cues. Each arm's rate: four are tried on two seeds; then, from the best on, on
-              all seeds, until one is below SOLVED; those that taught nothing are left out. The one with the lowest mean
-              loss is reported. All these losses are of rows that serve for nothing else
+              networks trained without near cues. Each arm's rate: four are tried on two seeds; then, from the best on,
+              on all seeds, until one is below SOLVED; those that taught nothing are left out. The one with the lowest
+              mean loss is reported. All these losses are of rows that serve for nothing else
     gates     of these: the shares of a gate's variance, and how much what is kept varies from row to row
 
     nox -s bench -- recurrence

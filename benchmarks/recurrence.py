@@ -139,7 +139,7 @@ def times() -> dict[str, Any]:
             x = torch.randn(1, n, D, requires_grad=True)
             passes[f"forward {n}"] = partial(without_graph, run, x.detach())
             passes[f"training {n}"] = partial(with_gradient, run, x)
-        taken = alternate(passes, rounds=9)
+        taken = alternate(passes, rounds=5)
         for kind in ("forward", "training"):
             each = [ratio(taken[f"{kind} {2 * n}"], taken[f"{kind} {n}"]) for n in LENGTHS[:-1]]
             growth.append({"of": name, "pass": kind, "growth": each})

@@ -89,16 +89,23 @@ def merit(result: dict[str, Any]) -> float:
 def swept(task: str, arm: str, rates: tuple[float, ...], steps: int, folder: Path) -> tuple[dict[str, Any], float]:
     """The runs of the first seed by rate, and the best rate.
 
-    Where the best is at the edge, two rates beyond are tried at most; a gap that some rate has mastered needs no other.
+    Where the best is at the edge, two rates beyond are tried at most. A gap that some rate has mastered needs no other;
+    of one that none has, a lower and a higher rate are tried.
     """
+
+    def beyond(edge: float, times: float) -> dict[float, dict[str, Any]]:
+        rate = float(f"{edge * times:.0e}")
+        return {rate: carry_out(Run(task, arm, rate, SWEEP_SEED, steps, folder))}
+
     sweep = {rate: carry_out(Run(task, arm, rate, SWEEP_SEED, steps, folder)) for rate in rates}
+    if task.startswith("gap") and max(run["best"] for run in sweep.values()) < SOLVED:
+        sweep |= beyond(min(rates), 1 / 3) | beyond(max(rates), 3)
     while True:
         best = min(sweep, key=lambda rate: merit(sweep[rate]))
         mastered = sweep[best].get("best", 0) >= SOLVED
         if len(rates) == 1 or mastered or len(sweep) == len(rates) + 2 or min(sweep) < best < max(sweep):
             return {str(rate): result for rate, result in sorted(sweep.items())}, best
-        beyond = float(f"{best * (3 if best == max(sweep) else 1 / 3):.0e}")
-        sweep[beyond] = carry_out(Run(task, arm, beyond, SWEEP_SEED, steps, folder))
+        sweep |= beyond(best, 3 if best == max(sweep) else 1 / 3)
 
 
 def carried_out(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -56,6 +57,14 @@ def test_what_is_asked_for_and_not_there_is_answered_all_the_same():
     torch.testing.assert_close(out[0, 0, 0], values.mean(0))
 
 
+@pytest.mark.claim("E1", "holds")
+def test_trained_attention_puts_its_weight_on_the_pair_that_is_asked_for(measured):
+    """Of two layers one does the look-up; on recall its best head gives the pair nearly all, of 1 pair as of 16."""
+    for run in measured["recall"]["arms"]["attention 64"]["runs"]:
+        assert max(run["weight"]["1"]) > 0.95 and max(run["weight"]["16"]) > 0.95
+        assert min(run["right"]) > 0.99 and len(run["right"]) == 16
+
+
 # --- E4: a recurrence must compress --------------------------------------------------------------------------------
 
 
@@ -101,6 +110,110 @@ def test_a_shift_register_keeps_all_that_its_bits_can_hold_and_no_more(length):
         return (0,) * (length - kept) + row  # of what is lost, a guess
 
     assert given_back(step, read, vocabulary, length) == vocabulary**kept == min(vocabulary**length, 2**bits)
+
+
+def mean_of(arm, what):
+    """The mean over an arm's runs, number by number."""
+    return [mean(column) for column in zip(*(run[what] for run in arm["runs"]))]
+
+
+@pytest.mark.claim("E4", "holds")
+def test_trained_recurrences_lose_what_their_state_does_not_hold(measured):
+    copying = measured["copying"]["arms"]
+    right = {arm: mean_of(copying[arm], "right") for arm in copying}
+    assert min(right["attention 64"]) > 0.999  # of 1 to 16 tokens
+    for arm in ("LSTM 64", "LSTM 16", "Mamba 16"):
+        assert right[arm][3] > 0.9 and right[arm][15] < 0.75
+    assert right["LSTM 64"][15] > right["LSTM 16"][15] + 0.1  # a larger state holds more
+    others = [max(copying[arm]["runs"][0]["bits"]) for arm in ("LSTM 64", "LSTM 16", "Mamba 16")]
+    assert max(others) < 33 < 48 - 0.1 < max(copying["attention 64"]["runs"][0]["bits"])
+
+
+@pytest.mark.claim("E4", "holds")
+def test_of_a_long_row_the_latest_tokens_are_kept_best(measured):
+    """Sixteen tokens, asked from the last to the first: the last three, the middle four, and the first of all."""
+    for run in measured["copying"]["arms"]["LSTM 64"]["runs"]:
+        asked = run["right_by_question"]["16"]
+        assert mean(asked[:3]) > 0.95 > 0.65 > mean(asked[6:10])
+        assert asked[-1] > mean(asked[6:10])  # what came first is not the worst
+
+
+# --- E16: scaling ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("E16", "holds if")
+def test_a_larger_state_recalls_more_pairs_and_still_has_a_limit(measured):
+    arms = measured["recall"]["arms"]
+    sizes = ("LSTM 16", "LSTM 64", "LSTM 128")
+    most = {arm: mean(arms[arm]["most_recalled"]) for arm in arms}
+    bits = {arm: mean(arms[arm]["most_bits"]) for arm in arms}
+    assert [arms[arm]["state"] for arm in sizes] == [32, 128, 256]
+    assert 1 <= most["LSTM 16"] < 3 <= most["LSTM 64"] < 5 <= most["LSTM 128"] < 8
+    assert 6 < bits["LSTM 16"] < 8 < 16 < bits["LSTM 64"] < 20 < 24 < bits["LSTM 128"] < 27
+    assert most["attention 64"] == 16 and bits["attention 64"] > 47.9  # all that there is
+    small = mean_of(arms["LSTM 16"], "bits")
+    assert max(small[3:]) - min(small[3:]) < 1  # from 4 pairs to 16: level
+
+
+@pytest.mark.claim("E16", "holds if")
+def test_more_training_moves_the_limit_too_and_the_count_of_bits_is_far_off(measured):
+    arms = measured["recall"]["arms"]
+    for arm in ("LSTM 16", "LSTM 64"):
+        longer = arms[f"{arm}, 3 times as long"]
+        assert mean(longer["most_bits"]) > 1.3 * mean(arms[arm]["most_bits"])
+        assert max(longer["most_recalled"]) <= 6
+        assert mean(longer["most_bits"]) < 0.011 * 32 * longer["state"]  # of the bits of a state in float32
+    assert arms["Mamba 16"]["state"] == 2432 and mean(arms["Mamba 16"]["most_bits"]) < mean(
+        arms["LSTM 64"]["most_bits"]
+    )
+
+
+# --- E13: keeping ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("E13", "holds if")
+def test_how_long_one_token_is_kept_depends_on_how_the_forget_gate_starts(measured):
+    gap = measured["gap"]
+
+    def learned(found):
+        return sum(best >= measured["settings"]["solved"] for best in found["best"])
+
+    one = {arm: {int(n): learned(found) for n, found in gaps.items()} for arm, gaps in gap["one"].items()}
+    assert one["RNN"] == {3: 3, 10: 0}
+    assert one["LSTM, forget bias 0"] == one["LSTM, forget bias 1"] == {3: 3, 10: 3, 30: 0}
+    again = {arm: (found["gap"], learned(found)) for arm, found in gap["longer"].items()}  # four times the batches
+    assert again["LSTM, forget bias 1"] == (30, 3) and again["LSTM, forget bias 0"] == (30, 1)
+    assert one["GRU"] == {3: 3, 10: 3, 30: 3, 100: 2, 300: 2}
+    assert all(one["LSTM, chrono"][n] == 3 for n in (3, 10, 30, 100)) and one["LSTM, chrono"][1000] == 2
+    assert all(one["attention"][n] == 3 for n in (3, 10, 30, 100, 300, 1000))
+
+
+@pytest.mark.claim("E13", "holds if")
+def test_of_several_tokens_fewer_are_kept_over_the_same_gap(measured):
+    several = {int(n): mean(found["best"]) for n, found in measured["gap"]["several"]["LSTM, chrono"].items()}
+    assert 0.8 < several[2] < 0.95 and 0.55 < several[4] < 0.7 and 0.35 < several[8] < 0.5
+
+
+# --- E14: look-up and continuity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("E14", "holds if")
+def test_where_the_task_is_look_up_global_access_decides(measured):
+    less = measured["recall"]["at 16, attention less LSTM"]
+    assert len(less["each"]) == 8 and less["interval"][0] > 0.45
+    longer = mean_of(measured["recall"]["arms"]["LSTM 64, 3 times as long"], "right")
+    assert longer[-1] < 0.65  # the LSTM with twelve times the batches of attention
+
+
+@pytest.mark.claim("E14", "holds if")
+def test_where_samples_are_smooth_neither_is_ahead(measured):
+    """The next four samples of an EEG: the interval of the difference holds 0 and ends within three points of it."""
+    eeg = measured["EEG"]
+    low, high = eeg["less attention"]["LSTM"]["interval"]
+    assert -0.03 < low < 0 < high < 0.03 and len(eeg["less attention"]["LSTM"]["each"]) == 8
+    missed = {arm: mean(run["missed"] for run in found["runs"]) for arm, found in eeg["arms"].items()}
+    assert max(missed.values()) < eeg["by_rule"]["linear"]["test"] < eeg["by_rule"]["last value"]["test"]
+    assert eeg["less attention"]["attention, ALiBi"]["mean"] < 0  # a bias for what is near does not harm
 
 
 # --- E17: what one output tells ------------------------------------------------------------------------------------

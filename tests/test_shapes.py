@@ -135,7 +135,7 @@ for impl in ("reference", "auto"):
     y, state = ssd(x, delta, A, B, B, D, x, D, True, reset=first, impl=impl)
 ssd_step(x[:, 0], delta[:, 0], A, B[:, 0], B[:, 0], D, x[:, 0], D, True, state)
 ssd_matrix(delta, A, B, B)
-tasks.selective_copying(4, 9)
+tasks.selective_copying(4, 9), tasks.copying(4, 9, gap=2), tasks.recall(4, 9)
 x = torch.randn(2, 5, 12)
 
 minilm = load_minilm()

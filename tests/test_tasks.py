@@ -35,11 +35,10 @@ def test_more_tokens_than_places_are_refused():
 
 
 def test_copying_asks_for_all_tokens_after_the_gap():
-    given = dict(vocabulary=5, gap=3)
-    ids, answers = copying(19, 7, **given, generator=torch.Generator().manual_seed(0))
+    ids, answers = copying(19, 7, vocabulary=5, gap=3, generator=torch.Generator().manual_seed(0))
     assert ids.shape == (19, 17) and torch.equal(ids[:, :7], answers) and answers.unique().tolist() == [0, 1, 2, 3, 4]
     assert (ids[:, 7:10] == 5).all() and (ids[:, 10:] == 6).all()
-    again, latest = copying(19, 7, **given, latest_first=True, generator=torch.Generator().manual_seed(0))
+    again, latest = copying(19, 7, vocabulary=5, gap=3, latest_first=True, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, ids) and torch.equal(latest, answers.flip(1))
     with pytest.raises(ValueError, match="length must be 1 or more and gap 0 or more, got 0 and 2"):
         copying(2, 0, gap=2)

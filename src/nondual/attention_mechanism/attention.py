@@ -406,7 +406,7 @@ class LocationAttention(Attention):
 
     # --8<-- [start:location]
     def features(self, past: Float[Tensor, "b m"]) -> Float[Tensor, "b m k"]:
-        """f_j (B, M, k): what the filters see around each position in the weights of the step before."""
+        """f_j (B, M, k): what the filters see around each position in past (B, M)."""
         return self.filters(past[:, None]).mT
 
     def _scores(self, s: Tensor, projected: Tensor, past: Tensor | None) -> Tensor:

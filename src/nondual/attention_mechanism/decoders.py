@@ -156,7 +156,7 @@ class _ReadingDecoder(nn.Module):
 
     # --8<-- [start:read]
     def read(self, s: Tensor, memory: Memory, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One look at the memory: the context (B, H), the weights (B, M) and what the attention remembers of them."""
+        """One look: the context (B, H), the weights (B, M), what is remembered (B, M)."""
         h, projected, mask = memory
         c, weights = self.attention(s[:, None], h, mask, projected=projected, past=past)
         c, weights = c[:, 0], weights[:, 0]
@@ -224,8 +224,8 @@ class BahdanauDecoder(_ReadingDecoder):
         return self.first(memory), self.attention.start(memory.h, memory.mask)
 
     # --8<-- [start:unit]
-    def unit(self, y: Float[Tensor, "b s3"], s: Float[Tensor, "b s"], c: Float[Tensor, "b h"]) -> Float[Tensor, "b s"]:
-        """s_i from y = W y_{i-1} (B, 3S), s_{i-1} and c_i: the paper's gated unit."""
+    def unit(self, y: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        """s_i (B, S) from W y_{i-1} (B, 3S), s_{i-1} (B, S) and c_i (B, H)."""
         z_in, r_in, new_in = (y + self.c(c)).chunk(3, -1)
         z_state, r_state = self.u_gates(s).chunk(2, -1)
         z, r = torch.sigmoid(z_in + z_state), torch.sigmoid(r_in + r_state)

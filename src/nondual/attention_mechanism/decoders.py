@@ -155,7 +155,7 @@ class _ReadingDecoder(nn.Module):
         return torch.tanh(self.w_0(memory.h[:, 0, memory.h.shape[-1] // 2 :]))
 
     # --8<-- [start:read]
-    def read(self, s: Tensor, memory: Memory, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, s: Tensor, memory: Memory, past: Tensor) -> tuple[Tensor, ...]:
         """One look: the context (B, H), the weights (B, M), what is remembered (B, M)."""
         h, projected, mask = memory
         c, weights = self.attention(s[:, None], h, mask, projected=projected, past=past)

@@ -27,6 +27,7 @@ from benchmarks.spelling_run import (
     LAYERS,
     START,
     TASKS,
+    Batch,
     Pair,
     Run,
     Speller,
@@ -228,3 +229,67 @@ def test_the_benchmark_runs_from_end_to_end(monkeypatch, capsys):
     main(["--tiny"])
     assert found["gita"]["additive less fixed"]["all"]["each"] == [0, 0]  # two updates teach nothing
     assert len(capsys.readouterr().out.splitlines()) == 6  # a sweep of one rate and two seeds, for two models
+
+
+# --- what was found ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return json.loads((ROOT / "docs/measured/spelling.json").read_text(encoding="utf-8"))["figures"]
+
+
+def test_weighing_cures_forgetting_and_self_attention_cures_waiting(measured):
+    for task in TASKS:
+        less = {pair: groups["all"]["interval"] for pair, groups in measured[task]["differences"].items()}
+        # One fixed vector fails, and the twin with equal weights fails with it; an observer apart does not.
+        assert less["additive less fixed"][0] > 0 and less["additive less uniform"][0] > 0
+        # At as many parameters and updates self-attention makes more mistakes, not fewer.
+        assert less["transformer less additive"][1] < 0
+    assert measured["spelling"]["differences"]["one stream less additive"]["all"]["interval"][1] < 0
+    # What it resolves is waiting: as many products in a row for 16 letters as for 4, where a recurrence has more.
+    chains = measured["cost"]["chain"]
+    assert chains["4"]["transformer"] == chains["16"]["transformer"] < chains["8"]["additive"]
+    assert chains["16"]["additive"] - chains["8"]["additive"] == 2 * (chains["8"]["additive"] - chains["4"]["additive"])
+
+
+def test_the_lead_grows_with_the_word(measured):
+    lead = measured["spelling"]["differences"]["additive less fixed"]
+    assert lead["9-10"]["interval"][0] > lead["3-4"]["interval"][1] > 0
+    assert abs(measured["spelling"]["differences"]["uniform less fixed"]["all"]["mean"]) < 0.03
+
+
+def test_longer_training_narrows_what_self_attention_lacks(measured):
+    reversal = measured["reversal"]
+    before = {arm: reversal["arms"][arm]["accuracy"]["9-12"]["mean"] for arm in reversal["longer"]}
+    after = {arm: found["9-12"] for arm, found in reversal["longer"].items()}
+    assert before["transformer"] < 0.6 and after["transformer"] > 0.97 and after["fixed"] < 0.6
+    spelled = {arm: found["all"] for arm, found in measured["spelling"]["longer"].items()}
+    assert spelled["additive"] > spelled["transformer"] > spelled["fixed"]
+
+
+def test_every_rate_was_chosen_within_what_was_tried(measured):
+    for task in TASKS:
+        for arm, found in measured[task]["arms"].items():
+            tried = [float(rate) for rate in found["sweep"]]
+            assert min(tried) < found["rate"] < max(tried), (task, arm)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_a_small_training_the_weights_make_the_difference(seed):
+    task, losses = TASKS["reversal"](), {}
+    for arm in ("additive", "uniform"):
+        torch.manual_seed(seed)
+        model, drawn = model_of(arm, task), torch.Generator().manual_seed(seed)
+        adam = torch.optim.AdamW(model.parameters(), 8e-3)
+        for _ in range(100):
+            source = torch.randint(3, 11, (32, 7), generator=drawn)
+            edge = torch.ones(32, 1, dtype=torch.long)
+            batch = Batch(source, torch.full((32,), 7), torch.cat([START * edge, source.flip(1), END * edge], 1))
+            adam.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            losses[arm] = loss.item()
+    assert losses["additive"] < 0.6 * losses["uniform"]

@@ -260,6 +260,7 @@ def small_losses(*arms):
     return losses
 
 
+@pytest.mark.claim("A0.2", "holds if")
 def test_weighing_cures_forgetting_and_self_attention_cures_waiting(measured):
     for task in TASKS:
         less = {pair: groups["all"]["interval"] for pair, groups in measured[task]["differences"].items()}

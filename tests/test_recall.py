@@ -141,7 +141,7 @@ def test_of_a_long_row_the_latest_tokens_are_kept_best(measured):
 # --- E16: scaling ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.claim("E16", "holds if")
+@pytest.mark.claim("E16", "holds")
 def test_a_larger_state_recalls_more_pairs_and_still_has_a_limit(measured):
     arms = measured["recall"]["arms"]
     sizes = ("LSTM 16", "LSTM 64", "LSTM 128")
@@ -155,7 +155,7 @@ def test_a_larger_state_recalls_more_pairs_and_still_has_a_limit(measured):
     assert max(small[3:]) - min(small[3:]) < 1  # from 4 pairs to 16: level
 
 
-@pytest.mark.claim("E16", "holds if")
+@pytest.mark.claim("E16", "holds")
 def test_more_training_moves_the_limit_too_and_the_count_of_bits_is_far_off(measured):
     arms = measured["recall"]["arms"]
     for arm in ("LSTM 16", "LSTM 64"):

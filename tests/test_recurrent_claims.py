@@ -235,7 +235,7 @@ def recalled(pairs, width):
 
 
 @pytest.mark.claim("E4", "holds")
-@pytest.mark.claim("E16", "holds if")
+@pytest.mark.claim("E16", "holds")
 def test_a_sum_of_pairs_mixes_them_and_a_larger_one_mixes_them_later():
     """The largest number of pairs whose values a state tells apart: more with a wider one, and always some limit."""
     limits = {}

@@ -59,6 +59,7 @@ attention_mechanism.coverage_loss(weights)
 words, lengths = torch.randint(7, (2, 5)), torch.tensor([5, 2])
 speller = attention_mechanism.Seq2Seq(7, 9, 8)
 speller.loss(words, words, source_lengths=lengths, target_lengths=lengths)
+speller.generate(words, 4, bos=1, eos=2, source_lengths=lengths, beams=2)
 
 x, memory = torch.randn(2, 5, 12), torch.randn(2, 11, 17)
 self_attention.SelfAttention(12, 3, 5)(x, return_weights=True)

@@ -37,6 +37,9 @@ WEIGHTS = {  # by the beginning of the location: whoever looks for Mamba wants i
     "contributing/": 0.1,
 }
 
+ENGLISH = {"Mushin": "no-mind", "Pratyabhijñā": "recognition", "Spanda": "throb"}
+"""What a chapter's first word means: whoever looks for no mind finds the chapter on mushin."""
+
 
 class Row(NamedTuple):
     """A claim for the index: its id, what the essay says, its verdict and what was found."""
@@ -65,7 +68,7 @@ def finished(index: dict[str, Any], rows: Iterable[Row] = ()) -> dict[str, Any]:
         "pipeline": [],  # no stop words: "no" is half of no-mind
         "fields": {"title": {"boost": TITLE}, "text": {"boost": 1.0}, "tags": {"boost": CLAIM}},
     }
-    entries = [shortened(entry) for entry in index["docs"]] + claims(rows)
+    entries = [translated(shortened(entry)) for entry in index["docs"]] + claims(rows)
     families = kin(word for entry in entries for word in words_of(entry))
     return index | {"config": config, "docs": [with_forms(weighted(entry), families) for entry in entries]}
 
@@ -103,6 +106,12 @@ def read_aloud(formula: str) -> str:
     line = re.sub(r"\\([A-Za-z]+)", sign, formula)
     line = re.sub(r"([\^_])\{([^{}]*[-+ ][^{}]*)\}", r"\1(\2)", line)  # e^{a - b} as e^(a - b)
     return " ".join(re.sub(r"[{}\\]", "", line).split())
+
+
+def translated(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with the English of its title's first word, hidden, where it is a chapter's."""
+    english = ENGLISH.get(entry["title"].partition(":")[0])
+    return entry | {"title": entry["title"] + hidden([english])} if english else entry
 
 
 def weighted(entry: dict[str, Any]) -> dict[str, Any]:

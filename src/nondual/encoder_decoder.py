@@ -457,6 +457,12 @@ class Writing:
         tokens: (R, n), all tokens so far where there is no cache, or None.
     """
 
+    memory: list[ProjectedMemory] | Tensor
+    source_lengths: Tensor | None
+    rows: Tensor
+    cache: list[Any] | None
+    tokens: Tensor | None
+
     def __init__(
         self,
         memory: list[ProjectedMemory] | Tensor,

@@ -4,6 +4,7 @@ Source: Touvron et al. 2023 (2302.13971), section 2.2: pre-norm by RMSNorm, rota
 network; key/value heads shared by several query heads: Touvron et al. 2023b (2307.09288), section 2.2.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from nondual.transformer_layer import TransformerLayer
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 def from_llama(model: "LlamaForCausalLM") -> CausalLM:

@@ -21,6 +21,12 @@ class G2PNetwork(nn.Module):
         n_phonemes: how many phonemes and signs.
     """
 
+    embedding: nn.Embedding
+    encoder: GRU
+    decoder_embedding: nn.Embedding
+    decoder: GRU
+    output: nn.Linear
+
     def __init__(self, n_letters: int, n_phonemes: int):
         super().__init__()
         self.embedding = nn.Embedding(n_letters, WIDTH)

@@ -63,7 +63,22 @@ class HamaNetwork(nn.Module):
         n_phonemes: how many phonemes, the signs for padding, beginning, end and unknown among them.
     """
 
+    embedding: nn.Embedding
+    frontend: nn.Sequential
+    frontend_norm: nn.LayerNorm
+    encoder: GRU
+    encoder_skip: nn.Linear
+    encoder_norm: nn.LayerNorm
+    bridge: nn.Linear
+    decoder_embedding: nn.Embedding
+    decoder: GRU
+    decoder_skip: nn.Linear
+    decoder_norm: nn.LayerNorm
     attention: LocationAttention
+    context_norm: nn.LayerNorm
+    fusion: nn.Linear
+    fusion_norm: nn.LayerNorm
+    output: nn.Sequential
 
     def __init__(self, n_letters: int, n_phonemes: int):
         super().__init__()

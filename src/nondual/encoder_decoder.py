@@ -29,7 +29,7 @@ from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import AddedPositions, Sinusoidal
-from nondual.search import Found, beam_search, sample, select_rows
+from nondual.search import Found, check_request, find, select_rows
 from nondual.token_ids import check_ids, has_values
 from nondual.transformer import Encoder
 
@@ -317,27 +317,12 @@ class EncoderDecoder(nn.Module):
             TypeError, ValueError: as in `forward`, `nondual.search.beam_search` and `nondual.search.sample`; a bos that
                 is not in the vocabulary; more tokens than there are positions; several beams with a temperature.
         """
-        if not 0 <= bos < self.target_vocabulary:
-            raise ValueError(f"bos must lie in 0 to {self.target_vocabulary - 1}, got {bos}")
-        if eos is not None and not 0 <= eos < self.target_vocabulary:
-            raise ValueError(f"eos must lie in 0 to {self.target_vocabulary - 1}, got {eos}")
-        if max_len < 1:
-            raise ValueError(f"max_len must be 1 or more, got {max_len}")
-        if beams < 1:
-            raise ValueError(f"beams must be 1 or more, got {beams}")
-        drawn = temperature is not None or top_k is not None or top_p is not None
-        if drawn and beams != 1:
-            raise ValueError(f"beams must be 1 where tokens are drawn at a temperature, got {beams}")
+        asked: dict[str, Any] = {"max_len": max_len, "beams": beams, "temperature": temperature}
+        asked |= {"top_k": top_k, "top_p": top_p}
+        check_request(self.target_vocabulary, bos, eos, **asked)
         state = self.start(source, max_len, source_lengths=source_lengths, cached=cached)
         start = torch.full((len(source),), bos, device=source.device)
-        if drawn:
-            options: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "generator": generator}
-            if temperature is None:
-                raise ValueError(f"top_k and top_p must go with a temperature, got {top_k} and {top_p} without one")
-            return sample(self.step, start, state, max_len=max_len, eos=eos, temperature=temperature, **options)
-        return beam_search(
-            self.step, start, state, max_len=max_len, beams=beams, eos=eos, length_penalty=length_penalty
-        )
+        return find(self.step, start, state, eos=eos, length_penalty=length_penalty, generator=generator, **asked)
 
     @torch.no_grad()
     def start(

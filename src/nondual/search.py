@@ -220,6 +220,68 @@ def beam_search(
     return Found(tokens.masked_fill(missing[..., None], fill), scores.gather(1, order), lengths.gather(1, order))
 
 
+def check_request(
+    vocabulary: int,
+    bos: int,
+    eos: int | None,
+    *,
+    max_len: int,
+    beams: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    """Refuse what `find` cannot do, before anything is computed. Arguments as in `find`; vocabulary is V.
+
+    Raises:
+        ValueError: what was expected, what was got, and the remedy.
+    """
+    for name, token in (("bos", bos), ("eos", eos)):
+        if token is not None and not 0 <= token < vocabulary:
+            raise ValueError(f"{name} must lie in 0 to {vocabulary - 1}, got {token}")
+    for name, value in (("max_len", max_len), ("beams", beams)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    if temperature is None and (top_k is not None or top_p is not None):
+        raise ValueError(f"top_k and top_p must go with a temperature, got {top_k} and {top_p} without one")
+    if temperature is not None and beams != 1:
+        raise ValueError(f"beams must be 1 where tokens are drawn at a temperature, got {beams}")
+
+
+def find(
+    step: Step,
+    start: Int[Tensor, " b"],
+    state: Any,
+    *,
+    max_len: int,
+    eos: int | None,
+    beams: int,
+    length_penalty: float,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Found:
+    """What a model's `generate` does: `sample` at a temperature, `beam_search` without one. Arguments as theirs.
+
+    Raises:
+        TypeError, ValueError: as those raise them. What `check_request` refuses must be refused before.
+    """
+    if temperature is None:
+        return beam_search(step, start, state, max_len=max_len, beams=beams, eos=eos, length_penalty=length_penalty)
+    return sample(
+        step,
+        start,
+        state,
+        max_len=max_len,
+        eos=eos,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    )
+
+
 def select_rows(state: Any, rows: Int[Tensor, " r"]) -> Any:
     """The state of these rows, in this order; a row may be taken more than once.
 

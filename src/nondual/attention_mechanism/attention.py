@@ -179,6 +179,7 @@ class AdditiveAttention(Attention):
         d_state: width S of the decoder's state.
         d_memory: width H of the encoder's states.
         d_attention: width A of the comparison.
+        bias: whether a b is added inside the tanh.
         weigh: how scores become weights: `masked_softmax`, or `smooth`.
 
     Source: 1409.0473, section A.1.2.
@@ -188,9 +189,11 @@ class AdditiveAttention(Attention):
     w_h: nn.Linear
     v: nn.Parameter
 
-    def __init__(self, d_state: int, d_memory: int, d_attention: int, *, weigh: Weigh = masked_softmax):
+    def __init__(
+        self, d_state: int, d_memory: int, d_attention: int, *, bias: bool = False, weigh: Weigh = masked_softmax
+    ):
         super().__init__(d_state, d_memory, weigh=weigh)
-        self.w_s = nn.Linear(d_state, d_attention, bias=False)
+        self.w_s = nn.Linear(d_state, d_attention, bias=bias)
         self.w_h = nn.Linear(d_memory, d_attention, bias=False)
         self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
 
@@ -343,7 +346,7 @@ class LocalAttention(GeneralAttention):
         return weights.to(h.dtype) @ h, weights
 
 
-class LocationAttention(Attention):
+class LocationAttention(AdditiveAttention):
     """Location-aware attention: the score also sees where the step before looked.
 
         f = F * α_{i-1},   e_ij = vᵀ tanh(W_s s_i + W_h h_j + W_f f_j + b)
@@ -366,11 +369,8 @@ class LocationAttention(Attention):
     Source: 1506.07503, equations 8 and 9, and section 2.3 for smoothing and windowing.
     """
 
-    w_s: nn.Linear
-    w_h: nn.Linear
     w_f: nn.Linear
     filters: nn.Conv1d
-    v: nn.Parameter
     window: int | None
 
     def __init__(
@@ -385,24 +385,15 @@ class LocationAttention(Attention):
         window: int | None = None,
         weigh: Weigh = masked_softmax,
     ):
-        super().__init__(d_state, d_memory, weigh=weigh)
+        super().__init__(d_state, d_memory, d_attention, bias=bias, weigh=weigh)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that it has a middle, got {kernel}")
-        self.w_s = nn.Linear(d_state, d_attention, bias=bias)
-        self.w_h = nn.Linear(d_memory, d_attention, bias=False)
         self.w_f = nn.Linear(d_location, d_attention, bias=False)
         self.filters = nn.Conv1d(1, d_location, kernel, padding=kernel // 2, bias=False)
-        self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
         self.window = window
-
-    def _width(self) -> int:
-        return self.w_h.out_features
 
     def _remembers(self) -> bool:
         return True
-
-    def _project(self, h: Tensor) -> Tensor:
-        return self.w_h(h)
 
     # --8<-- [start:location]
     def features(self, past: Float[Tensor, "b m"]) -> Float[Tensor, "b m k"]:
@@ -432,7 +423,7 @@ class LocationAttention(Attention):
         return super().forward(s, h, mask, projected=projected, past=past)
 
 
-class CoverageAttention(Attention):
+class CoverageAttention(AdditiveAttention):
     """Attention with coverage: the score also sees how much each position has been looked at so far.
 
         c_j = Σ_{l<i} α_lj,   e_ij = vᵀ tanh(W_s s_i + W_h h_j + w_c c_j + b)
@@ -448,20 +439,11 @@ class CoverageAttention(Attention):
     Source: 1704.04368, equations 10 and 11; the idea: 1601.04811, section 3.1.
     """
 
-    w_s: nn.Linear
-    w_h: nn.Linear
     w_c: nn.Parameter
-    v: nn.Parameter
 
     def __init__(self, d_state: int, d_memory: int, d_attention: int, *, weigh: Weigh = masked_softmax):
-        super().__init__(d_state, d_memory, weigh=weigh)
-        self.w_s = nn.Linear(d_state, d_attention)
-        self.w_h = nn.Linear(d_memory, d_attention, bias=False)
+        super().__init__(d_state, d_memory, d_attention, bias=True, weigh=weigh)
         self.w_c = nn.Parameter(torch.zeros(d_attention))
-        self.v = nn.Parameter(torch.empty(d_attention).uniform_(-1, 1) / math.sqrt(d_attention))
-
-    def _width(self) -> int:
-        return self.w_h.out_features
 
     def _remembers(self) -> bool:
         return True
@@ -473,9 +455,6 @@ class CoverageAttention(Attention):
     def carry(self, past: Float[Tensor, "b m"], weights: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
         """The sum of all weights so far, (B, M)."""
         return past + weights
-
-    def _project(self, h: Tensor) -> Tensor:
-        return self.w_h(h)
 
     def _scores(self, s: Tensor, projected: Tensor, past: Tensor | None) -> Tensor:
         covered = projected if past is None else projected + past[..., None] * self.w_c

@@ -21,7 +21,7 @@ from nondual.ops import masks
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.recurrent import GRU
-from nondual.search import Found, beam_search, sample
+from nondual.search import Found, check_request, find
 from nondual.token_ids import check_ids, has_values
 
 
@@ -200,26 +200,16 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: as `forward`, `nondual.search.beam_search` and `nondual.search.sample`; a bos or eos
                 that is not in the vocabulary; several beams with a temperature.
         """
-        vocabulary = self.target_embeddings.num_embeddings
-        for name, token in (("bos", bos), ("eos", eos)):
-            if token is not None and not 0 <= token < vocabulary:
-                raise ValueError(f"{name} must lie in 0 to {vocabulary - 1}, got {token}")
-        drawn = {"top_k": top_k, "top_p": top_p}
-        if temperature is None and drawn != {"top_k": None, "top_p": None}:
-            raise ValueError(f"top_k and top_p must go with a temperature, got {top_k} and {top_p} without one")
-        if temperature is not None and beams != 1:
-            raise ValueError(f"beams must be 1 where tokens are drawn at a temperature, got {beams}")
+        asked: dict[str, Any] = {"max_len": max_len, "beams": beams, "temperature": temperature}
+        asked |= {"top_k": top_k, "top_p": top_p}
+        check_request(self.target_embeddings.num_embeddings, bos, eos, **asked)
         training = self.training
         try:
             self.eval()
             memory = self.encode(source, source_lengths=source_lengths)
             state = (memory, self.decoder.start(memory))
             first = torch.full((len(source),), bos, device=source.device)
-            if temperature is None:
-                options = {"beams": beams, "length_penalty": length_penalty}
-                return beam_search(self.step, first, state, max_len=max_len, eos=eos, **options)
-            options = drawn | {"temperature": temperature, "generator": generator}
-            return sample(self.step, first, state, max_len=max_len, eos=eos, **options)
+            return find(self.step, first, state, eos=eos, length_penalty=length_penalty, generator=generator, **asked)
         finally:
             self.train(training)
 

@@ -1,6 +1,6 @@
 // A small Mamba that writes: its weights load on a click, a beginning is read, and it goes on character by character.
 import { buttons, el, OKABE_ITO, sentence, slider, svg } from "./core.js";
-import { tensors, times } from "./weights.js";
+import { fetched, times } from "./weights.js";
 
 const WEIGHTS = new URL("../../models/speak.bin", import.meta.url);
 const SHOWN = 32, LENGTH = 400, PAUSE = 15; // characters in the strip; characters to write; milliseconds after each
@@ -121,17 +121,8 @@ export default function begin(stage, { start, text, steps, kilobytes, temperatur
   };
 
   async function fetchWeights() {
-    load.disabled = true;
-    said.say("Loading…");
-    try {
-      const answer = await fetch(WEIGHTS);
-      if (!answer.ok) throw new Error(`${answer.status}`);
-      model = new Mamba(tensors(await answer.arrayBuffer()));
-    } catch (fault) {
-      load.disabled = false;
-      said.say("The weights could not be loaded. Try again.");
-      return;
-    }
+    model = await fetched(WEIGHTS, load, said, (file) => new Mamba(file));
+    if (!model) return;
     write.disabled = false;
     write.focus();
     load.remove();

@@ -1,6 +1,6 @@
 // A network that spells a word in phonemes: for each it asks which letters to look at, and the figure shows where it looks.
 import { choice, cividis, el, percent, sentence, slider, softmax, toggle } from "./core.js";
-import { tensors, times } from "./weights.js";
+import { fetched, times } from "./weights.js";
 
 const WEIGHTS = new URL("../../models/spell.bin", import.meta.url);
 const MOST_LETTERS = 20, MOST_STEPS = 32, PULL = 0.1;
@@ -195,17 +195,8 @@ export default function begin(stage, { words, kilobytes, start }) {
   }
 
   async function fetchWeights() {
-    load.disabled = true;
-    said.say("Loading…");
-    try {
-      const answer = await fetch(WEIGHTS);
-      if (!answer.ok) throw new Error(`${answer.status}`);
-      model = new Speller(tensors(await answer.arrayBuffer()));
-    } catch (fault) {
-      load.disabled = false;
-      said.say("The weights could not be loaded. Try again.");
-      return;
-    }
+    model = await fetched(WEIGHTS, load, said, (file) => new Speller(file));
+    if (!model) return;
     typed.disabled = go.disabled = false;
     typed.focus();
     load.remove();

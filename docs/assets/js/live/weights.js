@@ -28,6 +28,21 @@ export function tensors(buffer) {
   return { metadata: header.__metadata__, weights };
 }
 
+/** What make gives of the file of weights, fetched when the button is pressed. Where it does not come, nothing: the
+ * sentence says so, and the button can be pressed again. */
+export async function fetched(url, button, said, make) {
+  button.disabled = true;
+  said.say("Loading…");
+  try {
+    const answer = await fetch(url);
+    if (!answer.ok) throw new Error(`${answer.status}`);
+    return make(tensors(await answer.arrayBuffer()));
+  } catch (fault) {
+    button.disabled = false;
+    said.say("The weights could not be loaded. Try again.");
+  }
+}
+
 /** A matrix times a vector. A matrix of more than two axes is read as rows of all that follows the first. */
 export function times({ shape: [rows], data }, x) {
   const y = new Float64Array(rows);

@@ -11,7 +11,6 @@ a permutation for each relation, drawn with the seed, and no two of them agree a
 """
 
 import json
-import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.analysis import all_heads, composition_score, mean_values, profile, record_heads, replace_heads, weights_of
 from nondual.feed_forward import FeedForward
 from nondual.language_models.causal import CausalLM
@@ -317,7 +317,5 @@ def carry_out(run: Run) -> None:
     else:
         heads, relations, *linear = run.arm.split("/")
         found = lookup_run(int(heads), int(relations), run.rate, run.seed, run.steps, feed_forward=not linear)
-    beside = run.file.with_suffix(".part")
-    beside.write_text(json.dumps({"rate": run.rate, "seed": run.seed, **found}))
-    os.replace(beside, run.file)
+    keep(run.file, {"rate": run.rate, "seed": run.seed, **found})
     print(*run[:4], found.get("repeats", found.get("accuracy")), flush=True)

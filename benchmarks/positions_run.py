@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.data import shakespeare
 from nondual.language_models.causal import CausalLM
 from nondual.positional_encoding import (
@@ -163,9 +163,7 @@ def carry_out(run: Run) -> None:
         "held_out_bits": by_bin(model),
         "commit": json.loads(log.read_text(encoding="utf-8").splitlines()[0])["commit"],
     }
-    part = run.file.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    os.replace(part, run.file)
+    keep(run.file, result)
 
 
 def by_bin(model: CausalLM) -> list[float]:

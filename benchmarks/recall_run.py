@@ -12,7 +12,6 @@ and on a CPU take a fraction of its time.
 
 import json
 import math
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from matplotlib import cbook
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.efficient_attention.mamba import Mamba
 from nondual.ops.attention import attention
 from nondual.positional_encoding import ALiBi
@@ -270,9 +270,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         except FloatingPointError as error:  # a rate that is too high for this arm
             result = {"failed": str(error)}
         run.folder.mkdir(parents=True, exist_ok=True)
-        part = run.file.with_suffix(".part")
-        part.write_text(json.dumps({"rate": run.rate, "seed": run.seed, **result}))
-        os.replace(part, run.file)
+        keep(run.file, {"rate": run.rate, "seed": run.seed, **result})
     return run.result()
 
 

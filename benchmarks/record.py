@@ -2,12 +2,14 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -43,6 +45,13 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
         "low": round(ratios[quarter], 3),
         "high": round(ratios[-1 - quarter], 3),
     }
+
+
+def keep(file: Path, result: dict[str, Any]) -> None:
+    """Write what one run ended with, so that the file's name never stands for a part of it."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result, ensure_ascii=False))
+    os.replace(part, file)
 
 
 def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:

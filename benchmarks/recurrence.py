@@ -32,7 +32,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from benchmarks.record import alternate, ratio, write
+from benchmarks.record import alternate, keep, ratio, write
 from benchmarks.recurrence_run import (
     ARMS,
     BATCH,
@@ -47,7 +47,6 @@ from benchmarks.recurrence_run import (
     Run,
     carry_out,
     draw,
-    keep,
     looked_at,
 )
 from nondual.analysis.critical_path import is_arithmetic, longest_chain

@@ -10,7 +10,6 @@ The distances of the training begin at 1, so that near cues can teach what far o
 import copy
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.efficient_attention.mamba import Mamba
 from nondual.recurrent import GRU, LSTM, RNN, RecurrentNetwork
 from nondual.self_attention import MultiHeadAttention
@@ -197,10 +197,3 @@ def looked_at(run: Run) -> dict[str, Any]:
             found["gradient_after"] = [gradient(after, distance) for distance in SLOPES]
         keep(file, found)
     return json.loads(file.read_text())
-
-
-def keep(file: Path, result: dict[str, Any]) -> None:
-    """Write a file so that its name never stands for a part of it."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    os.replace(part, file)

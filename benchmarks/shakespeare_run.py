@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.data import shakespeare
 from nondual.efficient_attention.mamba import Mamba
 from nondual.language_models.causal import CausalLM
@@ -231,8 +231,6 @@ def carry_out(run: Run) -> None:
         result["curve"] = curve(history)
         result["sample"] = sample(model, text.alphabet)
     result["commit"] = commit_of(log)
-    beside = run.file.with_suffix(".part")
-    beside.write_text(json.dumps(result, ensure_ascii=False))
-    os.replace(beside, run.file)
+    keep(run.file, result)
     checkpoint.unlink(missing_ok=True)
     print(*run[:3], f"held out {result['held_out_bits']}", result.get("stopped", ""), flush=True)

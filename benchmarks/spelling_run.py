@@ -22,7 +22,6 @@ as many parameters, to 2 %, and no recurrence:
 """
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.record import keep
 from nondual.attention_mechanism import AttentionDecoder, LastState, UniformAttention
 from nondual.data import gita, pronunciations
 from nondual.data.gita import transliterate
@@ -469,9 +469,7 @@ def carry_out(run: Run) -> None:
         "seconds": round(seconds, 1),
         "commit": _commit(),
     }
-    beside = run.file.with_suffix(".part")
-    beside.write_text(json.dumps(result))
-    os.replace(beside, run.file)
+    keep(run.file, result)
     print(*run[:4], result["tune_loss"], result["tune_accuracy"], f"{seconds:.0f} s", flush=True)
 
 

@@ -135,7 +135,7 @@ def tests(session: nox.Session) -> None:
     run(session, python, "-m", "nondual.pretrained", minutes=20)  # the tests read all of the weights and texts
     # The tests of a file stay together, for what they share; conftest.py sorts the files. Each worker loads torch.
     many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
-    what = ["--codeblocks", "tests", "README.md", "docs"]
+    what = ["--codeblocks", "tests", "README.md", "docs", "--durations=40", "--durations-min=8"]
     run(session, python, "-m", "pytest", *many, *what, *session.posargs, minutes=60)  # nine minutes on two idle cores
 
 

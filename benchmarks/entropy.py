@@ -3,7 +3,7 @@
 A row of weights a over n keys has the entropy H = -sum a ln a: ln n where the weight is even, 0 where one key has all.
 exp(H) is the number of keys that an even spread of the same entropy would have. Two models read Shakespeare:
 
-    SmolLM2   30 layers of 9 heads, causal: the last 32 tokens of each text, with 64 to 2,048 tokens before and with them
+    SmolLM2   30 layers of 9 heads, causal: the last 32 tokens of each text, read as the end of 64 to 2,048 tokens
     MiniLM    6 layers of 12 heads, not causal: every token of texts of 16, 64 and 256 tokens, and of 72 sentences
 
 Many heads rest on the first token, or in MiniLM on one of the two markers, where they have nothing to look for. So

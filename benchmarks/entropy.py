@@ -9,7 +9,8 @@ exp(H) is the number of keys that an even spread of the same entropy would have.
 Many heads rest on the first token, or in MiniLM on one of the two markers, where they have nothing to look for. So
 each figure is taken twice: of the whole row, and of the rest of it, without these tokens and rescaled to sum to 1. The
 control is an untrained twin: for SmolLM2 a Llama of the same shape with fresh weights, for MiniLM its own embeddings
-and norms with fresh matrices.
+and norms with fresh matrices. And the same SmolLM2, at 2,048 tokens and not trained again, under a sparse mask: the
+last 128 positions, and every 128th.
 
     nox -s bench -- entropy
 
@@ -35,8 +36,9 @@ from nondual.store import cache_folder
 
 PLAYS = ("macbeth", "the-tempest", "hamlet", "twelfth-night", "othello", "julius-caesar", "henry-v", "cymbeline")
 LENGTHS = {"SmolLM2": (64, 256, 1024, 2048), "MiniLM": (16, 64, 256)}
-QUERIES, NEAR, FIRST = 32, 128, 4
-"""Of SmolLM2 the last 32 queries are measured; a window of 128 keys and the first 4 are what a sparse pattern keeps."""
+QUERIES, NEAR, FIRST, PERIOD = 32, 128, 4, 128
+"""Of SmolLM2 the last 32 queries are measured; near are the last 128 keys; pattern is near and the first 4."""
+BINS = 20
 HALF, EVEN = 0.5, 0.95  # of ln n: below the one a head is called narrow, above the other nearly even
 ARMS = ("trained", "untrained")
 
@@ -51,15 +53,18 @@ def main(options: list[str]) -> None:
     for name, model in models.items():
         found: dict[str, Any] = {}
         ready = None
-        for arm in ARMS:
+        for arm in (*ARMS, *(["sparse"] if name == "SmolLM2" else [])):
             for which in range(len(PLAYS)):
                 file = folder / f"{name}_{arm}_{which}.json"
                 if not file.exists():
                     ready = ready or model()
-                    keep(file, ready.measure(arm, which))
+                    keep(file, ready.sparse(which) if arm == "sparse" else ready.measure(arm, which))
                     print(file.name, flush=True)
                 found.setdefault(arm, []).append(json.loads(file.read_text()))
+        masked = found.pop("sparse", [])
         figures[name] = summary(found, LENGTHS[name])
+        if masked:
+            figures[name]["sparse"] = side_by_side(masked)
     file = folder / "MiniLM_sentences.json"
     if not file.exists():
         ready = MiniLM()
@@ -138,6 +143,29 @@ class SmolLM2:
             found[str(n)] = one
         return found
 
+    @torch.inference_mode()
+    def sparse(self, which: int) -> dict[str, Any]:
+        """The trained model at the longest length, dense and under the mask; on_kept: the weight on what the mask keeps."""
+        n = LENGTHS["SmolLM2"][-1]
+        ids, at = self.texts[which], torch.arange(n)
+        age = at[:, None] - at
+        kept = (age >= 0) & ((age < NEAR) | (at % PERIOD == 0))
+        model = self.models["trained"]
+        found: dict[str, Any] = {"kept": int(kept[-1].sum())}
+        for name, mask in {"dense": age >= 0, "sparse": kept}.items():
+            bias = torch.zeros(n, n).masked_fill_(~mask, torch.finfo(torch.float32).min)[None, None]
+            model.set_attn_implementation("sdpa")
+            early, late = bias[..., :-QUERIES, :-QUERIES], bias[..., -QUERIES:, :]
+            before = model.model(ids[:, :-QUERIES], attention_mask=early, use_cache=True).past_key_values
+            model.set_attn_implementation("eager")
+            out = model.model(ids[:, -QUERIES:], attention_mask=late, past_key_values=before, output_attentions=True)
+            weights = torch.stack([layer[0] for layer in out.attentions])
+            assert name == "dense" or float((weights * ~kept[-QUERIES:]).sum()) == 0
+            found[name] = spread(weights, mask[-QUERIES:], at > 0)
+            on_kept = (weights * kept[-QUERIES:]).sum(-1).mean(-1)
+            found[name]["on_kept"] = [[round(x, 5) for x in layer] for layer in on_kept.tolist()]
+        return found
+
 
 class MiniLM:
     """Every token of a text."""
@@ -181,7 +209,7 @@ class MiniLM:
 
 
 def summary(found: dict[str, list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """By arm and length means over heads with intervals over texts; and each head's mean over texts, for drawing."""
+    """By arm and length means over heads with intervals over texts; and of the heads' means a histogram, for drawing."""
     arms: dict[str, Any] = {}
     for arm, texts in found.items():
         arms[arm] = {}
@@ -189,25 +217,38 @@ def summary(found: dict[str, list[dict[str, Any]]], lengths: tuple[int, ...]) ->
             of = {
                 name: torch.tensor([text[n][name] for text in texts]).flatten(1) for name in texts[0][n]
             }  # (T, heads)
-            row = {name: interval(value.mean(1)) for name, value in of.items()}
+            row: dict[str, Any] = {name: interval(value.mean(1)) for name, value in of.items()}
             for name in ("of_even", "rest_of_even"):
                 row[f"{name}_narrow"] = interval((of[name] < HALF).double().mean(1))
                 row[f"{name}_nearly_even"] = interval((of[name] > EVEN).double().mean(1))
             for name in ("entropy", "rest_entropy"):
                 row[f"{name}_keys"] = interval(of[name].mean(1).exp())
-            row["heads"] = [round(x, 3) for x in of["of_even"].mean(0).tolist()]
-            row["rest_heads"] = [round(x, 3) for x in of["rest_of_even"].mean(0).tolist()]
+                row[f"{name}_heads"] = torch.histc(of[name].mean(0), BINS, 0, 1).int().tolist()
             arms[arm][n] = row
         for name in ("entropy", "rest_entropy"):
             powers = [power(lengths, [mean(flat(text[str(n)][name])) for n in lengths]) for text in texts]
             arms[arm][f"{name}_power"] = interval(torch.tensor(powers))
-    less = {}
+    less: dict[str, Any] = {}
     for n in map(str, lengths):
         for name in ("of_even", "rest_of_even"):
             pairs = zip(found["trained"], found["untrained"])
             gaps = [mean(flat(b[n][name])) - mean(flat(a[n][name])) for a, b in pairs]
             less.setdefault(n, {})[name] = interval(torch.tensor(gaps))
     return {"lengths": lengths, "arms": arms, "trained_less_than_untrained_by": less}
+
+
+def side_by_side(texts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Dense and under the mask: means over heads with intervals over texts, and the difference, paired by text."""
+    found: dict[str, Any] = {"kept": texts[0]["kept"], "period": PERIOD}
+    for name in texts[0]["dense"]:
+        dense, sparse = (torch.tensor([mean(flat(text[arm][name])) for text in texts]) for arm in ("dense", "sparse"))
+        found[name] = {"dense": interval(dense), "sparse": interval(sparse), "difference": interval(sparse - dense)}
+    for name in ("entropy", "rest_entropy"):
+        pairs = {
+            arm: torch.tensor([mean(flat(text[arm][name])) for text in texts]).exp() for arm in ("dense", "sparse")
+        }
+        found[f"{name}_keys"] = {arm: interval(value) for arm, value in pairs.items()}
+    return found
 
 
 def flat(table: list[list[float]]) -> list[float]:

@@ -124,7 +124,7 @@ class BlockMask:
         mask = mask if mask.ndim == 4 else mask[None, None]
         bm, gm, n, m = mask.shape
         block_q, _ = _check_sizes(n, m, _pair(block))
-        strips = (mask[b, g, i : i + block_q] for b in range(bm) for g in range(gm) for i in range(0, n, block_q))
+        strips = ((0, mask[b, g, i : i + block_q]) for b in range(bm) for g in range(gm) for i in range(0, n, block_q))
         return _from_strips(strips, (bm, gm), n, m, _pair(block), mask.device)
 
     @classmethod
@@ -135,12 +135,14 @@ class BlockMask:
         predicate: Predicate,
         block: int | tuple[int, int] = 64,
         *,
+        span: Callable[[int, int], tuple[int, int]] | None = None,
         device: torch.device | str | None = None,
     ) -> "BlockMask":
         """The tiles of a mask that is a function of positions, and never held whole.
 
         The function is asked about one row of tiles at a time, so that memory is block_q · M beside the lists. It is
-        asked about every pair once: time grows with N · M, by about 4 ns a pair for a window on one core.
+        asked about every pair in the span once: without one, time grows with N · M, by some 5 to 10 ns a pair on one
+        core, so that 16,384 positions take one or two seconds.
 
         Args:
             n: N.
@@ -148,23 +150,28 @@ class BlockMask:
             predicate: given the positions of queries (r, 1) and of keys (M,), both int64, where attending is allowed:
                 bool (r, M), or what broadcasts to it. Queries stand at the last N of the M positions.
             block: the side of a tile, or (block_q, block_kv).
+            span: given the positions of the first and the last query of a row of tiles, the first key that any query
+                between them may attend to, and the key after the last one: only these are asked about.
             device: where the lists are kept.
 
         Raises:
             ValueError: a negative length, a block below 1, or a predicate that gives no booleans.
         """
         m = n if m is None else m
-        block_q, _ = _check_sizes(n, m, _pair(block))
+        block_q, block_kv = _check_sizes(n, m, _pair(block))
         keys = torch.arange(m, device=device)
 
-        def strips() -> Iterable[Tensor]:
-            for start in range(0, n, block_q):
-                queries = torch.arange(start, min(n, start + block_q), device=device)[:, None] + (m - n)
-                allowed = predicate(queries, keys)
+        def strips() -> Iterable[tuple[int, Tensor]]:
+            for start in range(m - n, m, block_q):
+                stop = min(m, start + block_q)
+                first, last = (0, m) if span is None else span(start, stop - 1)
+                first, last = max(0, first) // block_kv, min(_cdiv(last, block_kv), _cdiv(m, block_kv))
+                asked = keys[first * block_kv : last * block_kv]
+                allowed = predicate(torch.arange(start, stop, device=device)[:, None], asked)
                 if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
                     got = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
                     raise ValueError(f"predicate must give a boolean tensor, got {got}")
-                yield allowed.expand(len(queries), m)
+                yield first, allowed.expand(stop - start, len(asked))
 
         return _from_strips(strips(), (1, 1), n, m, _pair(block), keys.device)
 
@@ -277,6 +284,17 @@ class BlockMask:
         high = (self.n - i * self.block_q).clamp(max=self.block_q)
         wide = (self.m - j * self.block_kv).clamp(max=self.block_kv)
         return float((high * wide).sum()) / (self.batch * self.groups * self.n * self.m)
+
+    @property
+    def allowed_pairs(self) -> int:
+        """How many pairs of a query and a key the mask allows, over all Bm and Gm."""
+        _, _, i, j = self._entries()
+        high = (self.n - i * self.block_q).clamp(max=self.block_q)
+        wide = (self.m - j * self.block_kv).clamp(max=self.block_kv)
+        within = self.tile_masks.long().cumsum(1).cumsum(2)  # in the first rows and columns of each tile mask
+        whole = self.row_kinds == WHOLE
+        partly = within[self.row_kinds[~whole].long(), high[~whole] - 1, wide[~whole] - 1]
+        return int((high * wide)[whole].sum() + partly.sum())
 
     def kinds(self) -> Int[Tensor, "bm gm tq tk"]:
         """The kind of every tile, int32: -2 empty, -1 whole, else which tile mask. Memory grows with Tq · Tk."""
@@ -397,21 +415,27 @@ class _Distinct:
 
 
 def _from_strips(
-    strips: Iterable[Tensor], lead: tuple[int, int], n: int, m: int, block: tuple[int, int], device: torch.device
-) -> BlockMask:
-    """A BlockMask from the rows of tiles of all (Bm, Gm), one after another: bool (up to block_q, M) each."""
+    strips: Iterable[tuple[int, Tensor]], lead: tuple[int, int], n: int, m: int, block: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:  # fmt: skip
+    """A BlockMask from the rows of tiles of all (Bm, Gm), one after another.
+
+    Each is the first column of tiles that it holds, and bool (rows, keys) of at most block_q rows: what is left of it
+    and right of it is not allowed.
+    """
     (block_q, block_kv), tq, tk = block, _cdiv(n, block[0]), _cdiv(m, block[1])
     width = torch.arange(tk, device=device).mul(-block_kv).add(m).clamp(max=block_kv)  # keys in each column of tiles
     distinct = _Distinct(block, device)
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
-    for at, strip in enumerate(strips):
+    for at, (first, strip) in enumerate(strips):
         rows = strip.shape[0]
-        tiles = F.pad(strip, (0, tk * block_kv - m, 0, block_q - rows)).view(block_q, tk, block_kv).transpose(0, 1)
+        strip = F.pad(strip, (0, -strip.shape[1] % block_kv, 0, block_q - rows))
+        tiles = strip.view(block_q, -1, block_kv).transpose(0, 1)
         count = tiles.sum((1, 2))
-        columns = count.nonzero()[:, 0]
-        kinds = torch.full_like(columns, WHOLE)
-        partial = count[columns] < rows * width[columns]
-        kinds[partial] = distinct.kinds(tiles[columns[partial]])
+        held = count.nonzero()[:, 0]
+        columns, kinds = held + first, torch.full_like(held, WHOLE)
+        partial = count[held] < rows * width[columns]
+        kinds[partial] = distinct.kinds(tiles[held[partial]])
         entries.append((torch.full_like(columns, at), columns, kinds))
     empty = torch.empty(0, dtype=torch.int64, device=device)
     at, columns, kinds = (torch.cat(x) for x in zip(*entries)) if entries else (empty, empty, empty)

@@ -21,6 +21,7 @@ HELPERS += (
     "positions_recency",
 )
 HELPERS += ("spellers_words", "spellers_looks", "spellers_gates", "whisper_speech")
+HELPERS += ("sparse_stream",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -145,7 +145,7 @@ class SmolLM2:
 
     @torch.inference_mode()
     def sparse(self, which: int) -> dict[str, Any]:
-        """The trained model at the longest length, dense and under the mask; on_kept: the weight on what the mask keeps."""
+        """The trained model at the longest length, dense and under the mask; on_kept: the weight on what it keeps."""
         n = LENGTHS["SmolLM2"][-1]
         ids, at = self.texts[which], torch.arange(n)
         age = at[:, None] - at
@@ -209,7 +209,7 @@ class MiniLM:
 
 
 def summary(found: dict[str, list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """By arm and length means over heads with intervals over texts; and of the heads' means a histogram, for drawing."""
+    """By arm and length means over heads with intervals over texts, and a histogram of the heads' means."""
     arms: dict[str, Any] = {}
     for arm, texts in found.items():
         arms[arm] = {}

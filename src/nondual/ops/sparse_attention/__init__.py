@@ -39,7 +39,7 @@ from nondual.ops.impl import (
     runs_kernels,
     takes_dtypes,
 )
-from nondual.ops.sparse_attention import reference
+from nondual.ops.sparse_attention import reference, tiles
 from nondual.ops.sparse_attention.block_mask import BlockMask as BlockMask
 
 WIDEST = 256  # the widest head that the kernels hold on the chip
@@ -172,6 +172,10 @@ def _reference(given: Inputs) -> tuple[Tensor, Tensor | None]:
     return reference.sparse_attention(q, k, v, block_mask, scale)
 
 
+def _tiles(given: Inputs) -> tuple[Tensor, Tensor | None]:
+    return tiles.sparse_attention(*given)
+
+
 def _kernels():
     from nondual.ops.sparse_attention import triton
 
@@ -217,6 +221,11 @@ ENGINES = {
             _refuses_transforms("triton"),
         ),
         auto=Preference("on a GPU", lambda given: given.q.device.type == "cuda"),
+    ),
+    "tiles": Engine(
+        _tiles,
+        "torch's own attention, one row of tiles at a time over the keys in its list",
+        limits=(_refuses_transforms("tiles"),),
     ),
     "reference": Engine(_reference, "the definition: all scores, of which those outside of the mask are dropped"),
 }

@@ -27,12 +27,13 @@ def to_flex(mask: Any, heads: int | None) -> "FlexBlockMask":
             )
         kinds = kinds.repeat_interleave(heads // mask.groups, dim=1)
     block_q, block_kv = mask.block_q, mask.block_kv
-    nothing = torch.zeros(1, block_q, block_kv, dtype=torch.bool, device=mask.device)
-    tiles, (batch, lists) = torch.cat([mask.tile_masks, nothing]), kinds.shape[:2]
+    ends = torch.tensor([False, True], device=mask.device).view(2, 1, 1).expand(2, block_q, block_kv)
+    tiles = torch.cat([mask.tile_masks, ends])  # the kind -2 of an empty tile is the last but one, -1 is the last
+    batch, lists = kinds.shape[:2]
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         kind = kinds[b if batch > 1 else 0, h if lists > 1 else 0, query // block_q, key // block_kv].long()
-        return (kind == -1) | tiles[kind, query % block_q, key % block_kv] & (kind >= 0)
+        return tiles[kind, query % block_q, key % block_kv]
 
     return FlexBlockMask.from_kv_blocks(
         *_table(kinds >= 0),
@@ -75,11 +76,10 @@ def listed(flex: "FlexBlockMask", groups: int | None) -> Listed:
     queries = (i[cut, None] * block_q + arange[:block_q]).clamp(max=n - 1)  # what lies beyond is cut by the engines
     keys = (j[cut, None] * block_kv + arange[:block_kv]).clamp(max=m - 1)
     ask = torch.vmap(torch.vmap(torch.vmap(flex.mask_mod, (None, None, None, 0)), (None, None, 0, None)))
-    parts = [
-        ask(*part).expand(-1, block_q, block_kv)
-        for part in zip(*(x.split(256) for x in (b[cut], h[cut], queries, keys)))
-    ]
-    tiles = torch.cat(parts) if len(queries) else torch.zeros(0, block_q, block_kv, dtype=torch.bool, device=i.device)
+    tiles = torch.zeros(len(queries), block_q, block_kv, dtype=torch.bool, device=i.device)
+    for at in range(0, len(queries), 256):
+        some = slice(at, at + 256)
+        tiles[some] = ask(b[cut][some], h[cut][some], queries[some], keys[some])
     batch, heads = partial.shape[:2]
     if groups is not None and heads not in (1, groups):
         share, _ = divmod(heads, groups)

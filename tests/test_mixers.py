@@ -7,6 +7,14 @@ import torch
 from torch import nn
 
 from nondual.decoder import Decoder
+from nondual.efficient_attention.linear_attention import (
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    LinearAttentionMixer,
+    LinearMixer,
+    Retention,
+)
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.efficient_attention.s4d import S4D
@@ -22,6 +30,13 @@ MIXERS = {
     "mamba": partial(Mamba, E, d_state=5),
     "mamba2": partial(Mamba2, E, d_state=5, d_head=4),
     "s4d": partial(S4D, E, 6),
+    "linear attention": partial(LinearAttentionMixer, E, 3),
+    "linear attention, no feature map": partial(LinearMixer, E, 3, d_value=5),
+    "retention": partial(Retention, E, 3),
+    "gated linear attention": partial(GatedLinearAttention, E, 3, d_value=5),
+    "delta rule": partial(DeltaNet, E, 3),
+    "delta rule, negative too": partial(DeltaNet, E, 3, d_conv=0, beta_max=2.0),
+    "gated delta rule": partial(GatedDeltaNet, E, 3, d_value=5),
 }
 PACKED = [name for name in MIXERS if name != "s4d"]
 STARTS = [[0, 4], [0, 1]]  # of the sequences packed in either row
@@ -167,7 +182,8 @@ def test_resets_and_caches_that_do_not_fit(name):
         with pytest.raises((ValueError, TypeError), match="reset must be"):
             check_reset(reset, x)
     with pytest.raises(
-        TypeError, match=r"cache must be a (KVCache|MambaCache), from this module's new_cache, got list"
+        TypeError,
+        match=r"cache must be a (KVCache|MambaCache|LinearAttentionCache), from this module's new_cache, got list",
     ):
         mixer(x, cache=[])
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nondual.efficient_attention.linear_attention import GatedDeltaNet, LinearAttentionMixer
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
@@ -43,6 +44,10 @@ def toy():
     return CausalLM(V, E, 2, layer=layer, max_len=LONGEST, norm=nn.LayerNorm)
 
 
+def over(mixer):
+    return CausalLM(V, E, 2, layer=lambda i: MixerBlock(mixer(), E))
+
+
 MODELS = {
     "gpt": partial(GPT, V, E, 2, 4, max_len=LONGEST),
     "gpt, grouped heads": partial(GPT, V, E, 2, 4, max_len=LONGEST, n_kv_heads=2, tied=False),
@@ -52,6 +57,8 @@ MODELS = {
     "hybrid": partial(HybridLM, V, E, 3, 4),
     "hybrid, mamba2": partial(HybridLM, V, E, 2, 4, every=2, mixer=partial(Mamba2, d_state=5, d_head=4)),
     "mamba": partial(MambaLM, V, E, 2),
+    "linear attention": lambda: over(partial(LinearAttentionMixer, E, 3)),
+    "gated delta rule": lambda: over(partial(GatedDeltaNet, E, 3)),
     "toy": toy,
 }
 PACKING = [kind for kind in MODELS if kind != "toy"]

@@ -1,10 +1,10 @@
 """Linear attention by chunks, in plain torch: the matrix within a chunk, a recurrence from chunk to chunk.
 
-Source: Hua et al. 2022 (2202.10447), section 3.2, and Sun et al. 2023 (2307.08621), equation 7, for the chunks; Yang et
-al. 2023 (2312.06635), section 4, for a decay of each channel; Yang et al. 2024 (2406.06484), section 3.2, and its sequel
-(2412.06464), section 3.3, for the delta rule (there by the inverse of a triangular matrix, the UT transform; here the
-system is solved). Symbols as in `nondual.ops.linear_attention`; K chunks of T steps, t the step that reads, s an
-earlier one, which was written; S the state before a chunk.
+Source: Hua et al. 2022 (2202.10447), section 3.2, and Sun et al. 2023 (2307.08621), equation 7, for the chunks; Yang
+et al. 2023 (2312.06635), section 4, for a decay of each channel; Yang et al. 2024 (2406.06484), section 3.2, and its
+sequel (2412.06464), section 3.3, for the delta rule: there by the inverse of a triangular matrix (the UT transform),
+here by solving the system. Symbols as in `nondual.ops.linear_attention`; K chunks of T steps, t the step that reads, s
+an earlier one, which was written; S the state before a chunk.
 
 1. what is written      U = V; with β the solution of (I + strictly lower(β K Kᵀ ∘ decay)) (U, W) = (β V, β decay K)
 2. from chunk to chunk  S ← (decay of the chunk) S + (K, decayed to the chunk's end)ᵀ (U - W S)

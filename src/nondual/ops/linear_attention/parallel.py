@@ -60,8 +60,8 @@ def _decays(given: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How much is left of what was written, 0 where it is later or in another sequence.
 
     Returns:
-        of a write in step s at step t (…, N, N), or (…, N, N, D) where each channel decays; of the first state at each
-        step (…, N, 1 or D); of each step's write at the end (…, N, 1 or D); and of the first state there (…, 1 or D, 1).
+        at step t of a write in step s (…, N, N), or (…, N, N, D) where each channel decays; at each step of the first
+        state (…, N, 1 or D); at the end of each step's write (…, N, 1 or D), and of the first state (…, 1 or D, 1).
     """
     n, device, dtype = given.q.shape[2], given.q.device, given.q.dtype
     visible = torch.ones(n, n, dtype=torch.bool, device=device).tril()

@@ -117,8 +117,12 @@ def of_triton(name: str) -> bool:
     return "triton" in name.split(".")
 
 
-# Block-sparse attention is flash attention over listed tiles, so its kernels are made of the same steps.
-BUILT_ON = {"nondual.ops.sparse_attention.triton": "nondual.ops.flash_attention.triton"}
+# Block-sparse attention is flash attention over listed tiles, so its kernels are made of the same steps. Linear
+# attention without the delta rule is the scan of state space duality with other names, and runs on its kernels.
+BUILT_ON = {
+    "nondual.ops.sparse_attention.triton": "nondual.ops.flash_attention.triton",
+    "nondual.ops.linear_attention.triton": "nondual.ops.ssd.triton",
+}
 
 
 def test_a_kernel_imports_torch_and_triton_alone():

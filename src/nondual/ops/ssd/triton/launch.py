@@ -41,6 +41,7 @@ class Launcher:
         self.groups, self.n = B.shape[2:]
         self.chunks = triton.cdiv(self.length, chunk)
         self.tiled_by = chip, self.p, self.n, x.dtype, chunk
+        self.y_dtype = x.dtype
         self.given = {"SKIP": D is not None, "GATED": z is not None, "RESET": reset is not None}
         self.softplus = softplus
 
@@ -136,7 +137,7 @@ class Launcher:
 
     def output(self, states: Tensor) -> Tensor:
         """y."""
-        y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        y = torch.empty(self.x.shape, dtype=self.y_dtype, device=self.x.device)
         tiles = self.tiles("output")
         self.launch(
             "output",

@@ -64,8 +64,8 @@ def test_a_mask_comes_back_as_it_went_in(n, m, block, lead):
 def test_a_predicate_gives_the_same_lists_as_its_mask(n, m, block):
     for window in (1, 3, 20):
         by_mask = BlockMask.from_mask(masks.sliding_window(n, m, window=window), block)
-        for span in (None, lambda first, last, w=window: (first - w + 1, last + 1)):
-            given = BlockMask.from_predicate(n, m, lambda q, k, w=window: (k <= q) & (k > q - w), block, span=span)
+        for spans in (None, lambda first, last, w=window: [(first - w + 1, last + 1), (0, 1)]):
+            given = BlockMask.from_predicate(n, m, lambda q, k, w=window: (k <= q) & (k > q - w), block, spans=spans)
             for name in TENSORS:
                 assert torch.equal(getattr(given, name), getattr(by_mask, name)), name
 
@@ -99,7 +99,7 @@ def test_the_predicate_is_asked_about_one_row_of_tiles_at_a_time():
         asked.append((len(q), len(k)))
         return (k <= q) & (k > q - 100)
 
-    BlockMask.from_predicate(1000, 1000, predicate, 64, span=lambda first, last: (first - 99, last + 1))
+    BlockMask.from_predicate(1000, 1000, predicate, 64, spans=lambda first, last: [(first - 99, last + 1)])
     assert len(asked) == 16 and max(n * m for n, m in asked) <= 64 * 256
 
 

@@ -17,7 +17,7 @@ All look back only, unless made with causal=False. The operation over the tiles 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,33 +29,54 @@ from nondual.ops.sparse_attention import BlockMask, Impl, sparse_attention
 # --- patterns --------------------------------------------------------------------------------------------------------
 
 
+Allowed = Callable[[Tensor, Tensor, int], Tensor]
+"""Positions of queries (n, 1) and of keys (m,), and M, to where attending is allowed: bool (n, m)."""
+
+Spans = Callable[[int, int, int], list[tuple[int, int]]]
+"""The positions of a first and a last query, and M, to ranges of keys outside of which these queries see nothing."""
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Which keys each query may attend to, as a function of positions.
 
     Attributes:
         name: as it was made, such as "local(256) | sinks(4)".
-        allowed: given positions of queries (n, 1) and of keys (m,), and M, where attending is allowed: bool (n, m).
+        allowed: where attending is allowed.
+        spans: where to look for allowed keys, so that a BlockMask need not ask about every pair.
         causal: whether no query sees a later key.
-        back: how many positions back a query sees at the most; None where that is not bounded.
     """
 
     name: str
-    allowed: Callable[[Tensor, Tensor, int], Tensor]
+    allowed: Allowed
+    spans: Spans = lambda first, last, m: [(0, m)]
     causal: bool = True
-    back: int | None = None
 
     def __or__(self, other: "Pattern") -> "Pattern":
         """What either allows."""
-        back = None if self.back is None or other.back is None else max(self.back, other.back)
-        name = f"{self.name} | {other.name}"
-        return Pattern(name, _Either(self.allowed, other.allowed), self.causal and other.causal, back)
+        one, two = self, other
+
+        def allowed(q: Tensor, k: Tensor, m: int) -> Tensor:
+            return one.allowed(q, k, m) | two.allowed(q, k, m)
+
+        def spans(first: int, last: int, m: int) -> list[tuple[int, int]]:
+            return one.spans(first, last, m) + two.spans(first, last, m)
+
+        return Pattern(f"{self.name} | {other.name}", allowed, spans, self.causal and other.causal)
 
     def __and__(self, other: "Pattern") -> "Pattern":
         """What both allow."""
-        back = min((x for x in (self.back, other.back) if x is not None), default=None)
+        one, two = self, other
+
+        def allowed(q: Tensor, k: Tensor, m: int) -> Tensor:
+            return one.allowed(q, k, m) & two.allowed(q, k, m)
+
+        def spans(first: int, last: int, m: int) -> list[tuple[int, int]]:
+            found = (one.spans(first, last, m), two.spans(first, last, m))
+            return min(found, key=lambda ranges: sum(stop - start for start, stop in ranges))
+
         names = (f"({part.name})" if " | " in part.name else part.name for part in (self, other))
-        return Pattern(" & ".join(names), _Both(self.allowed, other.allowed), self.causal or other.causal, back)
+        return Pattern(" & ".join(names), allowed, spans, self.causal or other.causal)
 
     def mask(self, n: int, m: int | None = None, *, device: torch.device | str | None = None) -> Bool[Tensor, "n m"]:
         """The mask whole, (N, M), True where attending is allowed.
@@ -90,37 +111,21 @@ class Pattern:
 
 @functools.lru_cache(maxsize=32)
 def _block_mask(pattern: Pattern, n: int, m: int, block: int | tuple[int, int], device: torch.device) -> BlockMask:
-    def span(first: int, last: int) -> tuple[int, int]:
-        return 0 if pattern.back is None else max(0, first - pattern.back), last + 1 if pattern.causal else m
-
-    return BlockMask.from_predicate(n, m, lambda q, k: pattern.allowed(q, k, m), block, span=span, device=device)
-
-
-@dataclass(frozen=True)
-class _Either:
-    first: Callable[[Tensor, Tensor, int], Tensor]
-    second: Callable[[Tensor, Tensor, int], Tensor]
-
-    def __call__(self, q: Tensor, k: Tensor, m: int) -> Tensor:
-        return self.first(q, k, m) | self.second(q, k, m)
+    return BlockMask.from_predicate(
+        n,
+        m,
+        lambda q, k: pattern.allowed(q, k, m),
+        block,
+        spans=lambda first, last: pattern.spans(first, last, m),
+        device=device,
+    )
 
 
-@dataclass(frozen=True)
-class _Both:
-    first: Callable[[Tensor, Tensor, int], Tensor]
-    second: Callable[[Tensor, Tensor, int], Tensor]
-
-    def __call__(self, q: Tensor, k: Tensor, m: int) -> Tensor:
-        return self.first(q, k, m) & self.second(q, k, m)
-
-
-def _pattern(
-    allowed: Callable[[Tensor, Tensor, int], Tensor], name: str, causal: bool, back: int | None = None
-) -> Pattern:
-    """A pattern that looks back only, unless it is not causal."""
+def _pattern(name: str, allowed: Allowed, spans: Spans, causal: bool) -> Pattern:
+    """A pattern that looks back only, unless it is not causal: its spans are for one that does."""
     if not causal:
-        return Pattern(name.replace(")", ", causal=False)"), allowed, False)
-    return Pattern(name, lambda q, k, m: allowed(q, k, m) & (k <= q), True, back)
+        return Pattern(name.replace(")", ", causal=False)"), allowed, causal=False)
+    return Pattern(name, lambda q, k, m: allowed(q, k, m) & (k <= q), spans)
 
 
 def _at_least_one(**sizes: int) -> None:
@@ -152,7 +157,7 @@ def local(window: int, *, dilation: int = 1, causal: bool = True) -> Pattern:
         return near if dilation == 1 else near & (apart % dilation == 0)
 
     name = f"local({window})" if dilation == 1 else f"local({window}, dilation={dilation})"
-    return _pattern(allowed, name, causal, (window - 1) * dilation)
+    return _pattern(name, allowed, lambda first, last, _: [(first - (window - 1) * dilation, last + 1)], causal)
 
 
 def strided(stride: int, *, causal: bool = True) -> Pattern:
@@ -175,7 +180,12 @@ def strided(stride: int, *, causal: bool = True) -> Pattern:
         apart = (q - k).abs()
         return (apart < stride) | (apart % stride == 0)
 
-    return _pattern(allowed, f"strided({stride})", causal)
+    def spans(first: int, last: int, _: int) -> list[tuple[int, int]]:
+        if last - first >= stride - 1:
+            return [(0, last + 1)]
+        return [(first - stride, last + 1), *((first - far, last - far + 1) for far in range(stride, last + 1, stride))]
+
+    return _pattern(f"strided({stride})", allowed, spans, causal)
 
 
 def fixed(stride: int, summary: int = 1, *, causal: bool = True) -> Pattern:
@@ -198,7 +208,11 @@ def fixed(stride: int, summary: int = 1, *, causal: bool = True) -> Pattern:
     def allowed(q: Tensor, k: Tensor, _: int) -> Tensor:
         return (q // stride == k // stride) | (k % stride >= stride - summary)
 
-    return _pattern(allowed, f"fixed({stride}, {summary})", causal)
+    def spans(first: int, last: int, _: int) -> list[tuple[int, int]]:
+        ends = range(stride, last + 2, stride)
+        return [(first // stride * stride, last + 1), *((end - summary, end) for end in ends)]
+
+    return _pattern(f"fixed({stride}, {summary})", allowed, spans, causal)
 
 
 # --8<-- [end:patterns]
@@ -216,7 +230,11 @@ def blocks(size: int, *, causal: bool = True) -> Pattern:
     Source: Qiu et al. 2019 (1911.02972), section 3; the first part of Child et al.'s fixed pattern.
     """
     _at_least_one(size=size)
-    return _pattern(lambda q, k, _: q // size == k // size, f"blocks({size})", causal)
+
+    def spans(first: int, last: int, _: int) -> list[tuple[int, int]]:
+        return [(first // size * size, last + 1)]
+
+    return _pattern(f"blocks({size})", lambda q, k, _: q // size == k // size, spans, causal)
 
 
 def global_tokens(which: int | Sequence[int], *, causal: bool = True) -> Pattern:
@@ -232,14 +250,19 @@ def global_tokens(which: int | Sequence[int], *, causal: bool = True) -> Pattern
     """
     if isinstance(which, int):
         _at_least_one(which=which)
-        return _pattern(lambda q, k, _: (k < which) | (q < which), f"global_tokens({which})", causal)
-    positions = tuple(which)
+    positions = tuple(range(which) if isinstance(which, int) else which)
 
     def allowed(q: Tensor, k: Tensor, _: int) -> Tensor:
         chosen = torch.tensor(positions, device=k.device)
         return torch.isin(k, chosen) | torch.isin(q, chosen)
 
-    return _pattern(allowed, f"global_tokens({list(positions)})", causal)
+    def spans(first: int, last: int, m: int) -> list[tuple[int, int]]:
+        if any(first <= position <= last for position in positions):
+            return [(0, m)]
+        return [(position, position + 1) for position in positions]
+
+    name = f"global_tokens({which if isinstance(which, int) else list(positions)})"
+    return _pattern(name, allowed, spans, causal)
 
 
 def sinks(count: int) -> Pattern:
@@ -253,7 +276,9 @@ def sinks(count: int) -> Pattern:
     Source: Xiao et al. 2023 (2309.17453), section 3.
     """
     _at_least_one(count=count)
-    return _pattern(lambda q, k, _: (k < count).expand(len(q), -1), f"sinks({count})", True)
+    return _pattern(
+        f"sinks({count})", lambda q, k, _: (k < count).expand(len(q), -1), lambda first, last, _: [(0, count)], True
+    )
 
 
 def random_blocks(count: int, seed: int = 0, *, size: int = 64, causal: bool = True) -> Pattern:
@@ -270,23 +295,28 @@ def random_blocks(count: int, seed: int = 0, *, size: int = 64, causal: bool = T
     def allowed(q: Tensor, k: Tensor, m: int) -> Tensor:
         row, column = q // size, k // size
         choices = row + 1 if causal else -(-m // size)
-        drawn = [_scrambled(row, draw, seed) % choices == column for draw in range(count)]
+        drawn = [_scrambled(row.clamp(min=0), draw, seed) % choices == column for draw in range(count)]
         return functools.reduce(torch.logical_or, drawn)
 
-    return _pattern(allowed, f"random_blocks({count}, seed={seed}, size={size})", causal)
+    def spans(first: int, last: int, _: int) -> list[tuple[int, int]]:
+        rows = range(max(0, first) // size, last // size + 1)
+        drawn = [_scrambled(row, draw, seed) % (row + 1) for row in rows for draw in range(count)]
+        return [(column * size, (column + 1) * size) for column in drawn]
+
+    return _pattern(f"random_blocks({count}, seed={seed}, size={size})", allowed, spans, causal)
 
 
-def _scrambled(row: Tensor, draw: int, seed: int) -> Tensor:
-    """A number below 2**32 that looks like chance, from a block's number, the draw and the seed."""
-    x = row.clamp(min=0) * 0x9E3779B1 + (draw + 1) * 0x85EBCA6B + (seed + 1) * 0xC2B2AE35
+def _scrambled(row: Any, draw: int, seed: int) -> Any:
+    """A number below 2**32 that looks like chance, from a number of a block (or a tensor), the draw and the seed."""
+    x = (row * 0x9E3779B1 + (draw + 1) * 0x85EBCA6B + (seed + 1) * 0xC2B2AE35) & 0xFFFFFFFF
     for _ in range(2):
-        x = (((x & 0xFFFFFFFF) >> 16) ^ x & 0xFFFFFFFF) * 0x045D9F3B
-    return ((x & 0xFFFFFFFF) >> 16) ^ x & 0xFFFFFFFF
+        x = ((x >> 16 ^ x) * 0x045D9F3B) & 0xFFFFFFFF
+    return x >> 16 ^ x
 
 
 def causal() -> Pattern:
     """Every key up to the query's own: nothing is left out."""
-    return Pattern("causal", lambda q, k, _: k <= q)
+    return Pattern("causal", lambda q, k, _: k <= q, lambda first, last, _: [(0, last + 1)])
 
 
 # --- the op of a module ----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ Three engines (`ENGINES` is their table):
   every transform of torch, second derivatives; memory grows with N · M.
 - "tiles": one row of tiles at a time over the keys in its list, each row a call of torch's own attention. Time and
   memory grow with the kept tiles, forward and backward. Any floating dtype, any device.
-- "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide. On CUDA tensors; on CPU tensors
+- "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide and tiles whose sides are
+  multiples of 16. On CUDA tensors; on CPU tensors
   only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
 
 "auto" takes "triton" for CUDA tensors that it can hold, where triton is installed, and "tiles" for all others. For
@@ -198,6 +199,16 @@ def _too_wide(given: Inputs) -> str | None:
     return None
 
 
+def _odd_tiles(given: Inputs) -> str | None:
+    tile = (given.block_mask.block_q, given.block_mask.block_kv)
+    if any(size % 16 for size in tile):
+        return (
+            f"block_mask must have tiles of multiples of 16 for impl='triton', got {tile[0]} x {tile[1]}; "
+            "impl='tiles' takes any"
+        )
+    return None
+
+
 def _refuses_transforms(impl: str) -> Limit:
     """The limit of an engine that is an operator of ours."""
 
@@ -216,6 +227,7 @@ ENGINES = {
         limits=(
             takes_dtypes("triton", "q", "tiles", *KERNEL_DTYPES),
             Limit(f"heads up to {WIDEST} wide", _too_wide),
+            Limit("tiles of multiples of 16", _odd_tiles),
             needs_triton(_kernels),
             runs_kernels("q", _kernels),
             _refuses_transforms("triton"),

@@ -123,8 +123,11 @@ class BlockMask:
             )
         mask = mask if mask.ndim == 4 else mask[None, None]
         bm, gm, n, m = mask.shape
-        block_q, _ = _check_sizes(n, m, _pair(block))
-        strips = ((0, mask[b, g, i : i + block_q]) for b in range(bm) for g in range(gm) for i in range(0, n, block_q))
+        block_q, block_kv = _check_sizes(n, m, _pair(block))
+        every = torch.arange(_cdiv(m, block_kv), device=mask.device)
+        strips = (
+            (every, mask[b, g, i : i + block_q]) for b in range(bm) for g in range(gm) for i in range(0, n, block_q)
+        )
         return _from_strips(strips, (bm, gm), n, m, _pair(block), mask.device)
 
     @classmethod
@@ -135,14 +138,14 @@ class BlockMask:
         predicate: Predicate,
         block: int | tuple[int, int] = 64,
         *,
-        span: Callable[[int, int], tuple[int, int]] | None = None,
+        spans: Callable[[int, int], Iterable[tuple[int, int]]] | None = None,
         device: torch.device | str | None = None,
     ) -> "BlockMask":
         """The tiles of a mask that is a function of positions, and never held whole.
 
         The function is asked about one row of tiles at a time, so that memory is block_q · M beside the lists. It is
-        asked about every pair in the span once: without one, time grows with N · M, by some 5 to 10 ns a pair on one
-        core, so that 16,384 positions take one or two seconds.
+        asked about every pair once: time grows with N · M, by some 5 ns a pair on one core, so that 16,384 positions
+        take a second or two. With spans only the tiles that these touch are asked about.
 
         Args:
             n: N.
@@ -150,8 +153,8 @@ class BlockMask:
             predicate: given the positions of queries (r, 1) and of keys (M,), both int64, where attending is allowed:
                 bool (r, M), or what broadcasts to it. Queries stand at the last N of the M positions.
             block: the side of a tile, or (block_q, block_kv).
-            span: given the positions of the first and the last query of a row of tiles, the first key that any query
-                between them may attend to, and the key after the last one: only these are asked about.
+            spans: given the positions of the first and the last query of a row of tiles, ranges of keys, each a first
+                one and the one after its last, outside of which no query between them may attend to anything.
             device: where the lists are kept.
 
         Raises:
@@ -159,21 +162,27 @@ class BlockMask:
         """
         m = n if m is None else m
         block_q, block_kv = _check_sizes(n, m, _pair(block))
-        keys = torch.arange(m, device=device)
+        device, tk = torch.device(device or "cpu"), _cdiv(m, block_kv)
+        within = torch.arange(block_kv, device=device)
 
-        def strips() -> Iterable[tuple[int, Tensor]]:
+        def strips() -> Iterable[tuple[Tensor, Tensor]]:
             for start in range(m - n, m, block_q):
                 stop = min(m, start + block_q)
-                first, last = (0, m) if span is None else span(start, stop - 1)
-                first, last = max(0, first) // block_kv, min(_cdiv(last, block_kv), _cdiv(m, block_kv))
-                asked = keys[first * block_kv : last * block_kv]
-                allowed = predicate(torch.arange(start, stop, device=device)[:, None], asked)
+                asked = {
+                    column
+                    for first, last in (((0, m),) if spans is None else spans(start, stop - 1))
+                    for column in range(max(0, first) // block_kv, min(tk, _cdiv(last, block_kv)))
+                }
+                columns = torch.tensor(sorted(asked), dtype=torch.int64, device=device)
+                keys = (columns[:, None] * block_kv + within).flatten()
+                keys = keys[: len(keys) - block_kv * tk + m] if tk - 1 in asked else keys
+                allowed = predicate(torch.arange(start, stop, device=device)[:, None], keys)
                 if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
                     got = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
                     raise ValueError(f"predicate must give a boolean tensor, got {got}")
-                yield first, allowed.expand(stop - start, len(asked))
+                yield columns, allowed.expand(stop - start, len(keys))
 
-        return _from_strips(strips(), (1, 1), n, m, _pair(block), keys.device)
+        return _from_strips(strips(), (1, 1), n, m, _pair(block), device)
 
     @classmethod
     def from_blocks(
@@ -415,25 +424,25 @@ class _Distinct:
 
 
 def _from_strips(
-    strips: Iterable[tuple[int, Tensor]], lead: tuple[int, int], n: int, m: int, block: tuple[int, int],
+    strips: Iterable[tuple[Tensor, Tensor]], lead: tuple[int, int], n: int, m: int, block: tuple[int, int],
     device: torch.device,
 ) -> BlockMask:  # fmt: skip
     """A BlockMask from the rows of tiles of all (Bm, Gm), one after another.
 
-    Each is the first column of tiles that it holds, and bool (rows, keys) of at most block_q rows: what is left of it
-    and right of it is not allowed.
+    Each is the columns of tiles that it holds (T,), and bool (rows, keys) of at most block_q rows and of the keys in
+    these columns; nothing is allowed in the others.
     """
     (block_q, block_kv), tq, tk = block, _cdiv(n, block[0]), _cdiv(m, block[1])
     width = torch.arange(tk, device=device).mul(-block_kv).add(m).clamp(max=block_kv)  # keys in each column of tiles
     distinct = _Distinct(block, device)
     entries: list[tuple[Tensor, Tensor, Tensor]] = []
-    for at, (first, strip) in enumerate(strips):
+    for at, (asked, strip) in enumerate(strips):
         rows = strip.shape[0]
         strip = F.pad(strip, (0, -strip.shape[1] % block_kv, 0, block_q - rows))
         tiles = strip.view(block_q, -1, block_kv).transpose(0, 1)
         count = tiles.sum((1, 2))
         held = count.nonzero()[:, 0]
-        columns, kinds = held + first, torch.full_like(held, WHOLE)
+        columns, kinds = asked[held], torch.full_like(held, WHOLE)
         partial = count[held] < rows * width[columns]
         kinds[partial] = distinct.kinds(tiles[held[partial]])
         entries.append((torch.full_like(columns, at), columns, kinds))

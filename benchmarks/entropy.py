@@ -62,7 +62,7 @@ def main(options: list[str]) -> None:
                     print(file.name, flush=True)
                 found.setdefault(arm, []).append(json.loads(file.read_text()))
         masked = found.pop("sparse", [])
-        figures[name] = summary(found, LENGTHS[name])
+        figures[name] = summary(found, name)
         if masked:
             figures[name]["sparse"] = side_by_side(masked)
     file = folder / "MiniLM_sentences.json"
@@ -208,8 +208,9 @@ class MiniLM:
 # --- what is reported ----------------------------------------------------------------------------------------------
 
 
-def summary(found: dict[str, list[dict[str, Any]]], lengths: tuple[int, ...]) -> dict[str, Any]:
+def summary(found: dict[str, list[dict[str, Any]]], model: str) -> dict[str, Any]:
     """By arm and length means over heads with intervals over texts, and a histogram of the heads' means."""
+    lengths = LENGTHS[model]
     arms: dict[str, Any] = {}
     for arm, texts in found.items():
         arms[arm] = {}
@@ -223,10 +224,12 @@ def summary(found: dict[str, list[dict[str, Any]]], lengths: tuple[int, ...]) ->
                 row[f"{name}_nearly_even"] = interval((of[name] > EVEN).double().mean(1))
             for name in ("entropy", "rest_entropy"):
                 row[f"{name}_keys"] = interval(of[name].mean(1).exp())
+                row[f"{name}_even_keys"] = round(math.exp(choice(model, int(n), name.startswith("rest"))), 1)
                 row[f"{name}_heads"] = torch.histc(of[name].mean(0), BINS, 0, 1).int().tolist()
             arms[arm][n] = row
         for name in ("entropy", "rest_entropy"):
-            powers = [power(lengths, [mean(flat(text[str(n)][name])) for n in lengths]) for text in texts]
+            keys = [choice(model, n, name.startswith("rest")) for n in lengths]
+            powers = [power(keys, [mean(flat(text[str(n)][name])) for n in lengths]) for text in texts]
             arms[arm][f"{name}_power"] = interval(torch.tensor(powers))
     less: dict[str, Any] = {}
     for n in map(str, lengths):
@@ -256,11 +259,17 @@ def flat(table: list[list[float]]) -> list[float]:
     return [x for row in table for x in row]
 
 
-def power(lengths: tuple[int, ...], entropies: list[float]) -> float:
-    """The power of N with which exp(H) grows, by least squares: 1 for an even spread, 0 for a fixed number of keys."""
-    x = [math.log(n) for n in lengths]
-    mean_x, mean_y = mean(x), mean(entropies)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, entropies)) / sum((a - mean_x) ** 2 for a in x)
+def choice(model: str, n: int, rest: bool) -> float:
+    """The mean over the queries of ln of how many keys one may read, with or without those on which heads rest."""
+    if model == "SmolLM2":
+        return mean(math.log(m - rest) for m in range(n - QUERIES + 1, n + 1))
+    return math.log(n - 2 * rest)
+
+
+def power(keys: list[float], entropies: list[float]) -> float:
+    """The power of the number of keys (given as ln) with which exp(H) grows, by least squares: 1 for an even spread."""
+    x, y = mean(keys), mean(entropies)
+    return sum((a - x) * (b - y) for a, b in zip(keys, entropies)) / sum((a - x) ** 2 for a in keys)
 
 
 def interval(values: Tensor, sure: float = 0.95) -> dict[str, float]:

@@ -356,6 +356,25 @@ def test_the_operators_pass_torchs_own_check(device):
     )
 
 
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@everywhere
+def test_the_benchmark_looks_at_its_results_before_it_times(device):
+    from benchmarks import sparse
+
+    worst = sparse.look(device, torch.float32, 50, 16)
+    assert set(worst) == {"tiles", "window"} and max(worst.values()) < 1e-5
+
+
+def test_the_benchmark_is_passed_over_without_a_gpu(monkeypatch, capsys):
+    from benchmarks import sparse
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sparse.main([])
+    assert "needs a CUDA device" in capsys.readouterr().out
+
+
 # --- large, on a GPU -----------------------------------------------------------------------------------------------
 
 

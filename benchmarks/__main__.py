@@ -16,6 +16,7 @@ HELPERS += (
     "heads_trained_run",
     "recall_run",
     "recurrence_run",
+    "summary_run",
     "positions_run",
     "positions_words",
     "positions_recency",

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from nondual.efficient_attention.flash_attention import FlashAttention
     from nondual.efficient_attention.mamba import Mamba, MambaCache
     from nondual.efficient_attention.mamba2 import Mamba2
+    from nondual.efficient_attention.native_sparse_attention import NativeSparseAttention
     from nondual.efficient_attention.s4d import S4D
     from nondual.efficient_attention.transformers_interface import register_with_transformers
     from nondual.encoder_decoder import EncoderDecoder
@@ -125,6 +126,7 @@ __all__ = [
     "MambaLM",
     "MixerBlock",
     "MultiHeadAttention",
+    "NativeSparseAttention",
     "Recurrent",
     "RelativeBias",
     "Rotary",
@@ -190,6 +192,7 @@ _HOME = {
     "Mamba": "efficient_attention.mamba",
     "MambaCache": "efficient_attention.mamba",
     "Mamba2": "efficient_attention.mamba2",
+    "NativeSparseAttention": "efficient_attention.native_sparse_attention",
     "S4D": "efficient_attention.s4d",
     "register_with_transformers": "efficient_attention.transformers_interface",
     "KVCache": "kv_cache",

@@ -160,6 +160,12 @@ def smollm2() -> tuple[CausalLM, Any]:
 
 
 @cache
+def half() -> CausalLM:
+    """SmolLM2 in bfloat16."""
+    return our_smollm2(dtype=torch.bfloat16)[0].requires_grad_(False)
+
+
+@cache
 def tokens(play: str) -> Tensor:
     """The play's tokens, from its 20,000th character on, (tokens,)."""
     return torch.tensor(smollm2()[1](shakespeare()[play][20_000:])["input_ids"])
@@ -211,8 +217,8 @@ def by_pattern(folder: Path, plays: tuple[str, ...], n: int, late: int) -> dict[
 
 # --- influence -----------------------------------------------------------------------------------------------------
 
-INFLUENCE, NARROW, LAST = 1024, 128, 32
-BEFORE = (32, 160, 352, 736)  # tokens between a replaced block and the first of the last predictions
+INFLUENCE, NARROW, LAST = 768, 128, 32
+BEFORE = (32, 160, 352, 608)  # tokens between a replaced block and the first of the last predictions
 REPLACED = 16
 
 
@@ -308,7 +314,7 @@ def main(options: list[str]) -> None:
     figures = {
         "patterns": by_pattern(folder / "patterns", plays, n, late),
         "influence": influence(folder / "influence", plays, reach, before),
-        "stream": sparse_stream.measure(folder / "stream", tiny, tokens, lambda: smollm2()[0]),
+        "stream": sparse_stream.measure(folder / "stream", tiny, tokens, half),
     }
     if tiny:
         return

@@ -9,10 +9,10 @@ SmolLM2 reads by blocks and keeps keys and values of
     full            every token
     afresh          nothing: each block is read anew with the 256 tokens before it, as at the beginning of a text
 
-In the first four a token's keys and values are made once, when it is read, and depend on what it then saw: exactly what
-the whole text under the mask of the pattern gives. A small Mamba (benchmarks/speak.py), trained on windows of 256
-characters, reads the same plays by character and keeps a state; its control begins anew every 256 characters with the
-256 before them.
+SmolLM2's weights and what it keeps are in bfloat16, softmax and losses in float32. In the first four a token's keys and
+values are made once, when it is read, and depend on what it then saw: exactly what the whole text under the mask of the
+pattern gives. A small Mamba (benchmarks/speak.py), trained on windows of 256 characters, reads the same plays by
+character and keeps a state; its control begins anew every 256 characters with the 256 before them.
 """
 
 import json
@@ -82,7 +82,7 @@ class Stream:
             return F.scaled_dot_product_attention(turned, k, v, attn_mask=j <= i, enable_gqa=True)
         # 1. Scores with the keys of the window, and with the first tokens where these have left it.
         groups = q.shape[1] // k.shape[1]
-        scores = turned @ k.repeat_interleave(groups, 1).mT
+        scores = (turned @ k.repeat_interleave(groups, 1).mT).float()
         scores = scores.masked_fill((j > i) | (j <= i - self.window), -math.inf)
         if self.sinks:
             if self.in_cache:  # a full cache ends at this position
@@ -90,11 +90,11 @@ class Stream:
                 standing = self.rotary.turn(q.transpose(1, 2).reshape(n, -1, 1, q.shape[3]), end)
                 standing = standing.reshape(1, n, -1, q.shape[3]).transpose(1, 2)
                 turned = torch.where(i < end, turned, standing)
-            far = turned @ first_k.repeat_interleave(groups, 1).mT
+            far = (turned @ first_k.repeat_interleave(groups, 1).mT).float()
             far = far.masked_fill(torch.arange(self.sinks) > i - self.window, -math.inf)
             scores = torch.cat([far, scores], -1)
         # 2. One softmax over both.
-        weights = (scores / math.sqrt(q.shape[3])).softmax(-1)
+        weights = (scores / math.sqrt(q.shape[3])).softmax(-1).to(v.dtype)
         out = weights[..., -k.shape[2] :] @ v.repeat_interleave(groups, 1)
         if self.sinks:
             out = out + weights[..., : self.sinks] @ first_v.repeat_interleave(groups, 1)
@@ -130,7 +130,7 @@ def read(model: CausalLM, ids: Tensor, **settings: Any) -> dict[str, Any]:
         for place in range(0, len(ids) - 1, BLOCK):
             block, after = ids[place : place + BLOCK], ids[place + 1 : place + BLOCK + 1]
             scores = model(block[None])[0, : len(after)]
-            each.append(F.cross_entropy(scores, after, reduction="none"))
+            each.append(F.cross_entropy(scores.float(), after, reduction="none"))
             held.append(sum(stream.bytes() for stream in streams))
     finally:
         undo()
@@ -145,7 +145,7 @@ def afresh(model: CausalLM, ids: Tensor) -> dict[str, Any]:
         begin = max(place - WINDOW, 0)
         end = min(place + BLOCK, len(ids) - 1)
         scores = model(ids[None, begin:end])[0, place - begin :]
-        each[place:end] = F.cross_entropy(scores, ids[place + 1 : end + 1], reduction="none")
+        each[place:end] = F.cross_entropy(scores.float(), ids[place + 1 : end + 1], reduction="none")
     return {"bins": in_bins(each)}
 
 

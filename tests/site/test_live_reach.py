@@ -87,7 +87,7 @@ def test_table_words_and_sentence_are_what_reach_says(page_of, words, name):
                 begin = f"After {after(layers)}, {count} of the {word + 1} words up to “{bare}” can have reached it"
             else:
                 begin = f"After {after(layers)}, {count} of the {n} words can have reached “{bare}”"
-            keys = f", “keys” {'' if powers[layers][word][1] else 'not '}among them. "
+            letters = f", “letters” {'' if powers[layers][word][1] else 'not '}among them. "
             own = least({count: torch.equal(power[word], wanted[word]) for count, power in powers.items()})
             others = "all before it" if causal else "all others"
             end = (
@@ -100,7 +100,7 @@ def test_table_words_and_sentence_are_what_reach_says(page_of, words, name):
                     else f"after {after(all_)} every word can have been reached by {others}."
                 )
             )
-            assert said(page) == f"{round(100 * share)}% of the pairs are computed. {begin}{keys}{end}"
+            assert said(page) == f"{round(100 * share)}% of the pairs are computed. {begin}{letters}{end}"
 
 
 @pytest.mark.browser

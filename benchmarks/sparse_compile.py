@@ -22,7 +22,7 @@ def cases(target: str, brief: bool = False) -> Iterator[Case]:
     is flash attention's own kernel, and stands in its report.
     """
     for name in KERNELS:
-        for label, widths in (("bf16", (64, 128, 256, 111)), ("fp16", (128,)), ("fp32", (64, 128, 256))):
+        for label, widths in (("bf16", (64, 128, 256, 111)), ("fp16", (128,)), ("fp32", (64, 128, 256, 111))):
             for d in widths:
                 for tile in TILES:
                     if tile != TILES[0] and (label != "bf16" or d == 111):

@@ -5,9 +5,23 @@ Symbols as in `nondual.ops.sparse_attention.triton`.
 
 import torch
 
+from nondual.ops.flash_attention.triton.primitives import INTERPRETED
 from nondual.ops.flash_attention.triton.tiles import configuration as tiles_of_flash_attention
+from nondual.ops.kernels import block_size
 
-SMALLEST = 16  # the fewest rows or columns of a tile: what `tl.dot` takes
+# Where flash attention's tile spills registers here, or spilled there too: BLOCK_Q, BLOCK_KV, num_warps, num_stages for
+# heads up to 64, 128 and 256 wide. Chosen from what compiles without a spill, as docs/measured/sparse_compile.json
+# shows; not timed on a GPU.
+OWN: dict[tuple[str, str], tuple[tuple[int, int, int, int] | None, ...]] = {
+    ("sm_80", "dq"): (None, None, (32, 32, 8, 2)),
+    ("sm_90", "dkdv"): ((64, 64, 4, 2), (32, 64, 8, 3), (32, 32, 8, 1)),
+    ("sm_90", "dq"): (None, None, (64, 64, 8, 2)),
+    ("sm_100", "dkdv"): ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("gfx942", "dkdv"): (None, None, (16, 32, 8, 1)),
+    ("gfx942", "dq"): (None, None, (32, 16, 8, 1)),
+    ("float32", "forward"): (None, (32, 16, 8, 2), None),
+    ("float32", "dq"): (None, None, (16, 16, 8, 2)),
+}
 
 
 def divisor(size: int, most: int) -> int:
@@ -21,7 +35,7 @@ def configuration(
     """The blocks, warps and pipeline stages of a kernel.
 
     Args:
-        kernel: "forward", "delta", "dkdv" or "dq".
+        kernel: "forward", "dkdv" or "dq".
         chip: as `nondual.ops.kernels.chip_of` gives it.
         d: D.
         dv: Dv.
@@ -30,9 +44,12 @@ def configuration(
         tile_kv: its columns, a multiple of 16.
     """
     config = tiles_of_flash_attention(kernel, chip, d, dv, dtype)
-    if kernel == "delta":
-        return config
+    width = max(block_size(d), block_size(dv))
+    own = OWN.get(("float32" if dtype == torch.float32 else chip, kernel), (None, None, None))
+    if (mine := own[(width > 64) + (width > 128)]) and not INTERPRETED:
+        config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), mine))
     block_q, block_kv = divisor(tile_q, config["BLOCK_Q"]), divisor(tile_kv, config["BLOCK_KV"])
     if block_q * block_kv < config["BLOCK_Q"] * config["BLOCK_KV"]:
-        config["num_warps"] = 4
+        wide = width > (128 if kernel == "forward" else 64) and min(block_q, block_kv) >= 64
+        config["num_warps"] = 8 if wide else 4
     return config | {"BLOCK_Q": block_q, "BLOCK_KV": block_kv}

@@ -31,19 +31,18 @@ class Row(NamedTuple):
     """Neighbouring rows of tiles with one list of keys.
 
     Attributes:
-        batch: which sequences it is of: all, or one.
-        groups: which key/value heads: all, or one.
-        queries: its rows of q.
-        keys: its keys: a slice where they lie side by side, else their positions (int64).
-        mask: what is added to the scores (queries, keys): 0 where attending is allowed, -inf elsewhere. None where all
-            is allowed.
-        empty: (queries,) bool, True for a query that may attend to nothing; None where the mask is None.
+        at: which sequences and which key/value heads it is of: all, or one; then all query heads that share them, and
+            its queries.
+        listed: its columns of tiles.
+        columns: the same as a tensor.
+        mask: what is added to the scores (SHARE · queries, keys): 0 where attending is allowed, -inf elsewhere. None
+            where all is allowed.
+        empty: (queries,) bool, True for a query that may attend to nothing; None where each may attend to something.
     """
 
-    batch: slice
-    groups: slice
-    queries: slice
-    keys: slice | Tensor
+    at: tuple[slice, slice, slice, slice]
+    listed: list[int]
+    columns: Tensor
     mask: Tensor | None
     empty: Tensor | None
 
@@ -53,28 +52,26 @@ def walk(
     q: Tensor, k: Tensor, row_start: Tensor, columns: Tensor, row_kinds: Tensor, tile_masks: Tensor, wide: torch.dtype
 ) -> Iterator[Row]:
     """The rows of tiles that keep at least one, joined where neighbours have the same list."""
+    every, listed, kinds = slice(None), columns.tolist(), row_kinds.tolist()
     (bm, gm, _), (block_q, block_kv), n, m = row_start.shape, tile_masks.shape[1:], q.shape[2], k.shape[2]
-    nothing = tile_masks.new_ones(1, block_q, block_kv)
-    allowed = torch.cat([tile_masks, nothing])  # the kind -1 of a whole tile is the last
-    listed, kinds = columns.tolist(), row_kinds.tolist()
+    made, mask, empty = None, None, None
+    added = _added_to_scores(tile_masks, wide)
     for i, starts in enumerate(row_start.flatten(0, 1).tolist()):
-        batch = slice(None) if bm == 1 else slice(i // gm, i // gm + 1)
-        groups = slice(None) if gm == 1 else slice(i % gm, i % gm + 1)
+        batch = every if bm == 1 else slice(i // gm, i // gm + 1)
+        group = every if gm == 1 else slice(i % gm, i % gm + 1)
         for first, last in joined(starts, listed, max(1, MOST_QUERIES // block_q)):
             tiles = listed[starts[first] : starts[first + 1]]
             if not tiles:
                 continue
-            keys = _positions(tiles, block_kv, m, q.device)
-            queries = slice(first * block_q, min(n, last * block_q))
-            mask = empty = None
-            if any(kind >= 0 for kind in kinds[starts[first] : starts[last]]):
-                of = row_kinds[starts[first] : starts[last]].view(last - first, len(tiles)).long()
-                seen = allowed[of].transpose(1, 2).reshape((last - first) * block_q, len(tiles) * block_kv)
-                width = m - tiles[0] * block_kv if isinstance(keys, slice) else len(keys)
-                seen = seen[: queries.stop - queries.start, :width]
-                mask = torch.zeros(seen.shape, dtype=wide, device=q.device).masked_fill_(~seen, -torch.inf)
-                empty = ~seen.any(-1)
-            yield Row(batch, groups, queries, keys, mask, empty)
+            rows = slice(first * block_q, min(n, last * block_q))
+            high, last_wide = rows.stop - rows.start, min(block_kv, m - tiles[-1] * block_kv)
+            these = (kinds[starts[first] : starts[last]], len(tiles), high, last_wide)
+            if these != made:  # the rows of a window have the same mask one after another
+                of = row_kinds[starts[first] : starts[last]].view(last - first, len(tiles))
+                mask, empty = _mask_of(added, of, high, last_wide)
+                mask = mask if mask is None else mask.repeat(q.shape[1] // k.shape[1], 1)
+                made = these
+            yield Row((batch, group, every, rows), tiles, columns[starts[first] : starts[first + 1]], mask, empty)
 
 
 # --8<-- [end:walk]
@@ -91,39 +88,85 @@ def joined(starts: list[int], listed: list[int], most: int) -> Iterator[tuple[in
         first = last
 
 
-def _positions(tiles: list[int], block_kv: int, m: int, device: torch.device) -> slice | Tensor:
-    if tiles[-1] - tiles[0] == len(tiles) - 1:
-        return slice(tiles[0] * block_kv, min(m, (tiles[-1] + 1) * block_kv))
-    starts = torch.tensor(tiles, device=device)[:, None] * block_kv
-    keys = (starts + torch.arange(block_kv, device=device)).flatten()
-    return keys[: m - tiles[-1] * block_kv - block_kv] if (tiles[-1] + 1) * block_kv > m else keys
+def _added_to_scores(tile_masks: Tensor, wide: torch.dtype) -> Tensor:
+    """What each kind of tile adds to its scores, (U + 1, block_q, block_kv): a whole tile, the kind -1, is the last."""
+    added = torch.zeros(len(tile_masks) + 1, *tile_masks.shape[1:], dtype=wide, device=tile_masks.device)
+    added[:-1].masked_fill_(~tile_masks, -torch.inf)
+    return added
 
 
-def _taken(x: Tensor, row: Row, wide: torch.dtype) -> Tensor:
-    """The keys or values of a row, (B or 1, G or 1, keys, ·)."""
-    x = x[row.batch, row.groups]
-    return (x[:, :, row.keys] if isinstance(row.keys, slice) else x.index_select(2, row.keys)).to(wide)
+def _mask_of(added: Tensor, kinds: Tensor, high: int, last_wide: int) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the scores of rows of tiles whose kinds are (rows of tiles, columns), and which of their queries
+    may attend to nothing: of `high` queries, the last tile cut to `last_wide` keys."""
+    if not bool((kinds >= 0).any()):
+        return None, None
+    block_kv = added.shape[2]
+    mask = added[kinds.long()].transpose(1, 2).reshape(-1, kinds.shape[1] * block_kv)
+    if high < mask.shape[0] or last_wide < block_kv:
+        mask = mask[:high, : mask.shape[1] - block_kv + last_wide].contiguous()
+    if bool((kinds == -1).any(1).all()):  # a whole tile in each row
+        return mask, None
+    empty = (mask == -torch.inf).all(-1)
+    return mask, empty if bool(empty.any()) else None
 
 
-def _added(x: Tensor, row: Row, part: Tensor) -> None:
-    """Add to the keys or values of a row."""
-    x = x[row.batch, row.groups]
-    if isinstance(row.keys, slice):
-        x[:, :, row.keys] += part
-    else:
-        x.index_add_(2, row.keys, part)
+# --- what a row takes, and where it puts what comes out --------------------------------------------------------------
 
 
-def _folded(x: Tensor, row: Row, groups: int, wide: torch.dtype) -> Tensor:
-    """A row's part of q, or of what has its heads: the heads of a group one after another, (·, ·, SHARE · rows, D)."""
-    x = x[:, :, row.queries].unflatten(1, (groups, -1))[row.batch, row.groups]  # (·, ·, SHARE, rows, D)
-    return x.to(wide).flatten(2, 3)
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """What has the heads of q, (B, H, N, ·) as (B, G, SHARE, N, ·)."""
+    return x.unflatten(1, (groups, -1))
 
 
-def _store(x: Tensor, row: Row, groups: int, part: Tensor) -> None:
-    """Write a row's part of what has the heads of q."""
-    place = x[:, :, row.queries].unflatten(1, (groups, -1))[row.batch, row.groups]
-    place.copy_(part.unflatten(2, place.shape[2:4]))
+def _folded(x: Tensor, row: Row, wide: torch.dtype) -> Tensor:
+    """A row's part of (B, G, SHARE, N, ·): the heads of a group one after another, (·, ·, SHARE · rows, ·)."""
+    return x[row.at].to(wide).flatten(2, 3)
+
+
+def _store(x: Tensor, row: Row, part: Tensor) -> None:
+    """Write a row's part of (B, G, SHARE, N, ·)."""
+    place = x[row.at]
+    place.copy_(part[..., : place.shape[-1]].view(place.shape))
+
+
+class Keys:
+    """Keys or values (B, G, M, ·), taken and added to by the tiles in a row's list."""
+
+    def __init__(self, x: Tensor, block_kv: int):
+        self.x, self.block_kv, held = x, block_kv, x.shape[2] // block_kv  # those that M does not cut
+        self.held, self.tiles = held, x[:, :, : held * block_kv].unflatten(2, (held, block_kv)) if held else None
+
+    def _side_by_side(self, row: Row) -> Tensor | None:
+        """A view of a row's keys, where they lie so."""
+        first, last = row.listed[0], row.listed[-1]
+        if last - first != len(row.listed) - 1:
+            return None
+        return self.x[*row.at[:2], first * self.block_kv : (last + 1) * self.block_kv]
+
+    def take(self, row: Row, wide: torch.dtype) -> Tensor:
+        """The keys of a row, (·, ·, keys, ·)."""
+        if (found := self._side_by_side(row)) is not None:
+            return found.to(wide)
+        assert self.tiles is not None  # a list with a gap has a tile that M does not cut
+        cut = row.listed[-1] >= self.held
+        columns = row.columns[:-1] if cut else row.columns
+        found = self.tiles[row.at[:2]].index_select(2, columns).flatten(2, 3)
+        return (
+            torch.cat([found, self.x[*row.at[:2], self.held * self.block_kv :]], 2).to(wide) if cut else found.to(wide)
+        )
+
+    def add(self, row: Row, part: Tensor) -> None:
+        """Add to the keys of a row."""
+        part = part[..., : self.x.shape[-1]]
+        if (found := self._side_by_side(row)) is not None:
+            found += part
+            return
+        assert self.tiles is not None
+        count = len(row.listed) - (row.listed[-1] >= self.held)
+        tiles = part[:, :, : count * self.block_kv].unflatten(2, (count, self.block_kv))
+        self.tiles[row.at[:2]].index_add_(2, row.columns[:count], tiles)
+        if count < len(row.listed):
+            self.x[*row.at[:2], self.held * self.block_kv :] += part[:, :, count * self.block_kv :]
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -173,19 +216,23 @@ def forward(
 
     with_lse is for the backward pass: whether lse has a gradient.
     """
-    wide, width, groups = accumulation_dtype(q.dtype), v.shape[-1], k.shape[1]
+    wide, groups, block_kv = accumulation_dtype(q.dtype), k.shape[1], tile_masks.shape[2]
     out, lse = _outputs(q, v)
     out.zero_()
     lse.fill_(-torch.inf)
+    if not (q.numel() and k.numel()):
+        return out, lse
+    out_of, lse_of = _by_group(out, groups), _by_group(lse[..., None], groups)
     q, k, v = _equally_wide(q, k, v)
+    q, keys, values = _by_group(q, groups), Keys(k, block_kv), Keys(v, block_kv)
     with autocast_off(q.device.type):
-        for row in walk(q, k, row_start, columns, row_kinds, tile_masks, wide) if q.numel() else ():
-            q_i, k_i, v_i = _folded(q, row, groups, wide), _taken(k, row, wide), _taken(v, row, wide)
-            out_i, lse_i = _attend(q_i, k_i, v_i, _for_heads(row.mask, q_i), scale)
+        for row in walk(out, k, row_start, columns, row_kinds, tile_masks, wide):
+            k_i, v_i = keys.take(row, wide), values.take(row, wide)
+            out_i, lse_i = _attend(_folded(q, row, wide), k_i, v_i, row.mask, scale)
+            _store(out_of, row, out_i)
+            _store(lse_of, row, lse_i[..., None])
             if row.empty is not None:
-                lse_i = lse_i.unflatten(2, (-1, len(row.empty))).masked_fill(row.empty, -torch.inf).flatten(2)
-            _store(out, row, groups, out_i[..., :width])
-            _store(lse[..., None], row, groups, lse_i[..., None])
+                lse_of[row.at].masked_fill_(row.empty[:, None], -torch.inf)
     return out, lse
 
 
@@ -194,9 +241,11 @@ def backward(
     columns: Tensor, row_kinds: Tensor, tile_masks: Tensor, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv, in the shapes and dtypes of q, k and v; d_lse counts only with_lse."""
-    wide, groups, d, dv_ = accumulation_dtype(q.dtype), k.shape[1], q.shape[-1], v.shape[-1]
+    wide, groups, block_kv = accumulation_dtype(q.dtype), k.shape[1], tile_masks.shape[2]
     dq = torch.zeros_like(q)
     dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
+    if not (q.numel() and k.numel()):
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     lse = lse.masked_fill(lse == -torch.inf, 0)  # where all is masked: P = exp(-inf - 0) = 0
     if with_lse:
         # dS = P (dP - delta + d_lse), where delta is the sum of dO ∘ O over a row. A further column that is 0 in V, -1
@@ -204,16 +253,17 @@ def backward(
         v, out = F.pad(v, (0, 1)), F.pad(out, (0, 1), value=-1)
         d_out = torch.cat([d_out.to(wide), d_lse[..., None].to(wide)], -1)
     q, k, v = _equally_wide(q, k, v)
-    d_out, out = (F.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (d_out, out))
+    d_out, out = (F.pad(x, (0, more)) if (more := v.shape[-1] - x.shape[-1]) else x for x in (d_out, out))
+    rows_of = [_by_group(x, groups) for x in (d_out, q, out, lse[..., None])]
+    dq_of, keys, values, d_keys, d_values = _by_group(dq, groups), *(Keys(x, block_kv) for x in (k, v, dk, dv))
     with autocast_off(q.device.type):
-        for row in walk(q, k, row_start, columns, row_kinds, tile_masks, wide) if q.numel() else ():
-            q_i, do_i, out_i = (_folded(x, row, groups, wide) for x in (q, d_out, out))
-            lse_i = _folded(lse[..., None], row, groups, wide)[..., 0]
-            k_i, v_i = _taken(k, row, wide), _taken(v, row, wide)
-            dq_i, dk_i, dv_i = _adjoint(do_i, q_i, k_i, v_i, out_i, lse_i, _for_heads(row.mask, q_i), scale)
-            _store(dq, row, groups, dq_i[..., :d])
-            _added(dk, row, dk_i[..., :d])
-            _added(dv, row, dv_i[..., :dv_])
+        for row in walk(dq, k, row_start, columns, row_kinds, tile_masks, wide):
+            do_i, q_i, out_i, lse_i = (_folded(x, row, wide) for x in rows_of)
+            k_i, v_i = keys.take(row, wide), values.take(row, wide)
+            dq_i, dk_i, dv_i = _adjoint(do_i, q_i, k_i, v_i, out_i, lse_i[..., 0], row.mask, scale)
+            _store(dq_of, row, dq_i)
+            d_keys.add(row, dk_i)
+            d_values.add(row, dv_i)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -231,12 +281,6 @@ def _equally_wide(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     width = max(q.shape[-1], v.shape[-1])
     padded = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
-
-
-def _for_heads(mask: Tensor | None, q_i: Tensor) -> Tensor | None:
-    """The mask of the queries of one head, repeated for the heads of a group."""
-    share = 1 if mask is None else q_i.shape[2] // mask.shape[0]
-    return mask if mask is None or share == 1 else mask.repeat(share, 1)
 
 
 # --- as operators of torch -------------------------------------------------------------------------------------------

@@ -49,10 +49,12 @@ class HybridLM(CausalLM):
         if every < 1:
             raise ValueError(f"every must be 1 or more, got {every}")
 
+        # --8<-- [start:layer]
         def layer(i: int) -> MixerBlock:
             if i % every < every - 1:
                 return MixerBlock(mixer(d_model), d_model)
             attends = MultiHeadAttention(d_model, n_heads, n_kv_heads=n_kv_heads, causal=True, op=op)
             return MixerBlock(attends, d_model)
 
+        # --8<-- [end:layer]
         super().__init__(vocabulary, d_model, n_layers, layer=layer, tied=tied, residual_in_fp32=True)

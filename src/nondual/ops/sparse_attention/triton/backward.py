@@ -36,7 +36,8 @@ def gather_dkdv_listed(
         b_p = tl.exp2((b_s * scale - b_top[None, :]) - b_total[None, :])
         if MASKED:
             i_mask = tl.load(p_kinds + i // PARTS)
-            m_kq = load_mask(p_masks, i_mask, o_row[None, :], o_col[:, None], TILE_Q, TILE_KV)
+            o_tile = o_row[None, :] * TILE_KV + o_col[:, None]
+            m_kq = load_mask(p_masks, i_mask, o_tile, TILE_Q * TILE_KV)
             b_p = tl.where(m_kq, b_p, 0.0)
         b_do = load_tile(p_do, o_q, s_gn, n, DV, BLOCK_DV, MASKED)  # (BLOCK_Q, BLOCK_DV)
         # (BLOCK_KV, BLOCK_DV)
@@ -106,7 +107,8 @@ def gather_dq_listed(
         b_p = tl.exp2((b_s * scale - b_top[:, None]) - b_total[:, None])
         if MASKED:
             i_mask = tl.load(p_kinds + i // PARTS)
-            m_qk = load_mask(p_masks, i_mask, o_row[:, None], o_col[None, :], TILE_Q, TILE_KV)
+            o_tile = o_row[:, None] * TILE_KV + o_col[None, :]
+            m_qk = load_mask(p_masks, i_mask, o_tile, TILE_Q * TILE_KV)
             b_p = tl.where(m_qk & (o_kv < m)[None, :], b_p, 0.0)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)

@@ -29,7 +29,8 @@ def attend_listed(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)
         if MASKED:
             i_mask = tl.load(p_kinds + i // PARTS)
-            m_qk = load_mask(p_masks, i_mask, o_row[:, None], o_col[None, :], TILE_Q, TILE_KV)
+            o_tile = o_row[:, None] * TILE_KV + o_col[None, :]
+            m_qk = load_mask(p_masks, i_mask, o_tile, TILE_Q * TILE_KV)
             b_s = tl.where(m_qk & (o_kv < m)[None, :], b_s, float("-inf"))
         b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, scale, MASKED)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
@@ -53,7 +54,8 @@ def forward_kernel(
     """
     # --8<-- [start:forward_kernel]
     blocks = tl.cdiv(n, BLOCK_Q)
-    i_q = blocks - 1 - tl.program_id(0) % blocks  # under causality the last has the longest list: longest first
+    # Under causality the last block has the longest list: longest first.
+    i_q = blocks - 1 - tl.program_id(0) % blocks
     i_bh = (tl.program_id(0) // blocks).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     i_g = i_h // SHARE

@@ -26,12 +26,12 @@ def spans(p_start, p_part, i_line, i_list):
 
 
 @triton.jit
-def load_mask(p_masks, i_mask, o_row, o_col, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr):
-    """Rows o_row and columns o_col of the tile mask i_mask, which are shaped to broadcast against each other.
+def load_mask(p_masks, i_mask, o_tile, SIZE: tl.constexpr):
+    """The places o_tile of the tile mask i_mask, which has SIZE of them.
 
     All True for i_mask = -1: a whole tile that the last query or the last key cuts.
     """
     # --8<-- [start:load_mask]
-    p_tile = p_masks + i_mask.to(tl.int64) * (TILE_Q * TILE_KV)
-    return tl.load(p_tile + (o_row * TILE_KV + o_col), mask=i_mask >= 0, other=1) != 0
+    p_tile = p_masks + i_mask.to(tl.int64) * SIZE
+    return tl.load(p_tile + o_tile, mask=i_mask >= 0, other=1) != 0
     # --8<-- [end:load_mask]

@@ -45,7 +45,8 @@ def configuration(
     """
     config = tiles_of_flash_attention(kernel, chip, d, dv, dtype)
     width = max(block_size(d), block_size(dv))
-    own = OWN.get(("float32" if dtype == torch.float32 else chip, kernel), (None, None, None))
+    line = "forward, cut" if kernel == "forward" and not width == d == dv else kernel
+    own = OWN.get(("float32" if dtype == torch.float32 else chip, line), (None, None, None))
     if (mine := own[(width > 64) + (width > 128)]) and not INTERPRETED:
         config = dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), mine))
     block_q, block_kv = divisor(tile_q, config["BLOCK_Q"]), divisor(tile_kv, config["BLOCK_KV"])

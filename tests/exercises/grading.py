@@ -273,6 +273,32 @@ def check_read(read: Callable[..., Any]) -> None:
         raise NotYetError(f"with {m - padded} real states and {padded} of padding it is off by up to {off:.2g}")
 
 
+# --- the evolution -------------------------------------------------------------------------------------------------
+
+
+def check_effective_keys(effective_keys: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for rows, m, zeros in ((3, 6, 0), (4, 9, 3), (2, 5, 4)):
+        weights = torch.randn(rows, m).masked_fill(torch.arange(m) < zeros, -torch.inf).softmax(-1)
+        given = effective_keys(weights.clone())
+        if isinstance(given, Tensor) and zeros and given.isnan().any():
+            raise NotYetError("a weight of 0 gives NaN, since ln 0 is not a number: 0 ln 0 counts as 0 here")
+        given = tensor("the result", given, (rows,))
+        entropy = torch.special.entr(weights).sum(-1)
+        if near(given, entropy.exp()):
+            continue
+        if near(given, entropy):
+            raise NotYetError("this is the entropy H itself: raise e to it")
+        if near(given, (entropy / math.log(2)).exp()):
+            raise NotYetError("H is in bits, and e is raised to it: take natural logarithms, or raise 2 to it")
+        if near(given, (-entropy).exp()):
+            raise NotYetError("the sign is turned: H = -Σ a ln a is 0 or more")
+        if near(given, 1 / weights.square().sum(-1)):
+            raise NotYetError("this is 1 / Σ a², another count of keys: here it is e^H")
+        off = (given - entropy.exp()).abs().max().item()
+        raise NotYetError(f"over {m} keys, of which {zeros} have no weight, it is off by up to {off:.2g}")
+
+
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
@@ -281,6 +307,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "heads": {"added": check_added},
     "attention_mechanism": {"read": check_read},
     "recurrent": {"forget_bias": check_forget_bias},
+    "evolution": {"effective_keys": check_effective_keys},
 }
 
 

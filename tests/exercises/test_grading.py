@@ -112,6 +112,8 @@ RIGHT = [
     ("recurrent", "forget_bias", lambda share, steps: -math.log(math.expm1(-math.log(share) / steps))),
     ("attention_mechanism", "read", lambda s, h, real, *w: reading()(s, h[real], real[real], *w)),
     ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
+    ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1).exp()),
+    ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
 ]
 WRONG = [
     ("self_attention", "largest", largest(q=0.0), "every number gets the same weight"),
@@ -167,6 +169,12 @@ WRONG = [
     ("recurrent", "forget_bias", lambda share, steps: logit(share), "this keeps 0.5 after one step"),
     ("recurrent", "forget_bias", lambda share, steps: logit(1 - (1 - share) / steps), "the gates multiply"),
     ("recurrent", "forget_bias", lambda share, steps: 1.0, "a bias of 1 keeps 0.0436 after 10 steps, where 0.5 is"),
+    ("evolution", "effective_keys", lambda a: (-a * a.log()).sum(-1).exp(), "a weight of 0 gives NaN"),
+    ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1), "this is the entropy H itself"),
+    ("evolution", "effective_keys", lambda a: (torch.special.entr(a) / math.log(2)).sum(-1).exp(), "H is in bits"),
+    ("evolution", "effective_keys", lambda a: (-torch.special.entr(a)).sum(-1).exp(), "the sign is turned"),
+    ("evolution", "effective_keys", lambda a: 1 / a.square().sum(-1), "another count of keys"),
+    ("evolution", "effective_keys", lambda a: (a > 0).sum(-1).float(), "over 6 keys, of which 0 have no weight"),
 ]
 
 

@@ -215,17 +215,15 @@ def summary(found: dict[str, list[dict[str, Any]]], model: str) -> dict[str, Any
     for arm, texts in found.items():
         arms[arm] = {}
         for n in map(str, lengths):
-            of = {
-                name: torch.tensor([text[n][name] for text in texts]).flatten(1) for name in texts[0][n]
-            }  # (T, heads)
+            of = {name: torch.tensor([text[n][name] for text in texts]).flatten(1) for name in texts[0][n]}
             row: dict[str, Any] = {name: interval(value.mean(1)) for name, value in of.items()}
             for name in ("of_even", "rest_of_even"):
                 row[f"{name}_narrow"] = interval((of[name] < HALF).double().mean(1))
                 row[f"{name}_nearly_even"] = interval((of[name] > EVEN).double().mean(1))
+                row[f"{name}_heads"] = torch.histc(of[name].mean(0).clamp(0, 1), BINS, 0, 1).int().tolist()
             for name in ("entropy", "rest_entropy"):
                 row[f"{name}_keys"] = interval(of[name].mean(1).exp())
                 row[f"{name}_even_keys"] = round(math.exp(choice(model, int(n), name.startswith("rest"))), 1)
-                row[f"{name}_heads"] = torch.histc(of[name].mean(0), BINS, 0, 1).int().tolist()
             arms[arm][n] = row
         for name in ("entropy", "rest_entropy"):
             keys = [choice(model, n, name.startswith("rest")) for n in lengths]

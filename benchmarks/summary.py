@@ -249,6 +249,16 @@ def paired(arms: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def beyond(arms: dict[str, Any]) -> dict[str, Any]:
+    """Of parity: the share of right answers past the trained length, and its difference from that of the smaller β."""
+    right = {arm: [mean(run["right"][BITS:]) for run in found["runs"]] for arm, found in arms.items()}
+    others = [arm for arm in arms if arm != "delta"]
+    return {
+        "beyond": {arm: [round(share, 4) for share in each] for arm, each in right.items()},
+        "differences": {f"{arm} less delta": difference(right[arm], right["delta"]) for arm in others},
+    }
+
+
 def main(options: list[str]) -> None:
     tiny = "--tiny" in options
     folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
@@ -265,7 +275,7 @@ def main(options: list[str]) -> None:
     figures: dict[str, Any] = {
         "law": law(4 if tiny else DRAWS),
         "overwriting": overwriting(4 if tiny else DRAWS),
-        "parity": {"arms": parity},
+        "parity": {"arms": parity, **beyond(parity)},
         "recall": {"arms": recall, "differences": paired(recall)},
         "settings": {
             "width": WIDTH,

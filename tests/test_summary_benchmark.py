@@ -27,12 +27,12 @@ def threads():
 
 def test_it_runs_and_writes_nothing(threads, monkeypatch, capsys):
     monkeypatch.setattr(summary, "write", None)  # to call it would raise
-    monkeypatch.setattr(summary, "ARMS", {"recall": ("softmax", "sum"), "parity": ("delta 2", "LSTM")})
+    monkeypatch.setattr(summary, "ARMS", {"recall": ("softmax", "sum"), "parity": ("delta", "delta 2")})
     monkeypatch.setattr(summary, "WIDTHS", (16,))
     monkeypatch.setattr(summary, "BETWEEN", (0, 2))
     summary.main(["--tiny"])
     said = capsys.readouterr().out
-    assert "recall softmax" in said and "parity LSTM" in said and "'overwriting'" in said
+    assert "recall softmax" in said and "parity delta 2" in said and "'overwriting'" in said
 
 
 def test_a_run_is_kept_and_not_made_again(tmp_path, monkeypatch):

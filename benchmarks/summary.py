@@ -8,7 +8,8 @@ law          m pairs of random unit keys and random values go into a d x d state
 overwriting  one key is written twice with other writes between, and read; or once, with other writes after.
 parity       whether the ones are odd in number, trained on 32 bits, read to 256. The delta rule with eigenvalues of its
              transition from 0 to 1 and from -1 to 1, Mamba-2 (0 to 1), LSTM and GRU.
-recall       values by their keys, with 2 to 64 pairs, for softmax attention and six states of fixed size.
+recall       values by their keys, with 2 to 64 pairs, for softmax attention and six states of one size; and for the
+             delta rule with a smaller and a larger one.
 
 The first two train nothing. benchmarks/summary_run.py describes the others: arms of one frame that differ in the rule.
 Each arm is trained to the end at every rate of a grid with one seed, and at rates beyond it where the best is at the
@@ -60,6 +61,8 @@ ARMS = {
     "recall": ("softmax", "linear", "sum", "delta", "gated", "Mamba", "Mamba-2"),
     "parity": ("delta", "delta 2", "LSTM", "GRU", "Mamba-2"),
 }
+BY_WIDTH = ("delta, d = 8", "delta, d = 32")
+"""Arms of recall with a smaller and a larger state than the others, and with fewer and more parameters."""
 WIDTHS, SHARES = (16, 64, 128), (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)
 """Of the law: the widths d, and the numbers of pairs over d."""
 DRAWS, NAMES = 64, 16
@@ -267,16 +270,17 @@ def main(options: list[str]) -> None:
     folder = folder or cache_folder() / "runs" / "summary"
     torch.set_num_threads(1)
     if only := [x.removeprefix("--arm=") for x in options if x.startswith("--arm=")]:
-        for task, arms in ARMS.items():
+        for task, arms in {**ARMS, "recall": ARMS["recall"] + BY_WIDTH}.items():
             for arm in (arm for arm in arms if arm in only):
                 trained(task, arm, folder, tiny)
         return
     recall, parity = ({arm: trained(task, arm, folder, tiny) for arm in ARMS[task]} for task in ("recall", "parity"))
+    by_width = {arm: trained("recall", arm, folder, tiny) for arm in BY_WIDTH}
     figures: dict[str, Any] = {
         "law": law(4 if tiny else DRAWS),
         "overwriting": overwriting(4 if tiny else DRAWS),
         "parity": {"arms": parity, **beyond(parity)},
-        "recall": {"arms": recall, "differences": paired(recall)},
+        "recall": {"arms": recall, "differences": paired(recall), "by_width": by_width},
         "settings": {
             "width": WIDTH,
             "d": STATE,

@@ -80,7 +80,10 @@ class Memory(nn.Module):
 
 
 def mixer(arm: str) -> tuple[nn.Module, int]:
-    """An arm's mixer, and the numbers of its state: of softmax, those of each position."""
+    """An arm's mixer, and the numbers of its state (of softmax those of each position). "delta, d = 8" has another d."""
+    if ", d = " in arm:
+        rule, d = arm.split(", d = ")
+        return Memory(WIDTH, int(d), rule), int(d) ** 2
     if arm == "Mamba":
         return Mamba(WIDTH, d_state=STATE, d_conv=1, expand=STATE / WIDTH), STATE**2
     if arm == "Mamba-2":
@@ -130,7 +133,9 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        return self.folder / f"{self.task}_{self.arm}_{self.rate}_{self.seed}_{self.steps}.json".replace(" ", "-")
+        return self.folder / f"{self.task}_{self.arm}_{self.rate}_{self.seed}_{self.steps}.json".replace(
+            " ", "-"
+        ).replace(",", "")
 
     def result(self) -> dict[str, Any]:
         """What the run ended with."""

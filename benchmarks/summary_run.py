@@ -80,7 +80,7 @@ class Memory(nn.Module):
 
 
 def mixer(arm: str) -> tuple[nn.Module, int]:
-    """An arm's mixer, and the numbers of its state (of softmax those of each position). "delta, d = 8" has another d."""
+    """An arm's mixer, and the numbers of its state: of softmax those of each position. "delta, d = 8" has its own d."""
     if ", d = " in arm:
         rule, d = arm.split(", d = ")
         return Memory(WIDTH, int(d), rule), int(d) ** 2

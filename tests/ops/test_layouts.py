@@ -18,6 +18,7 @@ from nondual.ops import masks
 from nondual.ops.attention import attention
 from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.ops.flash_attention import flash_attention
+from nondual.ops.linear_attention import linear_attention, linear_attention_step
 from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
 from nondual.ops.ssd import ssd, ssd_step
@@ -129,6 +130,17 @@ def dual(heads: int = H, groups: int = G) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def summed(log_decay: tuple[int, ...] | None = None, delta: bool = False) -> dict[str, Tensor]:
+    """Arguments of linear attention, with a decay of this shape, and with write strengths for the delta rule."""
+    given = {"q": normal(B, H, L, D), "k": normal(B, G, L, D), "v": normal(B, G, L, 3), "state": normal(B, H, D, 3)}
+    given["reset"] = resets()
+    if log_decay is not None:
+        given["log_decay"] = rates(*log_decay)
+    if delta:
+        given |= {"k": torch.nn.functional.normalize(given["k"], dim=-1), "beta": normal(B, H, L).sigmoid()}
+    return given
+
+
 def one_step(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of one step, without its time and without resets."""
     timed = ("u", "x", "delta", "B", "C", "z")
@@ -169,6 +181,21 @@ for impl in ("reference", "chunked", "triton"):
     CASES[f"ssd, {impl}"] = (partial(dual_scan, impl=impl, **chunk), dual)
 CASES["ssd, triton, one head"] = (partial(dual_scan, impl="triton"), partial(dual, 1, 1))
 CASES["ssd_step"] = (partial(ssd_step, delta_softplus=True), lambda: one_step(dual()))
+for impl in ("reference", "parallel", "chunked"):
+    chunk = {"chunk": 4} if impl == "chunked" else {}
+    for name, make in {
+        "gated delta rule": partial(summed, (B, H, L), True),
+        "each channel": partial(summed, (B, H, L, D)),
+    }.items():
+        CASES[f"linear_attention, {impl}, {name}"] = (partial(linear_attention, impl=impl, **chunk), make)
+CASES["linear_attention_step"] = (
+    linear_attention_step,
+    lambda: {
+        name: x[:, :, 0].clone() if name in ("q", "k", "v", "beta") else x
+        for name, x in summed((H,), True).items()
+        if name != "reset"
+    },
+)
 for impl in ("sequential", "parallel"):
     CASES[f"linear_recurrence, {impl}"] = (
         partial(linear_recurrence, impl=impl),

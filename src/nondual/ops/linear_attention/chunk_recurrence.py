@@ -14,8 +14,10 @@ from torch import Tensor
 from nondual.ops.impl import refuses_transforms
 
 
-def pass_on(whole: Tensor, added: Tensor, initial: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-    """The state before every chunk and after the last (B, H, K+1, D, Dv).
+def pass_on(
+    whole: Tensor, added: Tensor, initial: Tensor, x: Tensor | None = None, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The state before every chunk (B, H, K, D, Dv), and after the last (B, H, D, Dv).
 
     Differentiable any number of times, in forward mode, and under the transforms of torch.func. What cannot take an
     operator gets its operations one by one.
@@ -30,55 +32,48 @@ def pass_on(whole: Tensor, added: Tensor, initial: Tensor, x: Tensor | None = No
     """
     if not refuses_transforms(whole, added, initial, x, y):
         return _pass_on(whole, added, initial, x, y, False)
-    S, states = initial, [initial]
+    S, before = initial, []
     for k in range(added.shape[2]):
-        S = _next(S, whole[:, :, k], added[:, :, k], *(None if v is None else v[:, :, k] for v in (x, y)))
-        states.append(S)
-    return torch.stack(states, 2)
+        before.append(S)
+        X, Y = (None if v is None else v[:, :, k] for v in (x, y))
+        S = _after(S, whole[:, :, k], added[:, :, k], X, Y)
+    return torch.stack(before, 2), S
 
 
-def _next(S: Tensor, whole: Tensor, added: Tensor, x: Tensor | None, y: Tensor | None) -> Tensor:
-    if x is None or y is None:
-        return torch.addcmul(added, whole, S)
-    return torch.addcmul(added, whole, S) - x.mT @ (y @ S)
+def _after(S: Tensor, whole: Tensor, added: Tensor, x: Tensor | None, y: Tensor | None) -> Tensor:
+    after = torch.addcmul(added, whole, S)
+    return after if x is None or y is None else after - x.mT @ (y @ S)
 
 
 @torch.library.custom_op("nondual::linear_attention_pass_on", mutates_args=())
 def _pass_on(
     whole: Tensor, added: Tensor, initial: Tensor, x: Tensor | None, y: Tensor | None, reverse: bool
-) -> Tensor:
-    """From the first chunk to the last, or in reverse: then `initial` comes after the last chunk."""
-    chunks = added.shape[2]
-    S = added.new_empty(*added.shape[:2], chunks + 1, *added.shape[3:])
-    S[:, :, chunks if reverse else 0] = initial
-    for k in reversed(range(chunks)) if reverse else range(chunks):
-        before, after = (S[:, :, k + 1], S[:, :, k]) if reverse else (S[:, :, k], S[:, :, k + 1])
-        torch.addcmul(added[:, :, k], whole[:, :, k], before, out=after)
-        if x is not None and y is not None:
-            after -= x[:, :, k].mT @ (y[:, :, k] @ before)
-    return S
+) -> tuple[Tensor, Tensor]:
+    """From the first chunk to the last, or in reverse: `before` is then what comes before a chunk on that way."""
+    before, chunks = torch.empty_like(added, memory_format=torch.contiguous_format), range(added.shape[2])
+    S = initial.clone()
+    for k in reversed(chunks) if reverse else chunks:
+        before[:, :, k] = S
+        X, Y = (None if v is None else v[:, :, k] for v in (x, y))
+        S = _after(S, whole[:, :, k], added[:, :, k], X, Y)
+    return before, S
 
 
 @_pass_on.register_fake
 def _(whole, added, initial, x, y, reverse):
-    return added.new_empty(*added.shape[:2], added.shape[2] + 1, *added.shape[3:])
+    return added.new_empty(added.shape), initial.new_empty(initial.shape)
 
 
 def _save(ctx, inputs, output):
     whole, _, _, x, y, ctx.reverse = inputs
-    ctx.save_for_backward(whole, x, y, output)
+    ctx.save_for_backward(whole, x, y, output[0])
 
 
-def _differentiate(ctx, d_S):
-    """The gradient e_{k+1} of added_k is the same recurrence from the other end, with X and Y in each other's place:
-    e_k = ∂S_k + whole_k e_{k+1} - Y_kᵀ (X_k e_{k+1})."""
-    whole, x, y, S = ctx.saved_tensors
-    if ctx.reverse:
-        d_out, d_end, before = d_S[:, :, 1:], d_S[:, :, 0], S[:, :, 1:]
-    else:
-        d_out, d_end, before = d_S[:, :, :-1], d_S[:, :, -1], S[:, :, :-1]
-    e = _pass_on(whole, d_out, d_end, y, x, not ctx.reverse)
-    e, d_initial = (e[:, :, :-1], e[:, :, -1]) if ctx.reverse else (e[:, :, 1:], e[:, :, 0])
+def _differentiate(ctx, d_before, d_last):
+    """The gradient of added_k is the same recurrence from the other end, with X and Y in each other's place:
+    e_k = ∂S_k + whole_k e_{k+1} - Y_kᵀ (X_k e_{k+1}), and e_{k+1} is the gradient of added_k."""
+    whole, x, y, before = ctx.saved_tensors
+    e, d_initial = _pass_on(whole, d_before, d_last, y, x, not ctx.reverse)
     d_whole = d_x = d_y = None
     if ctx.needs_input_grad[0]:
         d_whole = (before * e).sum_to_size(whole.shape)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nondual.ops.autocast import autocast_off
 from nondual.ops.linear_attention.chunk_recurrence import pass_on
-from nondual.ops.linear_attention.inputs import Inputs, normalised
+from nondual.ops.linear_attention.inputs import Inputs
 from nondual.ops.linear_attention.resets import within_resets
 from nondual.ops.ssd.chunked import any_length
 
@@ -46,7 +46,7 @@ def linear_attention(given: Inputs) -> tuple[Tensor, Tensor]:
     """
     with autocast_off(given.q.device.type):  # the products are sums, and stay as wide as they are
         out, S = within_resets(_linear_attention, given.in_full())
-    return normalised(out, given.normalise).to(given.q.dtype), S
+    return out.to(given.q.dtype), S
 
 
 def _linear_attention(given: Inputs) -> tuple[Tensor, Tensor]:
@@ -63,20 +63,19 @@ def _linear_attention(given: Inputs) -> tuple[Tensor, Tensor]:
     u, w = v, None
     if given.beta is not None:
         u, w = solve(k, v, cut(given.beta[..., None], chunk), decays, masks)
-    # 2. from chunk to chunk; S is (B, H, K+1, D, Dv)
+    # 2. from chunk to chunk: the state before each (B, H, K, D, Dv), and the last
     to_end = masks.until_end(k if decays is None else decays.to_end * k)
     whole = masks.whole(k) if decays is None else decays.whole
-    S = pass_on(whole, to_end.mT @ u, S, to_end if w is not None else None, w)
-    before = S[:, :, :-1]
+    before, S = pass_on(whole, to_end.mT @ u, S, to_end if w is not None else None, w)
     # 3. and 4. what each step reads, of the state before its chunk and of the chunk
     if w is not None:
-        u = u - w @ before
+        u = plus_product(u, w, -before)
     from_start = masks.from_start(q if decays is None else decays.from_start * q)
-    out = within(q, k, u, decays, masks) + from_start @ before
+    out = plus_product(within(q, k, u, decays, masks), from_start, before)
     # --8<-- [end:chunks]
     out = out.flatten(2, 3)
     out = out.index_select(2, torch.arange(length, device=out.device)) if any_length(length) else out[:, :, :length]
-    return out, S[:, :, -1].clone()  # a copy: a view would keep all the states in memory
+    return out, S
 
 
 def _chunk(given: Inputs) -> int:
@@ -137,6 +136,11 @@ class Masks:
     def pairs(self, x: Tensor) -> Tensor:
         """x (…, T, T) with 0 where step t does not depend on step s."""
         return x.tril() if self.sequence is None else x.masked_fill(~self.visible, 0)
+
+
+def plus_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out + a @ b, each (B, H, K, ·, ·), without a tensor for the product."""
+    return torch.baddbmm(out.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).view(out.shape)
 
 
 class Decays:

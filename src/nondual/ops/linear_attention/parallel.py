@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nondual.ops.autocast import autocast_off
-from nondual.ops.linear_attention.inputs import Inputs, normalised
+from nondual.ops.linear_attention.inputs import Inputs
 from nondual.ops.linear_attention.resets import within_resets
 
 
@@ -24,7 +24,7 @@ def linear_attention(given: Inputs) -> tuple[Tensor, Tensor]:
     """Every output and the last state, from the arguments of the engine "reference"."""
     with autocast_off(given.q.device.type):
         out, S = within_resets(_linear_attention, given.in_full())
-    return normalised(out, given.normalise).to(given.q.dtype), S
+    return out.to(given.q.dtype), S
 
 
 def _linear_attention(given: Inputs) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nondual.ops.linear_attention.inputs import Inputs
+from nondual.ops.linear_attention.inputs import Inputs, normalised
 
 
 def within_resets(run: Callable[[Inputs], tuple[Tensor, Tensor]], given: Inputs) -> tuple[Tensor, Tensor]:
     """What `run` computes of these inputs, with every NaN or inf held within its own sequence.
 
     Args:
-        run: from inputs in full (`Inputs.in_full`) to out (B, H, N, Dv) and state (B, H, D, Dv). It keeps sequences
-            apart by masks, as far as numbers go.
+        run: from inputs in full (`Inputs.in_full`) to out and state, both with the normaliser's column where there is
+            one. It keeps sequences apart by masks, as far as numbers go.
         given: in full. Without a reset they go to `run` as they are.
+
+    Returns:
+        out (B, H, N, Dv), normalised if it is to be, and the state.
     """
     if given.reset is None:
-        return run(given)
+        out, last = run(given)
+        return normalised(out, given.normalise), last
     q, k, v, log_decay, beta, state = (
         given.q,
         given.k,
@@ -51,8 +55,11 @@ def within_resets(run: Callable[[Inputs], tuple[Tensor, Tensor]], given: Inputs)
     out, last = run(clean)
     reached = since_reset(bad, before, given.reset) > 0
     nothing = out.new_zeros(())
-    out = out + torch.where(reached | _spoilt(q).any(-1, keepdim=True), torch.nan, nothing)
-    return out, last + torch.where(reached[:, :, -1, None], torch.nan, nothing)
+    last = last + torch.where(reached[:, :, -1, None], torch.nan, nothing)
+    reached = reached | _spoilt(q).any(-1, keepdim=True)
+    if given.normalise:  # whatever the normaliser is reached by reaches every channel
+        reached = reached[..., :-1] | reached[..., -1:]
+    return normalised(out, given.normalise) + torch.where(reached, torch.nan, nothing), last
 
 
 def since_reset(counts: Tensor, before: Tensor | None, reset: Tensor) -> Tensor:

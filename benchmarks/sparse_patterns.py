@@ -246,7 +246,7 @@ def gradients(name: str, play: str, n: int) -> dict[str, Any]:
         for layer in model.layers:
             here = x.detach().requires_grad_()
             last = layer(here)[0, -1]
-            (alone,) = torch.autograd.grad(last @ torch.randn(len(last), generator=generator), here)
+            (alone,) = torch.autograd.grad(last @ torch.randn(len(last), generator=generator).to(last), here)
             moved = alone[0].norm(dim=-1) != 0
             leaks += (moved & ~mask[-1]).sum().item()
             blind += (~moved & mask[-1]).sum().item()

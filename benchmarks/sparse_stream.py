@@ -49,7 +49,7 @@ class Stream:
     """One layer's attention over a stream: it keeps a window of keys and values, and those of the first few tokens.
 
     Called as `nondual.ops.attention.attention` is, with queries (1, H, N, D) and keys and values (1, G, N, D) that are
-    not turned yet.
+    not turned yet; the first call has all the sinks.
 
     Attributes:
         rotary: how queries and keys are turned.
@@ -72,7 +72,8 @@ class Stream:
         self.read += n
         turned, k = self.rotary.turn(q, start), self.rotary.turn(k, start)
         if not self.kept:
-            self.kept = (k[:, :, : self.sinks], v[:, :, : self.sinks], k[:, :, :0], v[:, :, :0])
+            first = slice(0, self.sinks)
+            self.kept = (k[:, :, first].clone(), v[:, :, first].clone(), k[:, :, :0], v[:, :, :0])
         first_k, first_v, past_k, past_v = self.kept
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         i = torch.arange(start, start + n)[:, None]
@@ -104,37 +105,45 @@ class Stream:
         return out
 
 
-def equip(model: CausalLM, **settings: Any) -> tuple[list[Stream], Callable[[], None]]:
-    """Every layer reads a stream; and a function that undoes it."""
+def equip(model: CausalLM, **settings: Any) -> Callable[[], None]:
+    """Every layer reads a stream, until the function that is returned is called."""
     mixers = [cast(MultiHeadAttention, layer.mixer) for layer in model.layers]
     before = [(mixer.op, mixer.positions) for mixer in mixers]
-    streams = []
     for mixer in mixers:
-        streams.append(Stream(cast(Rotary, mixer.positions), **settings))
-        mixer.op, mixer.positions = streams[-1], None
+        mixer.op, mixer.positions = Stream(cast(Rotary, mixer.positions), **settings), None
 
     def undo() -> None:
         for mixer, (op, positions) in zip(mixers, before):
             mixer.op, mixer.positions = op, positions
 
-    return streams, undo
+    return undo
 
 
 @torch.no_grad()
 def read(model: CausalLM, ids: Tensor, **settings: Any) -> dict[str, Any]:
-    """Nats of each token after the first, in bins; the bytes that are kept after each block; the process's peak."""
-    streams, undo = equip(model, **settings)
-    each, held = [], []
-    start = peak(reset=True)
+    """Nats of each token after the first, in bins."""
+    undo, each = equip(model, **settings), []
     try:
         for place in range(0, len(ids) - 1, BLOCK):
             block, after = ids[place : place + BLOCK], ids[place + 1 : place + BLOCK + 1]
             scores = model(block[None])[0, : len(after)]
             each.append(F.cross_entropy(scores.float(), after, reduction="none"))
-            held.append(sum(stream.bytes() for stream in streams))
     finally:
         undo()
-    return {"bins": in_bins(torch.cat(each)), "bytes": held, "peak MiB": round((peak() - start) / 2**20, 1)}
+    return {"bins": in_bins(torch.cat(each))}
+
+
+@torch.no_grad()
+def memory(model: CausalLM, length: int, **settings: Any) -> list[int]:
+    """Bytes of the tensors that all layers keep after each block; one layer reads zeros, and they are alike."""
+    mixer = cast(MultiHeadAttention, model.layers[0].mixer)
+    stream, held = Stream(cast(Rotary, mixer.positions), **settings), []
+    like = mixer.k_proj.weight
+    for _ in range(0, length, BLOCK):
+        q, k = (like.new_zeros(1, heads, BLOCK, mixer.d_head) for heads in (mixer.n_heads, mixer.n_kv_heads))
+        stream(q, k, k)
+        held.append(stream.bytes() * len(model.layers))
+    return held
 
 
 @torch.no_grad()
@@ -153,17 +162,6 @@ def in_bins(each: Tensor, size: int = BIN) -> list[float | None]:
     """Means over bins; None where nothing was measured."""
     means = [part.mean().item() for part in each.split(size)]
     return [None if math.isnan(value) else round(value, 4) for value in means]
-
-
-def peak(reset: bool = False) -> int:
-    """The most that this process has held, in bytes, since it was last reset; 0 where the system does not say."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return 0
 
 
 # --- Mamba ---------------------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def measure(folder: Path, tiny: bool, tokens: Callable[[str], Tensor], model: Ca
         print(arm, [row["bins"][-2:] for row in rows], flush=True)
         found[arm] = {"nats by bin": [row["bins"] for row in rows]}
         if arm in ARMS:
-            found[arm] |= {"bytes by block": rows[0]["bytes"], "peak MiB": [row["peak MiB"] for row in rows]}
+            found[arm]["bytes by block"] = memory(model(), length, **ARMS[arm])
 
     def level(arm: str, among: str) -> list[float]:
         """The mean over the second half, where `among` was measured too; one for each stream."""

@@ -58,6 +58,21 @@ def test_a_rate_is_judged_by_longer_rows_where_there_are_any_and_the_grid_grows_
     assert best == 0.09 and list(sweep) == [3e-3, 1e-2, 3e-2, 0.09, 0.3]
 
 
+def test_where_other_seeds_do_worse_the_second_best_rate_is_tried_with_them(monkeypatch, tmp_path):
+    losses = {(3e-3, 0): 0.9, (1e-2, 0): 0.5, (3e-2, 0): 0.6}
+
+    def carry_out(run):
+        return {"loss": losses.get((run.rate, run.seed), {3e-3: 2.0, 1e-2: 1.5, 3e-2: 0.7}[run.rate])}
+
+    monkeypatch.setattr(summary, "carry_out", carry_out)
+    found = summary.trained("recall", "gated", tmp_path, False)
+    assert found["rate"] == 0.03 and len(found["runs"]) == 8
+    assert found["tried_with_eight_seeds"] == {"0.01": 1.5, "0.03": 0.7}
+    losses[1e-2, 0] = 1.45
+    losses[3e-2, 0], losses[3e-3, 0] = 1.5, 1.5
+    assert summary.trained("recall", "gated", tmp_path, False)["rate"] == 0.01
+
+
 def test_the_seeds_that_are_reported_had_no_part_in_choosing_the_rate():
     assert SWEEP_SEED not in SEEDS and len(SEEDS) == 8
 

@@ -1,4 +1,4 @@
-"""benchmarks/sparse_patterns.py, sparse_stream.py and noise.py: masks, a stream in parts, gradients, rows of weights."""
+"""benchmarks/sparse_patterns.py, sparse_stream.py and noise.py: masks, a stream in parts, gradients, rows by hand."""
 
 import json
 import math

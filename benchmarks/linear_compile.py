@@ -12,32 +12,33 @@ from benchmarks import compiled
 from benchmarks.compiled import Case
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIZES = ((64, 64), (128, 128), (256, 256), (128, 256), (59, 111))  # D and Dv; Gated DeltaNet's own are (256, 256)
+SIZES = ((64, 64), (128, 128), (256, 256))  # D and Dv, each of them a column of the table; Gated DeltaNet has the last
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def cases(target: str, brief: bool = False):
-    """What the launchers ask for on a chip: with resets, and for two widths without, called "bare".
+    """What the launchers ask for on a chip: with resets, and at one width without, called "bare".
 
-    `brief` takes three widths alone, which are each line of the table once, and but for bfloat16 one width on one chip.
+    On "sm_90" also a width that is no power of two, float16, and float32, whose tiles are the same on every chip.
+    `brief` leaves out what is no line of the table.
     """
     from nondual.ops.linear_attention import triton as kernels
 
-    for label, sizes in (("bf16", SIZES), ("fp16", SIZES[:1]), ("fp32", SIZES[:3])):
-        for d, v in sizes:
-            if brief and ((d, v) not in SIZES[:3] or (label != "bf16" and (target != "sm_90" or d != 64))):
-                continue
-            for bare in (False, True):
-                if bare and (brief or label != "bf16" or (d, v) not in SIZES[:2]):
-                    continue
-                for name in kernels.KERNELS:
-                    chunk = kernels.CHUNK["float32" if label == "fp32" else "half"]
-                    config = kernels.configuration(name, target, d, v, DTYPES[label], chunk)
-                    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-                    function = getattr(kernels, f"{name}_kernel")
-                    constants = {"RESET": not bare, "D": d, "V": v} | config
-                    size = f"{name} D{d} Dv{v} {label}{' bare' if bare else ''}"
-                    yield Case(size, function, types(function, label), constants, warps, stages)
+    wanted = [("bf16", size, True) for size in SIZES]
+    if not brief:
+        wanted.append(("bf16", (128, 128), False))
+    if target == "sm_90":
+        wanted += [("fp16", (64, 64), True), ("fp32", (64, 64), True)]
+        wanted += [] if brief else [("bf16", (59, 111), True), ("fp32", (128, 128), True)]
+    for label, (d, v), reset in wanted:
+        for name in kernels.KERNELS:
+            chunk = kernels.CHUNK["float32" if label == "fp32" else "half"]
+            config = kernels.configuration(name, target, d, v, DTYPES[label], chunk)
+            warps, stages = config.pop("num_warps"), config.pop("num_stages")
+            function = getattr(kernels, f"{name}_kernel")
+            constants = {"RESET": reset, "D": d, "V": v} | config
+            size = f"{name} D{d} Dv{v} {label}{'' if reset else ' bare'}"
+            yield Case(size, function, types(function, label), constants, warps, stages)
 
 
 def types(kernel, label: str) -> dict[str, str]:

@@ -46,7 +46,7 @@ def drawn(
 
 def ours(given: dict[str, Tensor], impl: Impl = "triton"):
     """Outputs (B, N, H, Dv) and the last state, by our door."""
-    turned = {name: x.transpose(1, 2) for name, x in given.items()}
+    turned: dict[str, Any] = {name: x.transpose(1, 2) for name, x in given.items()}
     out, state = linear_attention(**turned, scale=given["q"].shape[-1] ** -0.5, impl=impl)
     return out.transpose(1, 2), state
 

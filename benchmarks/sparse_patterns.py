@@ -291,9 +291,8 @@ def influence(folder: Path, plays: tuple[str, ...], n: int, before: tuple[int, .
     for name in influence_patterns():
         rows = [kept(folder / f"gradient {name} {play}.json", gradients, name, play, n) for play in plays]
         found[name] = {key: [row[key] for row in rows] for key in rows[0] if key != "through"}
-        found[name]["gradient by distance, bins of 32"] = [
-            float(f"{mean(values):.4g}") for values in zip(*(row["through"] for row in rows))
-        ]
+        shares = [[x / sum(row["through"]) for x in row["through"]] for row in rows]
+        found[name]["share of the gradient, bins of 32"] = [round(mean(values), 5) for values in zip(*shares)]
         if name != "window 128":
             moved = [kept(folder / f"moved {name} {play}.json", replaced, name, play, n, before) for play in plays]
             found[name]["moved by a block"] = {key: [row[key] for row in moved] for key in moved[0]}

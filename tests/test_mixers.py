@@ -17,6 +17,7 @@ from nondual.efficient_attention.linear_attention import (
 )
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
+from nondual.efficient_attention.native_sparse_attention import NativeSparseAttention
 from nondual.efficient_attention.s4d import S4D
 from nondual.mixers import CachedMixer, as_before_if_raised, check_reset, check_takes, sequence_starts
 from nondual.ops import masks
@@ -37,8 +38,9 @@ MIXERS = {
     "delta rule": partial(DeltaNet, E, 3),
     "delta rule, negative too": partial(DeltaNet, E, 3, d_conv=0, beta_max=2.0),
     "gated delta rule": partial(GatedDeltaNet, E, 3, d_value=5),
+    "native sparse attention": partial(NativeSparseAttention, E, 4, n_kv_heads=2, block=2, selected=3, window=3),
 }
-PACKED = [name for name in MIXERS if name != "s4d"]
+PACKED = [name for name in MIXERS if name not in ("s4d", "native sparse attention")]
 STARTS = [[0, 4], [0, 1]]  # of the sequences packed in either row
 
 

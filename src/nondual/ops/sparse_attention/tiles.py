@@ -12,7 +12,8 @@ Symbols as in `nondual.ops.sparse_attention`; SHARE = H / G. The query heads tha
 q_i holds their rows one head after another, (B, G, SHARE · rows, D).
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.sparse_attention.block_mask import BlockMask
 
 MOST_QUERIES = 256  # that rows of tiles with one list are joined to
+MOST_GATHERED = 2**17  # numbers of the keys that are laid side by side at once: they should stay in a core's cache
 
 
 class Row(NamedTuple):
@@ -71,7 +73,9 @@ def walk(
                 mask, empty = _mask_of(added, of, high, last_wide)
                 mask = mask if mask is None else mask.repeat(q.shape[1] // k.shape[1], 1)
                 made = these
-            yield Row((batch, group, every, rows), tiles, columns[starts[first] : starts[first + 1]], mask, empty)
+            of_keys = columns[starts[first] : starts[first + 1]]
+            for at in parts(batch, group, k.shape[:2], len(tiles) * block_kv * k.shape[3], tiles):
+                yield Row((*at, every, rows), tiles, of_keys, mask, empty)
 
 
 # --8<-- [end:walk]
@@ -86,6 +90,20 @@ def joined(starts: list[int], listed: list[int], most: int) -> Iterator[tuple[in
             last += 1
         yield first, last
         first = last
+
+
+def parts(
+    batch: slice, group: slice, lead: Sequence[int], size: int, tiles: list[int]
+) -> Iterator[tuple[slice, slice]]:
+    """The sequences and key/value heads that share a row, at once where its keys lie side by side, else so few at a
+    time that the keys laid side by side, `size` numbers for each head, are not more than the cache holds."""
+    if tiles[-1] - tiles[0] == len(tiles) - 1:
+        yield batch, group
+        return
+    some = max(1, MOST_GATHERED // size)
+    for b in range(*batch.indices(lead[0])):
+        for g in range(*(group.indices(lead[1])[:2]), some):
+            yield slice(b, b + 1), slice(g, min(g + some, group.indices(lead[1])[1]))
 
 
 def _added_to_scores(tile_masks: Tensor, wide: torch.dtype) -> Tensor:
@@ -135,6 +153,7 @@ class Keys:
     def __init__(self, x: Tensor, block_kv: int):
         self.x, self.block_kv, held = x, block_kv, x.shape[2] // block_kv  # those that M does not cut
         self.held, self.tiles = held, x[:, :, : held * block_kv].unflatten(2, (held, block_kv)) if held else None
+        self.buffer = x.new_empty(0)  # new memory for each row would cost more than the copy
 
     def _side_by_side(self, row: Row) -> Tensor | None:
         """A view of a row's keys, where they lie so."""
@@ -150,7 +169,11 @@ class Keys:
         assert self.tiles is not None  # a list with a gap has a tile that M does not cut
         cut = row.listed[-1] >= self.held
         columns = row.columns[:-1] if cut else row.columns
-        found = self.tiles[row.at[:2]].index_select(2, columns).flatten(2, 3)
+        tiles = self.tiles[row.at[:2]]
+        shape = (*tiles.shape[:2], len(columns), *tiles.shape[3:])
+        if self.buffer.numel() < math.prod(shape):
+            self.buffer = self.x.new_empty(math.prod(shape))
+        found = torch.index_select(tiles, 2, columns, out=self.buffer[: math.prod(shape)].view(shape)).flatten(2, 3)
         return (
             torch.cat([found, self.x[*row.at[:2], self.held * self.block_kv :]], 2).to(wide) if cut else found.to(wide)
         )

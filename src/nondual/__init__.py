@@ -69,10 +69,19 @@ if TYPE_CHECKING:
     from nondual.data import shakespeare
     from nondual.decoder import Decoder
     from nondual.efficient_attention.flash_attention import FlashAttention
+    from nondual.efficient_attention.linear_attention import (
+        DeltaNet,
+        GatedDeltaNet,
+        GatedLinearAttention,
+        LinearAttention,
+        LinearAttentionMixer,
+        Retention,
+    )
     from nondual.efficient_attention.mamba import Mamba, MambaCache
     from nondual.efficient_attention.mamba2 import Mamba2
     from nondual.efficient_attention.native_sparse_attention import NativeSparseAttention
     from nondual.efficient_attention.s4d import S4D
+    from nondual.efficient_attention.sparse_attention import SparseAttention
     from nondual.efficient_attention.transformers_interface import register_with_transformers
     from nondual.encoder_decoder import EncoderDecoder
     from nondual.feed_forward import FeedForward, GatedFeedForward
@@ -85,8 +94,10 @@ if TYPE_CHECKING:
     from nondual.ops.attention import attention
     from nondual.ops.causal_conv1d import causal_conv1d
     from nondual.ops.flash_attention import flash_attention
+    from nondual.ops.linear_attention import linear_attention, linear_attention_step
     from nondual.ops.linear_recurrence import linear_recurrence
     from nondual.ops.selective_scan import selective_scan, selective_scan_step
+    from nondual.ops.sparse_attention import BlockMask, sparse_attention
     from nondual.ops.ssd import ssd, ssd_step
     from nondual.positional_encoding import LearnedPositions, Sinusoidal
     from nondual.pretrained import SentenceEncoder, load_mamba, load_mamba2, minilm, smollm2
@@ -108,16 +119,22 @@ __all__ = [
     "AdditiveAttention",
     "AttentionDecoder",
     "BahdanauDecoder",
+    "BlockMask",
     "CausalLM",
     "Decoder",
+    "DeltaNet",
     "Encoder",
     "EncoderDecoder",
     "FeedForward",
     "FlashAttention",
+    "GatedDeltaNet",
     "GatedFeedForward",
+    "GatedLinearAttention",
     "HybridLM",
     "KVCache",
     "LearnedPositions",
+    "LinearAttention",
+    "LinearAttentionMixer",
     "LocationAttention",
     "LuongDecoder",
     "Mamba",
@@ -129,11 +146,13 @@ __all__ = [
     "NativeSparseAttention",
     "Recurrent",
     "RelativeBias",
+    "Retention",
     "Rotary",
     "SelfAttention",
     "SentenceEncoder",
     "Seq2Seq",
     "Sinusoidal",
+    "SparseAttention",
     "TextEncoder",
     "TransformerLayer",
     "analysis",
@@ -151,6 +170,8 @@ __all__ = [
     "greedy",
     "kv_cache",
     "language_models",
+    "linear_attention",
+    "linear_attention_step",
     "linear_recurrence",
     "load_mamba",
     "load_mamba2",
@@ -171,6 +192,7 @@ __all__ = [
     "self_attention",
     "shakespeare",
     "smollm2",
+    "sparse_attention",
     "ssd",
     "ssd_step",
     "tasks",
@@ -189,11 +211,18 @@ _HOME = {
     "LuongDecoder": "attention_mechanism",
     "Seq2Seq": "attention_mechanism",
     "FlashAttention": "efficient_attention.flash_attention",
+    "DeltaNet": "efficient_attention.linear_attention",
+    "GatedDeltaNet": "efficient_attention.linear_attention",
+    "GatedLinearAttention": "efficient_attention.linear_attention",
+    "LinearAttention": "efficient_attention.linear_attention",
+    "LinearAttentionMixer": "efficient_attention.linear_attention",
+    "Retention": "efficient_attention.linear_attention",
     "Mamba": "efficient_attention.mamba",
     "MambaCache": "efficient_attention.mamba",
     "Mamba2": "efficient_attention.mamba2",
     "NativeSparseAttention": "efficient_attention.native_sparse_attention",
     "S4D": "efficient_attention.s4d",
+    "SparseAttention": "efficient_attention.sparse_attention",
     "register_with_transformers": "efficient_attention.transformers_interface",
     "KVCache": "kv_cache",
     "CausalLM": "language_models.causal",
@@ -203,9 +232,13 @@ _HOME = {
     "attention": "ops.attention",
     "causal_conv1d": "ops.causal_conv1d",
     "flash_attention": "ops.flash_attention",
+    "linear_attention": "ops.linear_attention",
+    "linear_attention_step": "ops.linear_attention",
     "linear_recurrence": "ops.linear_recurrence",
     "selective_scan": "ops.selective_scan",
     "selective_scan_step": "ops.selective_scan",
+    "BlockMask": "ops.sparse_attention",
+    "sparse_attention": "ops.sparse_attention",
     "ssd": "ops.ssd",
     "ssd_step": "ops.ssd",
     "LearnedPositions": "positional_encoding",

@@ -72,7 +72,9 @@ class PositiveRandomFeatures(nn.Module):
         rows = torch.randn(n_features, d_head, generator=draw, dtype=torch.float64)
         if orthogonal:
             blocks = torch.randn(-(-n_features // d_head), d_head, d_head, generator=draw, dtype=torch.float64)
-            directions = torch.linalg.qr(blocks).Q.flatten(0, 1)[:n_features]
+            Q, R = torch.linalg.qr(blocks)
+            Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # else some directions would be likelier than others
+            directions = Q.flatten(0, 1)[:n_features]
             rows = directions * rows.norm(dim=1, keepdim=True)  # orthogonal, and as long as independent ones
         self.register_buffer("rows", rows.to(torch.get_default_dtype()))
 

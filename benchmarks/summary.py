@@ -7,7 +7,7 @@ law          m pairs of random unit keys and random values go into a d x d state
              Beside it, how often the value is named rightly of 16.
 overwriting  one key is written twice with other writes between, and read; or once, with other writes after.
 parity       whether the ones are odd in number, trained on 32 bits, read to 256. The delta rule with eigenvalues of its
-             transition from 0 to 1 and from -1 to 1, Mamba-2 (0 to 1), LSTM and GRU.
+             transition from 0 to 1 and from -1 to 1, Mamba-2 (0 to 1), and LSTM.
 recall       values by their keys, with 2 to 64 pairs, for softmax attention and six states of one size; and for the
              delta rule with a smaller and a larger one.
 
@@ -63,7 +63,7 @@ UNLIKE = 0.1
 """How far above the sweep's the eight runs' mean may lie before the second-best rate is tried with them too."""
 ARMS = {
     "recall": ("softmax", "linear", "sum", "delta", "gated", "Mamba", "Mamba-2"),
-    "parity": ("delta", "delta 2", "LSTM", "GRU", "Mamba-2"),
+    "parity": ("delta", "delta 2", "LSTM", "Mamba-2"),
 }
 BY_WIDTH = ("delta, d = 8", "delta, d = 32")
 """Arms of recall with a smaller and a larger state than the others, and with fewer and more parameters."""

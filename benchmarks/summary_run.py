@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.recall_run import Batch, Reader, Recurrent, fitted, loss_of, lstm, size
+from benchmarks.recall_run import Batch, Reader, fitted, loss_of, lstm, size
 from benchmarks.record import keep
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
@@ -90,8 +90,6 @@ def mixer(arm: str) -> tuple[nn.Module, int]:
         return Mamba2(WIDTH, d_state=STATE, d_conv=1, expand=STATE / WIDTH, d_head=STATE), STATE**2
     if arm == "LSTM":
         return lstm(WIDTH, STATE), 2 * STATE
-    if arm == "GRU":
-        return Recurrent(WIDTH, nn.GRU(WIDTH, STATE, batch_first=True)), STATE
     rule = arm.removesuffix(" 2")
     most = 2.0 if arm.endswith(" 2") else 1.0
     held = {"softmax": 2 * STATE, "linear": STATE * (STATE + 1)}

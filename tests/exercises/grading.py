@@ -299,6 +299,31 @@ def check_effective_keys(effective_keys: Callable[..., Any]) -> None:
         raise NotYetError(f"over {m} keys, of which {zeros} have no weight, it is off by up to {off:.2g}")
 
 
+# --- linear attention ----------------------------------------------------------------------------------------------
+
+
+def check_overwrite(overwrite: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for length, beta in ((1.0, 1.0), (1.0, 0.5), (3.0, 1.0), (0.5, 0.25)):
+        state, value = torch.randn(5, 3), torch.randn(3)
+        key = length * torch.nn.functional.normalize(torch.randn(5), dim=0)
+        given = tensor("the result", overwrite(state.clone(), key.clone(), value.clone(), beta), (5, 3))
+        read = key @ state
+        right = state + torch.outer(key, beta * (value - read)) / key.square().sum()
+        if near(given, right):
+            continue
+        if near(given, state + torch.outer(key, value)) or near(given, state + beta * torch.outer(key, value)):
+            raise NotYetError("the value is added to what is there: write its difference from what the key reads")
+        if near(given, state + torch.outer(key, beta * (value - read))):
+            raise NotYetError(f"right for keys of length 1; with one of length {length} the key reads something else")
+        if near(given, right - 2 * (right - state)):
+            raise NotYetError("the sign is turned: the new value less what is read")
+        if near(key @ given, key @ right):
+            raise NotYetError("the key reads what it should, but keys at right angles to it read something else")
+        off = (key @ given - key @ right).abs().max().item()
+        raise NotYetError(f"with beta {beta} the key should read {(key @ right).tolist()}, and is off by {off:.2g}")
+
+
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
@@ -308,6 +333,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "attention_mechanism": {"read": check_read},
     "recurrent": {"forget_bias": check_forget_bias},
     "evolution": {"effective_keys": check_effective_keys},
+    "linear_attention": {"overwrite": check_overwrite},
 }
 
 

@@ -114,8 +114,20 @@ RIGHT = [
     ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
     ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1).exp()),
     ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
+    ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)) / (k @ k)),
+    ("linear_attention", "overwrite", lambda s, k, v, b: s + b * k[:, None] * (v - k @ s) / k.norm() ** 2),
 ]
 WRONG = [
+    ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, v), "the value is added to what is there"),
+    ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)), "one of length 3.0"),
+    ("linear_attention", "overwrite", lambda s, k, v, b: s - torch.outer(k, b * (v - k @ s)) / (k @ k), "the sign is"),
+    (
+        "linear_attention",
+        "overwrite",
+        lambda s, k, v, b: torch.outer(k, b * v + (1 - b) * k @ s) / (k @ k),
+        "keys at right angles to it read something else",
+    ),
+    ("linear_attention", "overwrite", lambda s, k, v, b: s, "the key should read"),
     ("self_attention", "largest", largest(q=0.0), "every number gets the same weight"),
     ("self_attention", "largest", largest(q=-1000.0), "the smallest comes out: turn the sign"),
     ("self_attention", "largest", largest(q=1.0), "2.560 comes out, since the largest has a share of 68%"),

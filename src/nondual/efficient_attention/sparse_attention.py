@@ -109,6 +109,7 @@ class Pattern:
         return _block_mask(self, n, n if m is None else m, block, torch.device(device or "cpu"))
 
 
+@torch.compiler.disable  # its loop over rows of tiles would be unrolled
 @functools.lru_cache(maxsize=32)
 def _block_mask(pattern: Pattern, n: int, m: int, block: int | tuple[int, int], device: torch.device) -> BlockMask:
     return BlockMask.from_predicate(
@@ -277,7 +278,7 @@ def sinks(count: int) -> Pattern:
     """
     _at_least_one(count=count)
     return _pattern(
-        f"sinks({count})", lambda q, k, _: (k < count).expand(len(q), -1), lambda first, last, _: [(0, count)], True
+        f"sinks({count})", lambda q, k, _: (k < count).expand(q.shape[0], -1), lambda first, last, _: [(0, count)], True
     )
 
 

@@ -2,7 +2,7 @@
 
 Three parts, each on Shakespeare's plays:
 
-    patterns   the loss on stretches of 2,048 tokens under windows, strides, fixed columns, blocks and random blocks,
+    patterns   the loss on stretches of 2,048 tokens under windows, strides, blocks and random blocks,
                each alone and with the first four tokens kept (sinks), beside full causal attention on the same
                stretches; and a control of the sinks: four other tokens kept instead
     stream     a text far longer than any window, read once from end to end: see sparse_stream.py
@@ -57,11 +57,6 @@ def strided(stride: int) -> Predicate:
     return lambda i, j: (i - j < stride) | ((i - j) % stride == 0)
 
 
-def fixed(stride: int, summary: int) -> Predicate:
-    """The query's own block, and the last `summary` keys of every block (the same paper)."""
-    return lambda i, j: (i // stride == j // stride) | (j % stride >= stride - summary)
-
-
 def blocks(size: int) -> Predicate:
     """The query's own block alone."""
     return lambda i, j: i // size == j // size
@@ -106,7 +101,6 @@ def families(seed: int) -> dict[str, Predicate]:
         "window 256": window(256),
         "window 512": window(512),
         "strided 248": strided(248),
-        "fixed 256, 32": fixed(256, 32),
         "blocks 512": blocks(512),
         "window 128, 2 random blocks of 64": either(window(128), random_blocks(64, 2, seed)),
     }
@@ -223,8 +217,8 @@ REPLACED = 16
 
 
 def influence_patterns() -> dict[str, Predicate]:
-    """Full attention, and a window of NARROW with sinks and without."""
-    names = ("full", "window 128", f"window 128, {SINKS} sinks")
+    """Full attention, and a window of NARROW with sinks."""
+    names = ("full", f"window {NARROW}, {SINKS} sinks")
     return {name: patterns()[name] for name in names}
 
 
@@ -293,9 +287,8 @@ def influence(folder: Path, plays: tuple[str, ...], n: int, before: tuple[int, .
         found[name] = {key: [row[key] for row in rows] for key in rows[0] if key != "through"}
         shares = [[x / sum(row["through"]) for x in row["through"]] for row in rows]
         found[name]["share of the gradient, bins of 32"] = [round(mean(values), 5) for values in zip(*shares)]
-        if name != "window 128":
-            moved = [kept(folder / f"moved {name} {play}.json", replaced, name, play, n, before) for play in plays]
-            found[name]["moved by a block"] = {key: [row[key] for row in moved] for key in moved[0]}
+        moved = [kept(folder / f"moved {name} {play}.json", replaced, name, play, n, before) for play in plays]
+        found[name]["moved by a block"] = {key: [row[key] for row in moved] for key in moved[0]}
         print(name, found[name], flush=True)
     return found
 

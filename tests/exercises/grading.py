@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from nondual.attention_mechanism import additive_scores, attend
+from nondual.efficient_attention.sparse_attention import reach
+from nondual.ops import masks
 from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.selective_scan import selective_scan
@@ -299,6 +301,29 @@ def check_effective_keys(effective_keys: Callable[..., Any]) -> None:
         raise NotYetError(f"over {m} keys, of which {zeros} have no weight, it is off by up to {off:.2g}")
 
 
+# --- sparse attention ----------------------------------------------------------------------------------------------
+
+
+def check_two_layers(two_layers: Callable[..., Any]) -> None:
+    for n in (1, 2, 16, 50, 121):
+        mask, most = two_layers(n), math.isqrt(4 * n) + 2
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            raise NotYetError(f"the mask should be boolean, and is {mask.dtype}: compare, or use .bool()")
+        mask = tensor("the mask", mask, (n, n))
+        if mask.triu(1).any():
+            row, column = mask.triu(1).nonzero()[0].tolist()
+            raise NotYetError(f"of {n} positions, position {row} sees position {column}, which comes after it")
+        row = int(mask.sum(1).argmax())
+        if int(mask[row].sum()) > most:
+            raise NotYetError(
+                f"of {n} positions, position {row} sees {int(mask[row].sum())} keys, and {most} are allowed"
+            )
+        missed = masks.causal(n) & ~reach(mask, 2)
+        if missed.any():
+            row, column = missed.nonzero()[-1].tolist()
+            raise NotYetError(f"of {n} positions, {int(missed.sum())} pairs are not reached, as {row} from {column}")
+
+
 # --- linear attention ----------------------------------------------------------------------------------------------
 
 
@@ -334,6 +359,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "recurrent": {"forget_bias": check_forget_bias},
     "evolution": {"effective_keys": check_effective_keys},
     "linear_attention": {"overwrite": check_overwrite},
+    "sparse_attention": {"two_layers": check_two_layers},
 }
 
 

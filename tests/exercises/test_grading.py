@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nondual.efficient_attention.sparse_attention import blocks, fixed, local, strided
+from nondual.ops import masks
 from nondual.ops.selective_scan import selective_scan
 
 ROOT = Path(__file__).parent.parent.parent
@@ -116,6 +118,8 @@ RIGHT = [
     ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)) / (k @ k)),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + b * k[:, None] * (v - k @ s) / k.norm() ** 2),
+    ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n)).mask(n)),
+    ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, v), "the value is added to what is there"),
@@ -181,6 +185,11 @@ WRONG = [
     ("recurrent", "forget_bias", lambda share, steps: logit(share), "this keeps 0.5 after one step"),
     ("recurrent", "forget_bias", lambda share, steps: logit(1 - (1 - share) / steps), "the gates multiply"),
     ("recurrent", "forget_bias", lambda share, steps: 1.0, "a bias of 1 keeps 0.0436 after 10 steps, where 0.5 is"),
+    ("sparse_attention", "two_layers", lambda n: local(math.isqrt(n) + 1).mask(n), "pairs are not reached, as 15 from"),
+    ("sparse_attention", "two_layers", lambda n: masks.causal(n), "position 15 sees 16 keys, and 10 are allowed"),
+    ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n), causal=False).mask(n), "which comes after it"),
+    ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n)).mask(n).int(), "the mask should be boolean"),
+    ("sparse_attention", "two_layers", lambda n: blocks(max(2, math.isqrt(n))).mask(n), "pairs are not reached"),
     ("evolution", "effective_keys", lambda a: (-a * a.log()).sum(-1).exp(), "a weight of 0 gives NaN"),
     ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1), "this is the entropy H itself"),
     ("evolution", "effective_keys", lambda a: (torch.special.entr(a) / math.log(2)).sum(-1).exp(), "H is in bits"),

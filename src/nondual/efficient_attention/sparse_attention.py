@@ -135,7 +135,6 @@ def _at_least_one(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer of 1 or more, got {size!r}")
 
 
-# --8<-- [start:patterns]
 def local(window: int, *, dilation: int = 1, causal: bool = True) -> Pattern:
     """The last `window` keys, the query's own included; with a dilation d only every d-th.
 
@@ -177,9 +176,12 @@ def strided(stride: int, *, causal: bool = True) -> Pattern:
     """
     _at_least_one(stride=stride)
 
+    # --8<-- [start:strided]
     def allowed(q: Tensor, k: Tensor, _: int) -> Tensor:
         apart = (q - k).abs()
         return (apart < stride) | (apart % stride == 0)
+
+    # --8<-- [end:strided]
 
     def spans(first: int, last: int, _: int) -> list[tuple[int, int]]:
         if last - first >= stride - 1:
@@ -214,9 +216,6 @@ def fixed(stride: int, summary: int = 1, *, causal: bool = True) -> Pattern:
         return [(first // stride * stride, last + 1), *((end - summary, end) for end in ends)]
 
     return _pattern(f"fixed({stride}, {summary})", allowed, spans, causal)
-
-
-# --8<-- [end:patterns]
 
 
 def blocks(size: int, *, causal: bool = True) -> Pattern:
@@ -447,11 +446,13 @@ def reach(mask: Bool[Tensor, "n n"] | BlockMask, layers: int) -> Bool[Tensor, "n
     step = _step(mask)
     if layers < 0:
         raise ValueError(f"layers must be 0 or more, got {layers}")
+    # --8<-- [start:reach]
     result = torch.eye(len(step), device=step.device)
-    while layers:  # by squaring
+    while layers:  # by squaring: step is the power of mask | I that two, four, ... layers give
         if layers % 2:
             result = (result @ step > 0).float()
         step, layers = (step @ step > 0).float(), layers // 2
+    # --8<-- [end:reach]
     return result > 0
 
 

@@ -49,7 +49,6 @@ class Row(NamedTuple):
     empty: Tensor | None
 
 
-# --8<-- [start:walk]
 def walk(
     q: Tensor, k: Tensor, row_start: Tensor, columns: Tensor, row_kinds: Tensor, tile_masks: Tensor, wide: torch.dtype
 ) -> Iterator[Row]:
@@ -76,9 +75,6 @@ def walk(
             of_keys = columns[starts[first] : starts[first + 1]]
             for at in parts(batch, group, k.shape[:2], len(tiles) * block_kv * k.shape[3], tiles):
                 yield Row((*at, every, rows), tiles, of_keys, mask, empty)
-
-
-# --8<-- [end:walk]
 
 
 def joined(starts: list[int], listed: list[int], most: int) -> Iterator[tuple[int, int]]:
@@ -249,13 +245,16 @@ def forward(
     q, k, v = _equally_wide(q, k, v)
     q, keys, values = _by_group(q, groups), Keys(k, block_kv), Keys(v, block_kv)
     with autocast_off(q.device.type):
+        # --8<-- [start:rows]
         for row in walk(out, k, row_start, columns, row_kinds, tile_masks, wide):
-            k_i, v_i = keys.take(row, wide), values.take(row, wide)
-            out_i, lse_i = _attend(_folded(q, row, wide), k_i, v_i, row.mask, scale)
+            q_i = _folded(q, row, wide)  # (B, G, SHARE · rows, D)
+            k_i, v_i = keys.take(row, wide), values.take(row, wide)  # those in its list
+            out_i, lse_i = _attend(q_i, k_i, v_i, row.mask, scale)
             _store(out_of, row, out_i)
             _store(lse_of, row, lse_i[..., None])
-            if row.empty is not None:
+            if row.empty is not None:  # queries that may attend to nothing
                 lse_of[row.at].masked_fill_(row.empty[:, None], -torch.inf)
+        # --8<-- [end:rows]
     return out, lse
 
 

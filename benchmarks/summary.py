@@ -14,7 +14,7 @@ recall       values by their keys, with 2 to 64 pairs, for softmax attention and
 The first two train nothing. benchmarks/summary_run.py describes the others: arms of one frame that differ in the rule.
 Each arm is trained to the end at every rate of a grid with one seed, and at rates beyond it where the best is at the
 edge. Of recall the rate with the lowest training loss is taken, of parity that with the lowest loss on new rows of 64.
-At that rate it is trained with eight other seeds. Where their mean is more than 0.1 worse than the sweep's seed, the
+At that rate it is trained with eight other seeds. Where their mean is more than 0.3 worse than the sweep's seed, the
 second-best rate is tried with the same eight as well, and the better is reported. A seed fixes the batches, so that
 arms are paired by it.
 
@@ -59,7 +59,7 @@ from nondual.store import cache_folder
 SWEEP_SEED, SEEDS = 0, tuple(range(1, 9))
 RATES = (3e-3, 1e-2, 3e-2)
 STEPS = {"recall": 1200, "parity": 600}
-UNLIKE = 0.1
+UNLIKE = 0.3
 """How far above the sweep's the eight runs' mean may lie before the second-best rate is tried with them too."""
 ARMS = {
     "recall": ("softmax", "linear", "sum", "delta", "gated", "Mamba", "Mamba-2"),

@@ -19,8 +19,8 @@ MORE = (("bf16", 128, (16, 16)), ("bf16", 111, TILES[0]), *(("fp32", d, TILES[0]
 def cases(target: str, brief: bool = False) -> Iterator[Case]:
     """Every kernel for heads of 64, 128 and 256 in bfloat16, and for one chip what more the launchers can ask for.
 
-    Heads of 111 stand for those that no power of two holds; float16 is compiled as bfloat16 is, and float32 has the same
-    blocks on every chip. delta is flash attention's own kernel, and stands in its report.
+    Heads of 111 stand for those that no power of two holds; float16 is compiled as bfloat16 is, and float32 has the
+    same blocks on every chip. delta is flash attention's own kernel, and stands in its report.
     """
     usual = [("bf16", d, tile) for d in (64, 128, 256) for tile in TILES]
     wanted = [*usual, *(MORE if target == "sm_90" else ())]

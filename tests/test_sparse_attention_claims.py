@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -53,7 +54,30 @@ def test_a_cache_of_all_keys_grows_with_the_stream_and_a_state_does_not():
     assert sizes["attention"] == [128, 256, 384, 512] and len(set(sizes["Mamba"])) == 1
 
 
-# --- D4: redistributed and not selected --------------------------------------------------------------------------------
+@pytest.mark.claim("C5", "holds if")
+def test_on_a_stream_a_window_alone_predicts_badly_and_the_first_tokens_mend_most_of_it_in_constant_memory():
+    stream = stored("sparse_patterns.json")["stream"]
+    change, arms, blocks = stream["differences, second half"], stream["arms"], stream["length"] // stream["block"]
+    assert change["window less full"]["interval"][0] > 0.2 and change["sinks less window"]["interval"][1] < -0.2
+    assert change["window less afresh"]["interval"][0] > 0.2  # so it is not the lost context
+    assert -0.2 < change["full less afresh"]["interval"][0] and change["full less afresh"]["interval"][1] < 0
+    for window, sinks in zip(arms["window"]["nats by bin"], arms["sinks"]["nats by bin"], strict=True):
+        assert all(mean(sinks[i : i + 8]) < mean(window[i : i + 8]) for i in range(0, len(window), 8))
+    kept = {name: arms[name]["bytes by block"] for name in ("window", "sinks", "full")}
+    assert len(set(kept["window"])) == len(set(kept["sinks"])) == 1
+    assert kept["full"] == [kept["full"][0] * (i + 1) for i in range(blocks)]
+    assert kept["full"][-1] > 30 * kept["sinks"][-1]
+
+
+@pytest.mark.claim("C5", "holds if")
+def test_a_state_reads_on_far_past_its_training_as_well_as_at_its_beginning():
+    for row in stored("sparse_patterns.json")["stream"]["mamba"].values():
+        assert len(row["bytes"]) == 1 and abs(row["carried less anew"]) < 0.005
+        bits, half = row["carried bits"], len(row["carried bits"]) // 2
+        assert len(bits) == 24 and abs(mean(bits[half:]) - mean(bits[:half])) < 0.01
+
+
+# --- D4: redistributed and not selected ------------------------------------------------------------------------------
 
 
 @pytest.mark.claim("D4", "holds if")

@@ -329,6 +329,15 @@ def test_what_is_left_out_has_no_influence_in_one_layer_and_some_through_several
     inside = window.mask(n).expand_as(weights[0])
     assert (weights[0] >= weights[1] - 1e-7)[inside].all() and not weights[0][~inside].any()
 
+    run = json.loads((MEASURED / "sparse_patterns.json").read_text())["figures"]["influence"]  # in SmolLM2
+    full, narrow = run["full"], run["window 128, 4 sinks"]
+    assert (
+        not any(narrow["one layer: outside the pattern, moved"])
+        and min(narrow["places past the window with influence"]) > 600
+    )
+    assert 0.05 < max(narrow["share past the window"]) < min(full["share past the window"])
+    assert max(narrow["moved by a block"]["352"]) < 0.1 * min(full["moved by a block"]["352"])
+
 
 def test_a_window_by_the_op_is_flash_attentions():
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))

@@ -9,7 +9,7 @@ overwriting  one key is written twice with other writes between, and read; or on
 parity       whether the ones are odd in number, trained on 32 bits, read to 256. The delta rule with eigenvalues of its
              transition from 0 to 1 and from -1 to 1, Mamba-2 (0 to 1), and LSTM.
 recall       values by their keys, with 2 to 64 pairs, for softmax attention and six states of one size; and for the
-             delta rule with a smaller one.
+             delta rule with a smaller and a larger one.
 
 The first two train nothing. benchmarks/summary_run.py describes the others: arms of one frame that differ in the rule.
 Each arm is trained to the end at every rate of a grid with one seed, and at rates beyond it where the best is at the
@@ -65,8 +65,8 @@ ARMS = {
     "recall": ("softmax", "linear", "sum", "delta", "gated", "Mamba", "Mamba-2"),
     "parity": ("delta", "delta 2", "LSTM", "Mamba-2"),
 }
-BY_WIDTH = ("delta, d = 8",)
-"""An arm of recall with a smaller state than the others, and with fewer parameters."""
+BY_WIDTH = ("delta, d = 8", "delta, d = 32")
+"""Arms of recall with a smaller and a larger state than the others, and with fewer and more parameters."""
 WIDTHS, SHARES = (16, 64, 128), (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)
 """Of the law: the widths d, and the numbers of pairs over d."""
 DRAWS, NAMES = 64, 16

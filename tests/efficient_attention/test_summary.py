@@ -148,11 +148,16 @@ def test_trained_states_of_one_size_lose_pairs_that_softmax_attention_keeps(meas
         arm: [mean(run["right"][i] for run in found["runs"]) for i in range(len(settings["tested_on"]))]
         for arm, found in recall["arms"].items()
     }
+    at_d = settings["tested_on"].index(settings["d"])
+    percent = {arm: (round(100 * right[arm][at_d]), round(100 * right[arm][-1])) for arm in ("sum", "delta")}
+    assert percent == {"sum": (96, 58), "delta": (95, 56)}  # as the ledger says
     assert min(right.pop("softmax")) > 0.99
     for arm, curve in right.items():
         difference = recall["differences"][f"{arm} less softmax"][last]
         assert curve[-1] < curve[0] - 0.2 and difference["interval"][1] < -0.2
         assert len(difference["each"]) == 8
+    by_width = [mean(run["right"][at_d] for run in found["runs"]) for found in recall["by_width"].values()]
+    assert by_width[0] < right["delta"][at_d] - 0.2 and by_width[-1] > right["delta"][at_d]  # 8 and 32 rows
     sizes = [found["parameters"] for found in recall["arms"].values()]
     assert max(sizes) < 1.07 * min(sizes)
 

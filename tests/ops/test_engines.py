@@ -20,9 +20,10 @@ from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
+from nondual.ops.sparse_attention import BlockMask, sparse_attention
 from nondual.ops.ssd import ssd
 
-KERNELS = {"nondual::flash_attention", "nondual::selective_scan", "nondual::ssd"}
+KERNELS = {"nondual::flash_attention", "nondual::selective_scan", "nondual::sparse_attention", "nondual::ssd"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_AND_SINGLE = DTYPES[:3]
 
@@ -95,6 +96,12 @@ def dual(p: int = 8, n: int = 8, length: int = 5, dtype=torch.float32, device="c
     return x, x[..., 0], numbers(4, dtype=torch.float32, device=device), B, B
 
 
+def listed(d: int = 8, dv: int = 8, tile: int = 16, dtype=torch.float32, device="cuda"):
+    """Queries, keys, values, and a mask with one tile."""
+    mask = BlockMask.from_mask(torch.ones(5, 5, dtype=torch.bool), tile)
+    return *heads(d, dv, dtype=dtype, device=device), mask.to("cpu" if device == "cpu" else "meta")
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The kernels are not interpreted, as on a machine with a GPU."""
@@ -105,6 +112,7 @@ def compiled(monkeypatch):
 OPERATIONS = {
     "flash_attention": (flash_attention, heads),
     "selective_scan": (selective_scan, scanned),
+    "sparse_attention": (sparse_attention, listed),
     "ssd": (ssd, dual),
 }
 
@@ -154,6 +162,21 @@ def test_selective_scan_elsewhere():
         assert engine(selective_scan, *scanned(dtype=dtype, device="meta")) == "torch"
     assert engine(selective_scan, *scanned(device="cpu"), discretization="zoh") == "torch"
     assert engine(selective_scan, *scanned(length=0, device="cpu")) == "torch"
+
+
+def test_sparse_attention_on_a_gpu(compiled):
+    """The kernels for half and single precision, heads of up to 256, tiles of multiples of 16; else rows of tiles."""
+    with OnAGpu():
+        for dtype, d, dv in product(DTYPES, (8, 256, 257), (8, 257)):
+            expected = "triton" if dtype in HALF_AND_SINGLE and max(d, dv) <= 256 else "torch"
+            assert engine(sparse_attention, *listed(d, dv, dtype=dtype)) == expected, (dtype, d, dv)
+        assert engine(sparse_attention, *listed(tile=32), return_lse=True) == "triton"
+        assert engine(sparse_attention, *listed(tile=24)) == "torch"
+
+
+def test_sparse_attention_elsewhere():
+    for dtype, device in product(DTYPES, ("cpu", "meta")):
+        assert engine(sparse_attention, *listed(dtype=dtype, device=device)) == "torch"
 
 
 def test_ssd_on_a_gpu(compiled):
@@ -261,6 +284,10 @@ def test_under_torchs_transforms_auto_takes_plain_torch(name, transform, device)
     (ssd, lambda: dual(n=257), {}, "256.*got .*257"),
     (ssd, dual, {"chunk": 48}, "chunk must be one of .*got 48"),
     (ssd, lambda: dual(device="cpu", dtype=torch.bfloat16), {}, "interpreter"),
+    (sparse_attention, lambda: listed(dtype=torch.float64), {}, "float16, bfloat16 or float32 .*got torch.float64"),
+    (sparse_attention, lambda: listed(dv=257), {}, "v must be at most 256 wide .*got 257"),
+    (sparse_attention, lambda: listed(tile=24), {}, "tiles of multiples of 16 .*got 24 x 24"),
+    (sparse_attention, lambda: listed(device="cpu", dtype=torch.bfloat16), {}, "interpreter"),
 ])  # fmt: skip
 def test_the_kernels_asked_for_by_name_say_what_they_do_not_hold(operation, arguments, options, says, monkeypatch):
     """What "auto" passes over without a word, and another engine takes, is one sentence here."""
@@ -316,5 +343,5 @@ def test_without_triton_auto_takes_what_is_there(pytestconfig):
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.splitlines() == [
         "flash_attention sdpa", "flash_attention True", "selective_scan torch", "selective_scan True",
-        "ssd torch", "ssd True", "True",
+        "sparse_attention torch", "sparse_attention True", "ssd torch", "ssd True", "True",
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from nondual.ops.flash_attention import flash_attention
 from nondual.ops.linear_attention import linear_attention, linear_attention_step
 from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
+from nondual.ops.sparse_attention import BlockMask, sparse_attention
 from nondual.ops.ssd import ssd, ssd_step
 
 pytestmark = pytest.mark.timeout(600)  # a minute of one core, on a busy machine
@@ -169,6 +170,19 @@ CASES["flash_attention, triton, decoding"] = (
     torch.no_grad()(partial(flash_attention, impl="triton", return_lse=True)),  # its backward is that of any other
     lambda: qkv(heads=2, groups=1, n=1, m=521),
 )
+for impl in ("reference", "tiles", "triton"):
+    tile = 16 if impl == "triton" else (2, 3)
+    CASES[f"sparse_attention, {impl}"] = (
+        partial(
+            sparse_attention,
+            block_mask=BlockMask.from_mask(
+                masks.sliding_window(N, M, window=3) | masks.causal(N, M).tril(-1)[:, :1], tile
+            ),
+            impl=impl,
+            return_lse=True,
+        ),
+        qkv,
+    )
 for impl in ("reference", "cpu", "triton"):
     CASES[f"selective_scan, {impl}"] = (partial(scan, impl=impl), partial(scanned, 2))
     CASES[f"selective_scan, {impl}, constant B and C"] = (partial(scan, impl=impl), partial(scanned, None))

@@ -3,14 +3,15 @@
 SmolLM2 reads by blocks and keeps keys and values of
 
     window          the last 256 tokens
-    sinks           those, and the first four tokens (Xiao et al. 2023, 2309.17453). Positions are counted in the text;
-                    the paper counts them in what is kept, so that the first four never lie farther back than the window
+    sinks           those, and the first four tokens; positions are counted in the text
+    sinks in place  the same; positions are counted in what is kept, so that the first four never lie farther back than
+                    the window is long (Xiao et al. 2023, 2309.17453, section 3.2)
     full            every token
     afresh          nothing: each block is read anew with the 256 tokens before it, as at the beginning of a text
 
-SmolLM2's weights and what it keeps are in bfloat16, softmax and losses in float32. In the first three a token's keys
-and values are made once, when it is read, and depend on what it then saw: exactly what the whole text under the mask of
-the pattern gives. A small Mamba (benchmarks/speak.py), trained on windows of 256 characters, reads the same plays by
+SmolLM2's weights and what it keeps are in bfloat16, softmax and losses in float32. In the first four a token's keys and
+values are made once, when it is read, and depend on what it then saw: exactly what the whole text under the mask of the
+pattern gives. A small Mamba (benchmarks/speak.py), trained on windows of 256 characters, reads the same plays by
 character and keeps a state; its control begins anew every 256 characters with the 256 before them.
 """
 
@@ -38,6 +39,7 @@ WINDOW, SINKS, BLOCK, BIN = 256, 4, 256, 128
 ARMS: dict[str, dict[str, Any]] = {
     "window": {"window": WINDOW},
     "sinks": {"window": WINDOW, "sinks": SINKS},
+    "sinks in place": {"window": WINDOW, "sinks": SINKS, "in_place": True},
     "full": {"window": None},
 }
 HELD_OUT, CHARACTERS, TRAINED = ("macbeth", "the-tempest"), 98_304, 256
@@ -53,10 +55,11 @@ class Stream:
         rotary: how queries and keys are turned.
         window: how many keys a query sees, its own included; all where None.
         sinks: how many of the first tokens every query sees besides.
+        in_place: count positions in what is kept, for the sinks; in the text otherwise.
     """
 
-    def __init__(self, rotary: Rotary, window: int | None, sinks: int = 0):
-        self.rotary, self.window, self.sinks = rotary, window, sinks
+    def __init__(self, rotary: Rotary, window: int | None, sinks: int = 0, in_place: bool = False):
+        self.rotary, self.window, self.sinks, self.in_place = rotary, window, sinks, in_place
         self.read = 0
         self.kept: tuple[Tensor, ...] = ()
 
@@ -83,6 +86,11 @@ class Stream:
         scores = (turned @ k.repeat_interleave(groups, 1).mT).float()
         scores = scores.masked_fill((j > i) | (j <= i - self.window), -math.inf)
         if self.sinks:
+            if self.in_place:  # a full cache ends at this position
+                end = self.sinks + self.window - 1
+                standing = self.rotary.turn(q.transpose(1, 2).reshape(n, -1, 1, q.shape[3]), end)
+                standing = standing.reshape(1, n, -1, q.shape[3]).transpose(1, 2)
+                turned = torch.where(i < end, turned, standing)
             far = (turned @ first_k.repeat_interleave(groups, 1).mT).float()
             far = far.masked_fill(torch.arange(self.sinks) > i - self.window, -math.inf)
             scores = torch.cat([far, scores], -1)
@@ -222,7 +230,8 @@ def measure(folder: Path, tiny: bool, tokens: Callable[[str], Tensor], model: Ca
             mean(x for x, y in list(zip(*row))[len(row[0]) // 2 :] if x is not None and y is not None) for row in rows
         ]
 
-    pairs = [("window", "full"), ("sinks", "full"), ("sinks", "window"), *((arm, "afresh") for arm in ARMS)]
+    pairs = [("window", "full"), ("sinks", "full"), ("sinks in place", "full"), ("sinks", "window")]
+    pairs += [("sinks in place", "sinks"), *((arm, "afresh") for arm in ARMS)]
     characters = 8192 if tiny else CHARACTERS
     return {
         "streams": list(streams),

@@ -17,6 +17,7 @@ from benchmarks.sparse_stream import Stream, in_bins, read
 from nondual.efficient_attention import sparse_attention as ours
 from nondual.efficient_attention.sparse_attention import SparseAttention
 from nondual.language_models.causal import CausalLM
+from nondual.ops.attention import attention
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import FeedForward, TransformerLayer
@@ -104,6 +105,21 @@ def test_a_stream_gives_what_the_whole_text_gives_under_the_mask(model, monkeypa
             assert kept == [2 * 2 * 2 * 6 * 8 * block * (i + 1) for i in range(len(kept))]
     mixer = model.layers[0].mixer
     assert isinstance(mixer.positions, Rotary) and not isinstance(mixer.op, Stream)
+
+
+def test_positions_counted_in_the_cache_are_those_of_streaming_attention():
+    draw = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, h, 40, 8, generator=draw) for h in (4, 2, 2))
+    rotary, w, sinks = Rotary(8), 7, 3
+    stream = Stream(rotary, w, sinks, in_place=True)
+    parts = [stream(*(x[:, :, a:b] for x in (q, k, v))) for a, b in ((0, 9), (9, 10), (10, 31), (31, 40))]
+    out = torch.cat(parts, 2)
+    for i in range(40):
+        held = [j for j in range(i + 1) if j < sinks or i - j < w]
+        places = held if i < w + sinks else list(range(len(held)))  # in the cache, once it is full
+        turned = torch.stack([rotary.turn(k[:, :, j : j + 1], p)[:, :, 0] for j, p in zip(held, places)], 2)
+        query = rotary.turn(q[:, :, i : i + 1], places[-1])
+        torch.testing.assert_close(out[:, :, i : i + 1], attention(query, turned, v[:, :, held]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_block_read_afresh_sees_the_window_before_it(model, monkeypatch):

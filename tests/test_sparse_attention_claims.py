@@ -60,11 +60,14 @@ def test_on_a_stream_a_window_alone_predicts_badly_and_the_first_tokens_mend_mos
     change, arms, blocks = stream["differences, second half"], stream["arms"], stream["length"] // stream["block"]
     assert change["window less full"]["interval"][0] > 0.2 and change["sinks less window"]["interval"][1] < -0.2
     assert change["window less afresh"]["interval"][0] > 0.2  # so it is not the lost context
+    behind = change["sinks in place less full"]  # with positions counted in what is kept
+    assert 0 < behind["interval"][0] and behind["interval"][1] < 0.3
     assert -0.2 < change["full less afresh"]["interval"][0] and change["full less afresh"]["interval"][1] < 0
-    for window, sinks in zip(arms["window"]["nats by bin"], arms["sinks"]["nats by bin"], strict=True):
-        assert all(mean(sinks[i : i + 8]) < mean(window[i : i + 8]) for i in range(0, len(window), 8))
-    kept = {name: arms[name]["bytes by block"] for name in ("window", "sinks", "full")}
-    assert len(set(kept["window"])) == len(set(kept["sinks"])) == 1
+    for name in ("sinks", "sinks in place"):
+        for window, sinks in zip(arms["window"]["nats by bin"], arms[name]["nats by bin"], strict=True):
+            assert all(mean(sinks[i : i + 8]) < mean(window[i : i + 8]) for i in range(0, len(window), 8))
+    kept = {name: arms[name]["bytes by block"] for name in ("window", "sinks", "sinks in place", "full")}
+    assert all(len(set(kept[name])) == 1 for name in kept if name != "full")
     assert kept["full"] == [kept["full"][0] * (i + 1) for i in range(blocks)]
     assert kept["full"][-1] > 30 * kept["sinks"][-1]
 

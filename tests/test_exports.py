@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from nondual.efficient_attention.flash_attention import FlashAttention
+from nondual.efficient_attention.sparse_attention import SparseAttention, local, sinks
 from nondual.ops import masks
 from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
@@ -85,6 +86,11 @@ PROGRAMS = {
     "flash, window": (Call(flash_attention, window=3), qkv, [{2: a} for a in SAME]),
     "multi-head, causal": (Call(MultiHeadAttention(12, 4, n_kv_heads=2), causal=True), vectors, [{1: "n"}]),
     "multi-head, flash": (Call(MultiHeadAttention(12, 4, op=FlashAttention(window=3))), vectors, [{1: "n"}]),
+    "multi-head, sparse": (
+        Call(MultiHeadAttention(12, 4, op=SparseAttention(local(3) | sinks(1)))),
+        vectors,
+        [{1: "n"}],
+    ),
     "multi-head, rotary": (Call(MultiHeadAttention(12, 2, positions=Rotary(6)), causal=True), vectors, [{1: "n"}]),
     "multi-head, bias": (Call(frozen(MultiHeadAttention(12, 4, positions=RelativeBias(4)))), vectors, [{1: "n"}]),
     "encoder": (Encoder(12, 3, 29, n_layers=2), vectors, [{1: "n"}]),

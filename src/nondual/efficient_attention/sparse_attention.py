@@ -17,7 +17,7 @@ All look back only, unless made with causal=False. The operation over the tiles 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -109,9 +109,8 @@ class Pattern:
         return _block_mask(self, n, n if m is None else m, block, torch.device(device or "cpu"))
 
 
-@torch.compiler.disable  # its loop over rows of tiles would be unrolled
 @functools.lru_cache(maxsize=32)
-def _block_mask(pattern: Pattern, n: int, m: int, block: int | tuple[int, int], device: torch.device) -> BlockMask:
+def _made_once(pattern: Pattern, n: int, m: int, block: int | tuple[int, int], device: torch.device) -> BlockMask:
     return BlockMask.from_predicate(
         n,
         m,
@@ -120,6 +119,10 @@ def _block_mask(pattern: Pattern, n: int, m: int, block: int | tuple[int, int], 
         spans=lambda first, last: pattern.spans(first, last, m),
         device=device,
     )
+
+
+_block_mask = cast("Callable[..., BlockMask]", torch.compiler.disable(_made_once))
+"""The compiler calls it as it is: it would unroll the loop over rows of tiles."""
 
 
 def _pattern(name: str, allowed: Allowed, spans: Spans, causal: bool) -> Pattern:

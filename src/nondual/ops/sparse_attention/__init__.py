@@ -21,7 +21,7 @@ sample) it takes "reference".
 """
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -177,7 +177,7 @@ def _tiles(given: Inputs) -> tuple[Tensor, Tensor | None]:
     return tiles.sparse_attention(*given)
 
 
-def _kernels():
+def _kernels() -> Any:
     from nondual.ops.sparse_attention import triton
 
     return triton

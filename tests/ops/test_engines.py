@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nondual.ops.attention import attention
 from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.ops.flash_attention import flash_attention
+from nondual.ops.linear_attention import linear_attention
 from nondual.ops.linear_recurrence import linear_recurrence
 from nondual.ops.selective_scan import selective_scan, selective_scan_step
 from nondual.ops.sparse_attention import BlockMask, sparse_attention
@@ -190,6 +191,19 @@ def test_ssd_on_a_gpu(compiled):
         for chunk in (1, 8, 48, 512):
             assert engine(ssd, *dual(), chunk=chunk) == "torch"
         assert engine(ssd, *dual(length=0)) == "torch"
+
+
+def test_linear_attention_in_plain_torch():
+    """By chunks wherever the kernels are not, and there is no matrix that "auto" would form."""
+    for dtype in DTYPES:
+        q, k, v = (numbers(2, 4, 5, 8, dtype=dtype, device="cpu") for _ in range(3))
+        assert engine(linear_attention, q, k, v) == "torch"
+        assert engine(linear_attention, q, k, v, causal=False) == "torch"
+    with OnAGpu():
+        q, k, v = (numbers(2, 4, 5, 8, dtype=torch.float64, device="cuda") for _ in range(3))
+        assert engine(linear_attention, q, k, v) == "torch"
+        q, k, v = (numbers(2, 4, 5, 8, dtype=torch.float32, device="cuda") for _ in range(3))
+        assert engine(linear_attention, q, k, v, log_decay=q) == "torch"
 
 
 def test_ssd_elsewhere():

@@ -9,9 +9,9 @@ from nondual.ops.flash_attention.triton.primitives import INTERPRETED
 from nondual.ops.flash_attention.triton.tiles import configuration as tiles_of_flash_attention
 from nondual.ops.kernels import block_size
 
-# Where flash attention's tile spills registers here, or spilled there too: BLOCK_Q, BLOCK_KV, num_warps, num_stages for
-# heads up to 64, 128 and 256 wide. Chosen from what compiles without a spill, as docs/measured/sparse_compile.json
-# shows; not timed on a GPU.
+# Used in place of flash attention's tile where that spills registers: BLOCK_Q, BLOCK_KV, num_warps, num_stages for
+# heads up to 64, 128 and 256 wide. Chosen from what compiles with no spill or few, as
+# docs/measured/sparse_compile.json shows; not timed on a GPU.
 OWN: dict[tuple[str, str], tuple[tuple[int, int, int, int] | None, ...]] = {
     ("sm_80", "dq"): (None, None, (32, 32, 8, 2)),
     ("sm_90", "dkdv"): ((64, 64, 4, 2), (32, 64, 8, 3), (32, 32, 8, 1)),

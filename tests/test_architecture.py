@@ -245,7 +245,9 @@ def test_a_chapter_shares_its_stem_with_a_module_and_a_test():
         if stem.endswith("_texts"):  # what the texts say: a page beside its chapter, which computes nothing
             assert (chapters / f"{stem.removesuffix('_texts')}.md").is_file(), f"{chapter.name}: no chapter beside it"
             continue
-        assert any(part(name) != "ops" for name in stems().get(stem, [])), f"{chapter.name}: no module of that stem"
+        compares = (ROOT / f"benchmarks/{stem}.py").is_file()  # a chapter on several mechanisms has a benchmark instead
+        module = any(part(name) != "ops" for name in stems().get(stem, []))
+        assert module or compares, f"{chapter.name}: no module of that stem, nor a benchmark"
         assert list((ROOT / "tests").rglob(f"test_{stem}.py")), f"{chapter.name}: no tests/test_{stem}.py"
 
 

@@ -27,11 +27,15 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
     "positional_encoding": lambda room: room.LearnedPositions(8, 8)(3),
     "efficient_attention/mamba": lambda room: room.Mamba(8)(X),
     "efficient_attention/flash_attention": lambda room: room.FlashAttention()(*X.view(3, 1, 1, 1, 8).requires_grad_()),
+    "efficient_attention/sparse_attention": lambda room: room.SparseAttention(room.local(2), block=16)(
+        *X.expand(3, 3, 8)[:, None, None].requires_grad_()
+    ),
+    "efficient_attention/linear_attention": lambda room: room.LinearAttentionMixer(8, 2)(X),
 }
 
 
 def stands_here(path):
-    return (ROOT / "src/nondual" / f"{path}.py").exists()
+    return any((ROOT / "src/nondual" / name).exists() for name in (f"{path}.py", f"{path}/__init__.py"))
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if stands_here(path)])

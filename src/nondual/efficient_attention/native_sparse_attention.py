@@ -182,6 +182,10 @@ class BlockMLP(nn.Module):
         d_head: D.
     """
 
+    position: nn.Parameter
+    linear1: nn.Linear
+    linear2: nn.Linear
+
     def __init__(self, block: int, d_head: int):
         super().__init__()
         self.position = nn.Parameter(0.02 * torch.randn(block, d_head))
@@ -276,6 +280,13 @@ class NativeSparseAttention(nn.Module):
     window: int
     positions: RelativePositions | None
     impl: Impl
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    gate_proj: nn.Linear
+    compress_k: nn.Module
+    compress_v: nn.Module
+    out_proj: nn.Linear
 
     def __init__(
         self,

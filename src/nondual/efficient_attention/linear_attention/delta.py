@@ -40,6 +40,7 @@ class DeltaNet(LinearMixer):
         ValueError: a size below 1, heads that do not divide d_model, or a beta_max outside (0, 2].
     """
 
+    scale: float
     beta_max: float
     beta_proj: nn.Linear
 

@@ -38,6 +38,7 @@ class GatedLinearAttention(LinearMixer):
         ValueError: a size below 1, or heads that do not divide d_model.
     """
 
+    scale: float
     temperature: float
     decay_proj: nn.Sequential
 

@@ -86,6 +86,8 @@ class LinearMixer(nn.Module):
     scale: float
     chunk: int | None
     impl: Impl
+    d_mixed: int
+    d_gate: int
     in_proj: nn.Linear
     conv1d: nn.Conv1d | None
     norm: GroupRMSNorm | None

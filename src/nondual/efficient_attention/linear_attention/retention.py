@@ -36,6 +36,7 @@ class Retention(LinearMixer):
         ValueError: a size below 1, heads that do not divide d_model, or an odd width to be turned.
     """
 
+    scale: float
     log_decay: Tensor
     positions: Rotary | None
 

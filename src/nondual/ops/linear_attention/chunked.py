@@ -153,7 +153,11 @@ class Decays:
     log: the sums of the logs from the start of the chunk to each step, in float64 (B, H, K, T, C).
     """
 
+    to_end: Tensor
+    from_start: Tensor
+    whole: Tensor
     pairs: Tensor | None = None
+    log: Tensor
 
     def __init__(self, given: Inputs, chunk: int, masks: Masks, dtype: torch.dtype):
         steps = given.steps()

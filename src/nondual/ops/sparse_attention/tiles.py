@@ -146,6 +146,12 @@ def _store(x: Tensor, row: Row, part: Tensor) -> None:
 class Keys:
     """Keys or values (B, G, M, ·), taken and added to by the tiles in a row's list."""
 
+    x: Tensor
+    block_kv: int
+    held: int
+    tiles: Tensor | None
+    buffer: Tensor
+
     def __init__(self, x: Tensor, block_kv: int):
         self.x, self.block_kv, held = x, block_kv, x.shape[2] // block_kv  # those that M does not cut
         self.held, self.tiles = held, x[:, :, : held * block_kv].unflatten(2, (held, block_kv)) if held else None

@@ -60,3 +60,13 @@ def check_kinds(timed: dict[str, Tensor | None], others: dict[str, Tensor | None
     for name, x in (timed | others | {"reset": reset}).items():
         if x is not None and x.device != first.device:
             raise ValueError(f"{name} must be on the device of {lead}, {first.device}, got {x.device}")
+
+
+def check_chunk(chunk: object) -> None:
+    """Refuse what is no number of steps, nor None for the engine's own.
+
+    Raises:
+        ValueError: what it must be, and what it is.
+    """
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")

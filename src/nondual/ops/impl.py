@@ -125,6 +125,23 @@ def takes_dtypes(impl: str, name: str, otherwise: str, *dtypes: torch.dtype) -> 
     return Limit(", ".join((*first, last)), refuses)
 
 
+def takes_chunks(impl: str, otherwise: str, *chunks: int) -> Limit:
+    """The limit of an engine whose kernels are written for these numbers of steps in a chunk.
+
+    Args:
+        impl: the engine's name.
+        otherwise: the engine that takes any.
+        chunks: what `given.chunk` may be, besides None for the engine's own.
+    """
+
+    def refuses(given: Any) -> str | None:
+        if given.chunk in (None, *chunks):
+            return None
+        return f"chunk must be one of {list(chunks)} for impl={impl!r}, got {given.chunk}; impl={otherwise!r} takes any"
+
+    return Limit(f"chunks of {', '.join(map(str, chunks))}", refuses)
+
+
 def needs_triton(load: Callable[[], Any]) -> Limit:
     """The limit of an engine of kernels that triton must be installed; `load` imports the operation's package."""
 

@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.checks import check_chunk, check_kinds, check_shapes, check_tensors
 from nondual.ops.impl import (
     KERNEL_DTYPES,
     Engine,
@@ -46,6 +46,7 @@ from nondual.ops.impl import (
     needs_triton,
     refuses_transforms,
     runs_kernels,
+    takes_chunks,
     takes_dtypes,
 )
 from nondual.ops.linear_attention import chunked, parallel, reference
@@ -273,8 +274,7 @@ def _check(given: Inputs) -> None:
             "reset": (reset, (batch, length), "(B, N)"),
         }
     )
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
+    check_chunk(chunk)
     check_kinds({"q": q, "k": k, "v": v}, {"log_decay": log_decay, "beta": beta, "state": state}, reset)
 
 
@@ -312,14 +312,6 @@ def _not_causal(given: Inputs) -> str | None:
     return None
 
 
-def _other_chunk(given: Inputs) -> str | None:
-    if given.chunk not in (None, *KERNEL_CHUNKS):
-        return (
-            f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {given.chunk}; impl='chunked' takes any"
-        )
-    return None
-
-
 def _transformed(given: Inputs) -> str | None:
     if why := refuses_transforms(*given.tensors()):
         return f"linear_attention(impl='triton') {why}; impl='chunked' and impl='auto' can do it"
@@ -335,7 +327,7 @@ ENGINES = {
             Limit(f"D and Dv up to {WIDEST}", _too_wide),
             Limit("no decay of each channel", _each_channel),
             Limit("causal", _not_causal),
-            Limit(f"chunks of {', '.join(map(str, KERNEL_CHUNKS))}", _other_chunk),
+            takes_chunks("triton", "chunked", *KERNEL_CHUNKS),
             needs_triton(_kernels),
             runs_kernels("q", _kernels),
             Limit("no forward-mode derivative, no transform of torch.func", _transformed, RuntimeError),

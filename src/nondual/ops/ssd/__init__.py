@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
-from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.checks import check_chunk, check_kinds, check_shapes, check_tensors
 from nondual.ops.impl import (
     KERNEL_DTYPES,
     Engine,
@@ -33,6 +33,7 @@ from nondual.ops.impl import (
     needs_triton,
     refuses_transforms,
     runs_kernels,
+    takes_chunks,
     takes_dtypes,
 )
 from nondual.ops.ssd import chunked, reference
@@ -188,8 +189,7 @@ def _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk) -> None:
     )
     if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
         raise ValueError(f"D must be (H,) = {(heads,)} or (H, P) = {(heads, width)}, got {tuple(D.shape)}")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
+    check_chunk(chunk)
     timed = {"x": x, "delta": delta, "B": B, "C": C, "z": z}
     check_kinds(timed, {"A": A, "D": D, "delta_bias": delta_bias, "state": state}, reset)
 
@@ -217,14 +217,6 @@ def _too_wide(given: Inputs) -> str | None:
     return None
 
 
-def _other_chunk(given: Inputs) -> str | None:
-    if given.chunk not in (None, *KERNEL_CHUNKS):
-        return (
-            f"chunk must be one of {list(KERNEL_CHUNKS)} for impl='triton', got {given.chunk}; impl='chunked' takes any"
-        )
-    return None
-
-
 def _transformed(given: Inputs) -> str | None:
     if why := refuses_transforms(*given.tensors()):
         return f"ssd(impl='triton') {why}; impl='chunked' and impl='auto' can do it"
@@ -238,7 +230,7 @@ ENGINES = {
         limits=(
             takes_dtypes("triton", "x", "chunked", *KERNEL_DTYPES),
             Limit(f"P up to {WIDEST}, N up to {MOST_STATES}", _too_wide),
-            Limit(f"chunks of {', '.join(map(str, KERNEL_CHUNKS))}", _other_chunk),
+            takes_chunks("triton", "chunked", *KERNEL_CHUNKS),
             needs_triton(_kernels),
             runs_kernels("x", _kernels),
             Limit("no forward-mode derivative, no transform of torch.func", _transformed, RuntimeError),

@@ -20,6 +20,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.search                greedy search, sampling and beam search over any model that scores the next token
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
+    nondual.multimodal            images and words in one model: CLIP and SigLIP
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         language_models,
         losses,
         mixers,
+        multimodal,
         ops,
         positional_encoding,
         pretrained,
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from nondual.language_models.gpt import GPT
     from nondual.language_models.hybrid import HybridLM
     from nondual.language_models.mamba import MambaLM
+    from nondual.multimodal.clip import CLIP, SigLIP
     from nondual.ops import masks
     from nondual.ops.attention import attention
     from nondual.ops.causal_conv1d import causal_conv1d
@@ -110,6 +113,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLIP",
     "GPT",
     "GRU",
     "LSTM",
@@ -151,6 +155,7 @@ __all__ = [
     "SelfAttention",
     "SentenceEncoder",
     "Seq2Seq",
+    "SigLIP",
     "Sinusoidal",
     "SparseAttention",
     "TextEncoder",
@@ -179,6 +184,7 @@ __all__ = [
     "masks",
     "minilm",
     "mixers",
+    "multimodal",
     "ops",
     "positional_encoding",
     "pretrained",
@@ -229,6 +235,8 @@ _HOME = {
     "GPT": "language_models.gpt",
     "HybridLM": "language_models.hybrid",
     "MambaLM": "language_models.mamba",
+    "CLIP": "multimodal.clip",
+    "SigLIP": "multimodal.clip",
     "attention": "ops.attention",
     "causal_conv1d": "ops.causal_conv1d",
     "flash_attention": "ops.flash_attention",

@@ -5,6 +5,7 @@
     heads              maps and their profiles; what a head adds
     circuits           what a head reads and writes, from its parameters
     critical_path      the longest chain of operations that wait for one another
+    modality_gap       how far apart images and texts lie in one space, and whether a plane tells them apart
 
 An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
 vectors most when its mean over the sentence stands in its place?
@@ -42,21 +43,26 @@ from nondual.analysis.interventions import (
     replace_heads,
     resample_values,
 )
+from nondual.analysis.modality_gap import ModalityGap, close_gap, modality_gap, probe_modality
 
 __all__ = [
     "AttentionLayer",
     "HeadRecord",
+    "ModalityGap",
     "all_heads",
     "attention_layer",
     "attention_layers",
+    "close_gap",
     "composition_score",
     "head_contributions",
     "is_arithmetic",
     "longest_chain",
     "mean_values",
+    "modality_gap",
     "ov_circuit",
     "overlap",
     "patch_heads",
+    "probe_modality",
     "products",
     "profile",
     "qk_circuit",

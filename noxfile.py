@@ -51,7 +51,7 @@ def environment(session: nox.Session) -> str:
         run(session, sys.executable, "-m", "virtualenv", "--clear", "--quiet", str(home), minutes=5)
         run(
             session, python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-            "-c", "constraints.txt", "-e", ".[pretrained,figures]", "--group", "dev",
+            "-c", "constraints.txt", "-e", ".[pretrained,figures,pictures]", "--group", "dev",
             minutes=40,
         )  # fmt: skip
         (home / "stamp").write_text(stamp)

@@ -33,20 +33,29 @@ def codes(root: Path, kinds: set[str]) -> Iterator[str]:
 
 
 def read_by(codes: Iterable[str], packages: Mapping[str, Package]) -> list[str]:
-    """The packages whose names the code imports: each is read by a function of its own name."""
+    """The packages that the code reads: each by a function of its name, or of one that begins so ("emoji_picture").
+
+    A package "emoji/noto" is a part of what `emoji` reads.
+    """
     imported: set[str] = set()
     for code in codes:
         with contextlib.suppress(SyntaxError):  # what runs the code says where
             for node in ast.walk(ast.parse(code)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nondual"):
                     imported |= {alias.name for alias in node.names}
-    return [name for name in packages if name in imported]
+    readers = {name: name.split("/")[0] for name in packages}
+    return [
+        name
+        for name, reader in readers.items()
+        if any(known == reader or known.startswith(f"{reader}_") for known in imported)
+    ]
 
 
 def said(names: list[str], packages: Mapping[str, Package]) -> str:
     """'The pages read minilm (46 MB): 46 MB to download.'"""
     sizes = {name: (packages[name].size or 0) / 1e6 for name in names}
-    missing = sum(size for name, size in sizes.items() if status(packages[name]) != "complete")
+    needed = {packages[name].part: name for name in names if status(packages[name]) != "complete"}  # each once
+    missing = sum(sizes[name] for name in needed.values())
     listed = ", ".join(f"{name} ({size:.0f} MB)" for name, size in sizes.items())
     return f"The pages read {listed or 'no weights'}: {f'{missing:.0f} MB' if missing else 'nothing'} to download."
 

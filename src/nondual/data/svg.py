@@ -1,0 +1,88 @@
+"""Draw an SVG as pixels, the same on every machine: resvg draws it, without the fonts of the machine.
+
+`pip install 'nondual[pictures]'` brings resvg (as resvg-py) and Pillow. What was drawn is kept in the cache folder by
+`kept`, so that thousands of drawings are made once.
+"""
+
+import contextlib
+import io
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from nondual.store import cache_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+def drawn(svg: str, size: int) -> "Tensor":
+    """A drawing on white, as large as a square of `size` pixels holds, and in its middle: (3, size, size) uint8, RGB.
+
+    Text in it is not drawn, since fonts differ between machines.
+
+    Raises:
+        ImportError: resvg-py or Pillow is not installed.
+        ValueError: it is no SVG that can be drawn.
+    """
+    import torch
+
+    try:
+        from PIL import Image
+        from resvg_py import svg_to_bytes
+    except ImportError as missing:
+        raise ImportError(f"{missing.name} is needed to draw: pip install 'nondual[pictures]'") from None
+
+    def picture(width: int | None, height: int | None) -> "Image.Image":
+        png = svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True, width=width, height=height)
+        return Image.open(io.BytesIO(png)).convert("RGB")
+
+    found = picture(size, None)
+    if found.height > size:
+        found = picture(None, size)
+    ground = Image.new("RGB", (size, size), "white")
+    ground.paste(found, ((size - found.width) // 2, (size - found.height) // 2))
+    return torch.frombuffer(bytearray(ground.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).clone()
+
+
+def renderer() -> str:
+    """The version of what draws, for the names of the files in which drawings are kept.
+
+    Raises:
+        ImportError: resvg-py is not installed.
+    """
+    try:
+        import resvg_py
+    except ImportError:
+        raise ImportError("resvg_py is needed to draw: pip install 'nondual[pictures]'") from None
+    return resvg_py.__resvg_version__
+
+
+def kept(name: str, make: "Callable[[], Mapping[str, np.ndarray]]") -> "dict[str, np.ndarray]":
+    """Arrays that were made once and are kept in the cache folder; what is damaged there is made again.
+
+    Two processes may make the same file at once: each writes one of its own, and the later takes the place of the
+    earlier in one step.
+
+    Args:
+        name: of the file, without ".npz". All that the arrays depend on has to be in it, as a hash.
+        make: makes them.
+    """
+    import numpy as np
+
+    file = cache_folder() / "drawn" / f"{name}.npz"
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile, EOFError), np.load(file) as found:
+        return {key: found[key] for key in found.files}
+    arrays = dict(make())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with open(fresh, "wb") as opened:
+            np.savez_compressed(opened, **arrays)  # type: ignore[arg-type]
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return arrays

@@ -5,6 +5,7 @@ smol      SmolLM2: model and tokenizer
 recogniser  Whisper tiny.en
 judge_of  judge_of(model, frames): transformers' Whisper with the weights of a SpeechTransformer
 theirs    theirs("mamba2", n_groups=1): transformers' model with random weights
+two_towers  two_towers("siglip", text={"hidden_act": "gelu"}): transformers' CLIP or SigLIP with random weights
 folder    a folder with a checkpoint of transformers' Mamba
 """
 
@@ -110,6 +111,32 @@ def judge_of():
         missing, unexpected = judge.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) == {"model.encoder.embed_positions.weight", "proj_out.weight"}
         return judge.eval()  # the positions of the encoder are those that transformers computes; the scores are tied
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_towers():
+    """A function: transformers' CLIP or SigLIP, with random weights, each at a value of its own."""
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    def make(kind="clip", seed=0, text=None, vision=None, **more):
+        torch.manual_seed(seed)
+        shared = {"bos_token_id": 50, "eos_token_id": 52, "pad_token_id": 1}
+        texts = {"vocab_size": 53, "max_position_embeddings": 13, "hidden_size": 24, "num_attention_heads": 4}
+        texts |= {"intermediate_size": 29, "num_hidden_layers": 3} | shared | (text or {})
+        images = {"image_size": 12, "patch_size": 4, "hidden_size": 20, "num_attention_heads": 5}
+        images |= {"intermediate_size": 31, "num_hidden_layers": 2} | (vision or {})
+        if kind == "clip":
+            config = CLIPConfig(text_config=texts, vision_config=images, **({"projection_dim": 17} | more))
+            made = CLIPModel(config)
+        else:
+            texts = {"projection_size": images["hidden_size"]} | texts
+            made = SiglipModel(SiglipConfig(text_config=texts, vision_config=images, **more))
+        with torch.no_grad():
+            for name, p in made.named_parameters():
+                p.uniform_(0.5, 1.5) if "norm" in name or "logit" in name else p.normal_(std=0.3)
+        return made.eval()
 
     return make
 

@@ -28,9 +28,6 @@ from nondual.multimodal.contrastive import sigmoid_loss, similarities, softmax_l
 from nondual.ops.dtypes import at_least_float32
 from nondual.token_ids import has_values
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class CLIP(nn.Module):
     """Two towers and a linear projection of each into one space of width D, compared by scaled cosines.
@@ -144,7 +141,9 @@ class CLIP(nn.Module):
         """
         return self.logits(self.encode_images(images), self.encode_texts(texts))
 
-    def loss(self, images: Any, texts: Any, *, group: "ProcessGroup | None" = None) -> Float[Tensor, ""]:
+    def loss(
+        self, images: Any, texts: Any, *, group: "torch.distributed.ProcessGroup | None" = None
+    ) -> Float[Tensor, ""]:
         """The symmetric softmax loss of B pairs, `nondual.multimodal.contrastive.softmax_loss`, in nats.
 
         Args:
@@ -215,7 +214,12 @@ class SigLIP(CLIP):
         return at_least_float32(self.bias)
 
     def loss(
-        self, images: Any, texts: Any, *, group: "ProcessGroup | None" = None, chunk: int | None = None
+        self,
+        images: Any,
+        texts: Any,
+        *,
+        group: "torch.distributed.ProcessGroup | None" = None,
+        chunk: int | None = None,
     ) -> Float[Tensor, ""]:
         """The sigmoid loss of B pairs, `nondual.multimodal.contrastive.sigmoid_loss`, in nats.
 

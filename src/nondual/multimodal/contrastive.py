@@ -12,10 +12,7 @@ Sources: Radford et al. 2021 (2103.00020), figure 3; Zhai et al. 2023 (2303.1534
 3.3. Symbols: B pairs, D the width of both, I images, T texts, τ the log of the scale, b the bias.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -25,8 +22,7 @@ from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import accumulation_dtype, at_least_float32
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+dist = torch.distributed
 
 
 def unit_vectors(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -87,7 +83,7 @@ def softmax_loss(
     texts: Float[Tensor, "b d"],
     scale: Tensor | float,
     *,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Float[Tensor, ""]:
     """CLIP's loss: each image has to choose its text among all texts, each text its image among all images.
 
@@ -129,7 +125,7 @@ def sigmoid_loss(
     bias: Tensor | float,
     *,
     chunk: int | None = None,
-    group: "ProcessGroup | None" = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Float[Tensor, ""]:
     """SigLIP's loss: whether an image and a text are a pair is asked of each of the B² by itself.
 
@@ -181,7 +177,7 @@ def _binary(images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor |
 # --8<-- [end:sigmoid_loss]
 
 
-def gathered(x: Float[Tensor, "b d"], group: "ProcessGroup") -> Float[Tensor, "all d"]:
+def gathered(x: Float[Tensor, "b d"], group: "torch.distributed.ProcessGroup") -> Float[Tensor, "all d"]:
     """Every device's rows, in the order of their ranks; a gradient of any of them goes back to where it came from.
 
     Args:
@@ -221,7 +217,7 @@ def _matrices(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     return images.to(wide), texts.to(wide)
 
 
-def _pairs(images: Tensor, texts: Tensor, group: "ProcessGroup | None") -> tuple[Tensor, Tensor]:
+def _pairs(images: Tensor, texts: Tensor, group: "torch.distributed.ProcessGroup | None") -> tuple[Tensor, Tensor]:
     """The same, and refused where they are no pairs; with a group, by every device of it, so that none waits."""
     images, texts = _matrices(images, texts)
     sizes = [(images.shape[0], texts.shape[0])]

@@ -1,9 +1,11 @@
 """Time and peak memory of block-sparse attention on a CPU, beside torch's fused kernel with all pairs and with a mask.
 
 - "all pairs": torch's scaled_dot_product_attention without a mask.
+- "causal": the same with is_causal, which leaves out most of the pairs of a query and a later key.
 - "dense mask": the same with the pattern's mask, boolean (N, N).
-- "tiles": `sparse_attention(impl="tiles")` over the tiles that the pattern keeps. Its lists are made beforehand; what
-  that takes is measured by itself.
+- "tiles": `sparse_attention(impl="tiles")` over the tiles that the pattern keeps, by the loop in C. Its lists are made
+  beforehand; what that takes is measured by itself.
+- "tiles in torch": the same as it runs without a C compiler.
 
 All on one thread with the same inputs. Time is processor time, in the program and in the system for it; the runs take
 turns in one process, and each round gives the ratios. The ideal is the time of all pairs in the same round times the
@@ -14,6 +16,7 @@ that of all pairs, which holds results and gradients and no table.
 
 import ctypes
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +78,8 @@ def engine(name: str, case: Case) -> Callable:
     grouped = case.groups != H
     if name == "all pairs":
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if name == "causal":
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     if name == "dense mask":
         mask = pattern_of(case.pattern).mask(case.n)
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
@@ -82,13 +87,14 @@ def engine(name: str, case: Case) -> Callable:
     return lambda q, k, v: sparse_attention(q, k, v, lists, impl="tiles")
 
 
-NAMES = ("all pairs", "dense mask", "tiles")
+NAMES = ("all pairs", "causal", "dense mask", "tiles", "tiles in torch")
 
 
-def timed(run: Callable, given: list) -> float:
+def timed(name: str, run: Callable, given: list) -> float:
     """Seconds of one run, of the processor: forward, and backward where the inputs require gradients."""
     import torch
 
+    os.environ["NONDUAL_CPU_SPARSE"] = "torch" if name == "tiles in torch" else ""
     start = time.process_time()
     out = run(*given)
     if given[0].requires_grad:
@@ -99,23 +105,24 @@ def timed(run: Callable, given: list) -> float:
 def compared(case: Case, rounds: int) -> dict[str, list[float]]:
     """Seconds of each engine in each round, the engines taking turns."""
     runs, given = {name: engine(name, case) for name in NAMES}, inputs(case)
-    timed(runs["tiles"], given)
+    for name in ("tiles", "tiles in torch"):
+        timed(name, runs[name], given)
     found = {name: [] for name in NAMES}
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(timed(run, given))
+            found[name].append(timed(name, run, given))
     return found
 
 
 def peak(name: str, case: Case) -> float:
     """The most that one run holds above its inputs and its mask, in mebibytes."""
     small = case._replace(n=2 * case.block[0])
-    timed(engine(name, small), inputs(small))  # what is made once in a process
+    timed(name, engine(name, small), inputs(small))  # what is made once in a process
     given, run = inputs(case), engine(name, case)
     ctypes.CDLL(None).malloc_trim(0)  # what making the mask has freed goes back to the system,
     Path("/proc/self/clear_refs").write_text("5")  # and its peak is forgotten
     before = _status("VmRSS")
-    timed(run, given)
+    timed(name, run, given)
     return _status("VmHWM") - before
 
 
@@ -154,8 +161,8 @@ def window(n: int, rounds: int) -> list[float]:
     """Seconds of a window of 1,024, forward and backward."""
     case = Case("local(1024)", SMALL, H, n, True)
     run, given = engine("tiles", case), inputs(case)
-    timed(run, given)
-    return [timed(run, given) for _ in range(rounds)]
+    timed("tiles", run, given)
+    return [timed("tiles", run, given) for _ in range(rounds)]
 
 
 def measured(case: Case, rounds: int, memory: bool) -> dict:
@@ -166,7 +173,9 @@ def measured(case: Case, rounds: int, memory: bool) -> dict:
         **case._asdict(),
         **lists,
         "of_ideal": ratio(seconds["tiles"], ideal),
+        "of_ideal_in_torch": ratio(seconds["tiles in torch"], ideal),
         "of_all_pairs": ratio(seconds["tiles"], seconds["all pairs"]),
+        "of_causal": ratio(seconds["tiles"], seconds["causal"]),
         "of_dense_mask": ratio(seconds["tiles"], seconds["dense mask"]),
         "seconds": {name: round(median(times), 4) for name, times in seconds.items()},
     }
@@ -179,9 +188,12 @@ def measured(case: Case, rounds: int, memory: bool) -> dict:
 def main(options: list[str]) -> None:
     import torch
 
+    from nondual.ops.sparse_attention import compiled
+
     torch.set_num_threads(1)
     alone(listing, Case(PATTERNS[0], SMALL, H, 128, False))
-    engine("tiles", Case(PATTERNS[0], SMALL, H, 128, False))  # loaded here, once for all that are forked
+    engine("tiles", Case(PATTERNS[0], SMALL, H, 128, False))  # loaded here, once for all that are forked,
+    assert compiled.library(torch.empty(0)), "a C compiler is needed for the loop that is measured"  # as is the loop
     wanted = [(pattern, SMALL, H) for pattern in PATTERNS]
     if "--brief" in options:
         for given in (*wanted, *OTHERS):

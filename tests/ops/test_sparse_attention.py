@@ -12,10 +12,11 @@ from harness import errors, incoming
 from nondual.ops import masks
 from nondual.ops.attention import attention, masked_softmax
 from nondual.ops.flash_attention import flash_attention
-from nondual.ops.sparse_attention import BlockMask, sparse_attention
+from nondual.ops.sparse_attention import BlockMask, compiled, sparse_attention
 from nondual.ops.sparse_attention.block_mask import TENSORS, WHOLE
 
 ENGINES = ["reference", "tiles"]
+WAYS = [*ENGINES, "tiles in torch"]  # "tiles" is a loop in C here, and plain torch where there is no compiler
 SIZES = [(7, 7, 2), (5, 11, (2, 3)), (11, 5, (4, 2)), (1, 13, 4), (8, 8, 4), (3, 2, 16)]
 
 
@@ -27,6 +28,15 @@ def made(n, m, d, dv=None, *, b=2, h=4, g=2, dtype=torch.float32, seed=0):
     draw = torch.Generator().manual_seed(seed)
     shapes = (b, h, n, d), (b, g, m, d), (b, g, m, dv or d)
     return [torch.randn(s, generator=draw).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.fixture
+def impl(request, monkeypatch) -> str:
+    """The engine's name; the environment says which way it takes."""
+    name, _, way = request.param.partition(" in ")
+    monkeypatch.setenv("NONDUAL_CPU_SPARSE", way)
+    assert (compiled.library(torch.empty(0)) is None) == (way == "torch")
+    return name
 
 
 # --- the lists -------------------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ def test_what_a_mask_cannot_be_made_of(make, says):
 # --- the operation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 def test_two_queries_by_hand(impl):
     """Equal scores: the mean of the values that are allowed; nothing allowed: 0."""
     q, k = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2)
@@ -164,7 +174,7 @@ def textbook(q, k, v, mask, scale):
     return masked_softmax(scores, mask) @ v, lse.masked_fill(empty.expand_as(lse), 0)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.usefixtures("poisoned")
@@ -193,7 +203,7 @@ def test_output_and_every_gradient_are_as_exact_as_plain_pytorch(impl, case, dty
     check_errors(found, outputs={"out", "lse"})
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 def test_it_is_attention_with_a_mask_and_flash_attention_with_a_window(impl):
     q, k, v = made(100, 150, 8)
     window = masks.sliding_window(100, 150, window=33)
@@ -202,7 +212,7 @@ def test_it_is_attention_with_a_mask_and_flash_attention_with_a_window(impl):
     torch.testing.assert_close(out, flash_attention(q, k, v, window=33), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 def test_two_halves_of_the_keys_join_by_their_log_sum_exp(impl):
     q, k, v = (x.detach() for x in made(40, 40, 8, dtype=torch.float64))
     left = drawn(40, 40, share=0.5)
@@ -215,11 +225,12 @@ def test_two_halves_of_the_keys_join_by_their_log_sum_exp(impl):
     torch.testing.assert_close(joined, whole)
 
 
+@pytest.mark.parametrize("impl", WAYS[1:], indirect=True)
 @pytest.mark.parametrize("scale", [0.0, -0.5, 40.0])
-def test_any_scale(scale):
+def test_any_scale(scale, impl):
     q, k, v = made(40, 40, 8)
     mask = BlockMask.from_mask(drawn(40, 40), 16)
-    ours, plain = (sparse_attention(q, k, v, mask, scale=scale, impl=impl) for impl in ("tiles", "reference"))
+    ours, plain = (sparse_attention(q, k, v, mask, scale=scale, impl=name) for name in (impl, "reference"))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
 
 
@@ -261,7 +272,7 @@ def test_second_derivatives():
         dq.sum().backward()
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 def test_under_autocast_as_torchs_own(impl):
     q, k, v = (x.detach() for x in made(40, 40, 8))
     mask = BlockMask.from_mask(drawn(40, 40), 16)
@@ -272,7 +283,7 @@ def test_under_autocast_as_torchs_own(impl):
     torch.testing.assert_close(out, sparse_attention(*given, mask, impl=impl))
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", WAYS, indirect=True)
 def test_nothing_to_compute(impl):
     nothing = BlockMask.from_mask(torch.zeros(5, 7).bool(), 4)
     q, k, v = made(5, 7, 8)

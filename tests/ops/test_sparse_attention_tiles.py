@@ -6,7 +6,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nondual.ops import masks
-from nondual.ops.sparse_attention import BlockMask, sparse_attention, tiles
+from nondual.ops.sparse_attention import BlockMask, compiled, sparse_attention, tiles
+
+
+@pytest.fixture(params=["c", "torch"])
+def way(request, monkeypatch) -> str:
+    """How the tiles are computed here: by the loop in C, or in plain torch."""
+    monkeypatch.setenv("NONDUAL_CPU_SPARSE", request.param)
+    assert (compiled.library(torch.empty(0)) is None) == (request.param == "torch")
+    return request.param
 
 
 def made(n, m=None, d=8, h=2, g=2, seed=0):
@@ -28,6 +36,7 @@ class Largest(TorchDispatchMode):
         return given
 
 
+@pytest.mark.usefixtures("way")
 def test_what_lies_in_a_tile_that_is_not_kept_is_not_read():
     """NaN in its keys and values reaches neither output nor gradient."""
     mask = masks.sliding_window(64, window=16)
@@ -51,6 +60,7 @@ def test_rows_with_one_list_are_one_call():
     assert list(tiles.joined(starts, mask.columns.tolist(), 3)) == [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 12)]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("n", [1024, 2048])
 def test_no_tensor_of_n_by_m_is_made(n):
     """Beyond inputs and outputs: one row of tiles with the keys in its list."""
@@ -67,6 +77,7 @@ def test_no_tensor_of_n_by_m_is_made(n):
 
 def test_elsewhere_than_on_a_cpu_the_weights_of_a_row_are_formed(monkeypatch):
     """The same steps in plain torch, which any device has."""
+    monkeypatch.setenv("NONDUAL_CPU_SPARSE", "torch")
     q, k, v = made(50, 70, h=4)
     mask = BlockMask.from_mask(torch.rand(1, 2, 50, 70, generator=torch.Generator().manual_seed(1)) < 0.03, 16)
     results = []
@@ -91,6 +102,7 @@ class Sparse(nn.Module):
 
 
 @pytest.mark.timeout(400)  # torch's compiler on a busy machine
+@pytest.mark.usefixtures("way")
 def test_compiled_for_two_lengths_forward_and_backward():
     compiled = torch.compile(lambda q, k, v, mask: sparse_attention(q, k, v, mask), fullgraph=True, backend="aot_eager")
     for n in (40, 70):
@@ -102,6 +114,7 @@ def test_compiled_for_two_lengths_forward_and_backward():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("way")
 def test_an_exported_program_has_its_mask_and_its_length():
     q, k, v = (x.detach() for x in made(40))
     module = Sparse(BlockMask.from_mask(masks.sliding_window(40, window=20), 16))
@@ -109,6 +122,7 @@ def test_an_exported_program_has_its_mask_and_its_length():
     torch.testing.assert_close(program(q, k, v), module(q, k, v))
 
 
+@pytest.mark.usefixtures("way")
 def test_operators_of_ours_keep_torchs_rules():
     """Fake results of the same shapes, and gradients registered: torch's own check of custom operators."""
     q, k, v = made(20, 30, h=4)

@@ -9,8 +9,9 @@ Three engines (`ENGINES` is their table):
 
 - "reference": the definition. All scores are computed, and those outside of the mask are dropped. Any floating dtype,
   every transform of torch, second derivatives; memory grows with N · M.
-- "tiles": one row of tiles at a time over the keys in its list, each row a call of torch's own attention. Time and
-  memory grow with the kept tiles, forward and backward. Any floating dtype, any device.
+- "tiles": one row of tiles at a time over the keys in its list. Time and memory grow with the kept tiles, forward and
+  backward. Any floating dtype, any device. On a CPU that is a loop in C, compiled at its first use; without a C
+  compiler, or with NONDUAL_CPU_SPARSE=torch in the environment, and elsewhere, each row is a call of torch's own.
 - "triton": our kernels, in float16, bfloat16 and float32, for heads up to 256 wide and tiles whose sides are
   multiples of 16. On CUDA tensors; on CPU tensors
   only in Triton's interpreter (TRITON_INTERPRET=1 set before triton is imported), slowly, and not in bfloat16.
@@ -236,7 +237,7 @@ ENGINES = {
     ),
     "tiles": Engine(
         _tiles,
-        "torch's own attention, one row of tiles at a time over the keys in its list",
+        "one row of tiles at a time over the keys in its list: on a CPU in C, without a compiler in plain torch",
         limits=(_refuses_transforms("tiles"),),
     ),
     "reference": Engine(_reference, "the definition: all scores, of which those outside of the mask are dropped"),

@@ -1,12 +1,15 @@
 """Block-sparse attention one row of tiles at a time, each over the keys in its list: on a CPU, or any other device.
 
-For each row of tiles the keys and values in its list are laid side by side, or taken as they lie where the list has no
-gap, and the row's queries attend to them in one call. Nothing else is read, so time and memory grow with the kept
-tiles, forward and backward. The backward pass forms a row's weights again from its log-sum-exp, as Dao 2023
-(2307.08691), Algorithm 2, does for each tile, and adds up what each row gives to the keys in its list.
+On a CPU a loop in C computes each kept tile from keys and values where they lie (tiles.c, called by compiled.py). This
+file has the operators and the way in plain torch, which serves on other devices and where there is no C compiler.
 
-On a CPU a row is a call of torch's own fused kernel, which is given the mask of this row alone; elsewhere its weights
-are formed. Sums are kept in float32 or better.
+In torch, the keys and values in the list of a row of tiles are laid side by side, or taken as they lie where the list
+has no gap, and the row's queries attend to them in one call: on a CPU of torch's own fused kernel, which is given the
+mask of this row alone; elsewhere the row's weights are formed. The backward pass forms them again from the row's
+log-sum-exp, as Dao 2023 (2307.08691), Algorithm 2, does for each tile, and adds up what each row gives to the keys in
+its list.
+
+Either way nothing else is read, time and memory grow with the kept tiles, and sums are kept in float32 or better.
 
 Symbols as in `nondual.ops.sparse_attention`; SHARE = H / G. The query heads that share a key/value head are one call:
 q_i holds their rows one head after another, (B, G, SHARE · rows, D).
@@ -23,6 +26,7 @@ from torch._library.custom_ops import CustomOpDef
 
 from nondual.ops.autocast import autocast_off
 from nondual.ops.dtypes import accumulation_dtype
+from nondual.ops.sparse_attention import compiled
 from nondual.ops.sparse_attention.block_mask import BlockMask
 
 MOST_QUERIES = 256  # that rows of tiles with one list are joined to
@@ -243,6 +247,10 @@ def forward(
     """
     wide, groups, block_kv = accumulation_dtype(q.dtype), k.shape[1], tile_masks.shape[2]
     out, lse = _outputs(q, v)
+    lists = compiled.Lists(row_start, columns, row_kinds, tile_masks)
+    if q.numel() and k.numel() and (loop := compiled.library(q)):
+        compiled.forward(loop, q, k, v, lists, scale, out, lse)
+        return out, lse
     out.zero_()
     lse.fill_(-torch.inf)
     if not (q.numel() and k.numel()):
@@ -269,6 +277,9 @@ def backward(
     columns: Tensor, row_kinds: Tensor, tile_masks: Tensor, scale: float, with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv, in the shapes and dtypes of q, k and v; d_lse counts only with_lse."""
+    lists = compiled.Lists(row_start, columns, row_kinds, tile_masks)
+    if q.numel() and k.numel() and (loop := compiled.library(q)):
+        return compiled.backward(loop, d_out, d_lse if with_lse else None, q, k, v, out, lse, lists, scale)
     wide, groups, block_kv = accumulation_dtype(q.dtype), k.shape[1], tile_masks.shape[2]
     dq = torch.zeros_like(q)
     dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))

@@ -1,6 +1,7 @@
-"""Finding or compiling the loop over time: the cache of compiled libraries, the compiler, locks that outlive a fork.
+"""Finding or compiling a loop in C: the cache of compiled libraries, the compiler, locks that outlive a fork.
 
-scan.c beside this file is compiled at the first use, for the processor at hand, and kept in the cache folder.
+scan.c beside this file is compiled at the first use, for the processor at hand, and kept in the cache folder; so is the
+loop of block-sparse attention, which hands over a `Loop` of its own.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,24 +30,50 @@ FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "
 NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler accepts
 SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 20, 120  # after these a compiler is taken to hang
 
-_loops: dict[torch.dtype, ctypes.CDLL | None] = {}  # what `library` has found; None where there is no loop
+_loops: dict[tuple[str, torch.dtype], ctypes.CDLL | None] = {}  # what `library` has found; None: there is no loop
 _compiling = threading.Lock()  # held while a loop is looked for or compiled: seconds
 _opening = threading.RLock()  # held while the system opens a library: an instant
 
 
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+class Loop(NamedTuple):
+    """A file in C that has the functions forward and backward, for float32 or, where DOUBLE is defined, float64.
+
+    Attributes:
+        name: what the names of its libraries start with.
+        source: the file.
+        sizes: the constants that it wants defined.
+        variable: an environment variable; where it is "torch", the loop is not used.
+        told: what a warning says of it where it cannot be compiled.
+    """
+
+    name: str
+    source: Path
+    sizes: dict[str, int]
+    variable: str
+    told: str
+
+
+def scan() -> Loop:
+    """The selective scan's loop over time."""
+    told = "the selective scan's loop could not be compiled, and runs in plain torch, several times slower"
+    return Loop("selective_scan", SOURCE, {"STEPS": CHUNK, "WIDTH": BLOCK}, "NONDUAL_CPU_SCAN", told)
+
+
+def library(dtype: torch.dtype, of: Loop | None = None) -> ctypes.CDLL | None:
     """The compiled loop for float32 or float64, or None where there is none and plain torch must serve.
 
-    It is None where the environment says NONDUAL_CPU_SCAN=torch, and where the loop could not be compiled: then the
-    first call warns, and none tries again.
+    It is None where the loop's environment variable says "torch", for the selective scan NONDUAL_CPU_SCAN=torch, and
+    where the loop could not be compiled: then the first call warns, and none tries again.
     """
-    if os.environ.get("NONDUAL_CPU_SCAN") == "torch":
+    of = of or scan()
+    if os.environ.get(of.variable) == "torch":
         return None
-    if dtype not in _loops:
+    key = (of.name, dtype)
+    if key not in _loops:
         with _compiling:
-            if dtype not in _loops:
-                _loops[dtype] = _load_or_warn(dtype)
-    return _loops[dtype]
+            if key not in _loops:
+                _loops[key] = _load_or_warn(dtype, of)
+    return _loops[key]
 
 
 def _renew_locks() -> None:
@@ -62,22 +90,21 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _load_or_warn(dtype: torch.dtype) -> ctypes.CDLL | None:
+def _load_or_warn(dtype: torch.dtype, of: Loop) -> ctypes.CDLL | None:
     try:
-        return _load(dtype)
+        return _load(dtype, of)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error))[-1000:]
-        if not any(loop is None for loop in _loops.values()):  # once, not for each dtype
+        if not any(name == of.name and loop is None for (name, _), loop in _loops.items()):  # once, not for each dtype
             warnings.warn(
-                f"the selective scan's loop could not be compiled, and runs in plain torch, several times slower: "
-                f"{said}. Install a C compiler (gcc or clang), or name one in the environment variable CC",
+                f"{of.told}: {said}. Install a C compiler (gcc or clang), or name one in the environment variable CC",
                 RuntimeWarning,
                 stacklevel=4,
             )
         return None
 
 
-def _load(dtype: torch.dtype) -> ctypes.CDLL:
+def _load(dtype: torch.dtype, of: Loop) -> ctypes.CDLL:
     """The loop from the cache folder (`nondual.store.cache_folder`), compiled into it where it is not there.
 
     A library's name holds a hash of all that it was made from and a hash of its bytes: one that was cut short or
@@ -91,7 +118,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
         subprocess.TimeoutExpired: the compiler hangs.
     """
     compiler = find_compiler()
-    start = f"selective_scan-{key_of(compiler, dtype)}"
+    start = f"{of.name}-{key_of(compiler, dtype, of)}"
     with contextlib.suppress(OSError):
         folder = cache_folder()
         for path in sorted(folder.glob(f"{start}-*.so")):
@@ -101,13 +128,13 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL:
                 with contextlib.suppress(OSError):
                     path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        return _open(compile_loop(compiler, dtype, folder, start))
+        return _open(compile_loop(compiler, dtype, folder, start, of))
     try:
         private = tempfile.TemporaryDirectory(prefix="nondual-", ignore_cleanup_errors=True)
     except OSError as error:
         raise OSError(f"no folder to write to: neither the cache nor {tempfile.tempdir}; set NONDUAL_CACHE") from error
     with private as folder:  # an open library stays in memory when its file is gone
-        return _open(compile_loop(compiler, dtype, Path(folder), start))
+        return _open(compile_loop(compiler, dtype, Path(folder), start, of))
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -146,26 +173,28 @@ def find_compiler() -> list[str]:
     return command
 
 
-def key_of(compiler: list[str], dtype: torch.dtype) -> str:
+def key_of(compiler: list[str], dtype: torch.dtype, of: Loop | None = None) -> str:
     """A hash of all that the compiled loop depends on."""
+    of = of or scan()
     version = _run([*compiler, "--version"], SECONDS_TO_ANSWER)
-    source = SOURCE.read_text(encoding="utf-8")
-    return digest(repr([source, compiler, version, FLAGS, NATIVE, defines(dtype), processor()]).encode())
+    source = of.source.read_text(encoding="utf-8")
+    return digest(repr([source, compiler, version, FLAGS, NATIVE, defines(dtype, of), processor()]).encode())
 
 
-def defines(dtype: torch.dtype) -> list[str]:
-    """What scan.c wants to be told: its sizes, and float64 where the dtype is that."""
-    return [f"-DSTEPS={CHUNK}", f"-DWIDTH={BLOCK}", *(["-DDOUBLE"] if dtype == torch.float64 else [])]
+def defines(dtype: torch.dtype, of: Loop | None = None) -> list[str]:
+    """What the loop wants to be told: its sizes, and float64 where the dtype is that."""
+    sizes = (of or scan()).sizes
+    return [*(f"-D{name}={size}" for name, size in sizes.items()), *(["-DDOUBLE"] if dtype == torch.float64 else [])]
 
 
-def compile_loop(compiler: list[str], dtype: torch.dtype, folder: Path, start: str) -> Path:
-    """Compile scan.c for this machine into the folder, whole or not at all; its mode is any new file's (umask)."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".selective_scan-") as private:
+def compile_loop(compiler: list[str], dtype: torch.dtype, folder: Path, start: str, of: Loop) -> Path:
+    """Compile a loop for this machine into the folder, whole or not at all; its mode is any new file's (umask)."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{of.name}-") as private:
         new = Path(private) / "new.so"
         for native in NATIVE:
-            options = [*FLAGS, *filter(None, [native]), *defines(dtype)]
+            options = [*FLAGS, *filter(None, [native]), *defines(dtype, of)]
             try:
-                _run([*compiler, *options, str(SOURCE), "-o", str(new), "-lm"], SECONDS_TO_COMPILE)
+                _run([*compiler, *options, str(of.source), "-o", str(new), "-lm"], SECONDS_TO_COMPILE)
                 break
             except subprocess.CalledProcessError:
                 if native == NATIVE[-1]:

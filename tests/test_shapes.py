@@ -24,6 +24,8 @@ with install_import_hook("nondual", "beartype.beartype"):
     from nondual.ops.attention import attention, masked_softmax
     from nondual.ops.causal_conv1d import causal_conv1d
     from nondual.efficient_attention import hippo, s4d, state_space
+    from nondual.analysis import modality_gap
+    from nondual.multimodal import clip, contrastive, retrieval, towers
     from nondual.ops.flash_attention import flash_attention
     from nondual.ops.linear_recurrence import linear_recurrence
     from nondual.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
@@ -111,6 +113,20 @@ for options in ({"beams": 3, "length_penalty": 0.6}, {"temperature": 1.0, "top_p
 search.length_penalty(found.lengths, 0.6), search.select_rows({"x": x}, torch.tensor([1, 1, 0]))
 search.greedy(whole.step, torch.tensor([1, 1]), whole.start(ids, 3), max_len=3)
 encoder_decoder.from_torch(torch.nn.Transformer(12, 4, 1, 1, 48))
+
+pixels, ids = torch.randn(2, 3, 10, 10), torch.randint(30, (2, 5))
+seen = towers.VisionTower(10, 5, 12, 3, 19, 1, class_token=False, pool=towers.AttentionPool(12, 3, 19))
+for place in (towers.at_highest_id, towers.at_last, lambda given: towers.FirstOf(int(given[0, 0]))(given[:1])):
+    read = towers.TextTower(31, 5, 12, 3, 19, 1, place=place)
+    read(ids[:1]), read.features(ids), seen.features(pixels), seen.positions(3, 4)
+for kind in (clip.CLIP, clip.SigLIP):
+    both = kind(seen, towers.TextTower(31, 5, 12, 3, 19, 1), 7, d_image=12, d_text=12)
+    both(pixels, ids[:1]), both.loss(pixels, ids), both.scale, both.shift
+    clip.zero_shot_weights(both, [ids, ids[:1]]), clip.zero_shot_classifier(both, [ids])
+z, t = contrastive.unit_vectors(torch.randn(5, 7)), contrastive.unit_vectors(torch.randn(5, 7))
+contrastive.softmax_loss(z, t, 9.0), contrastive.sigmoid_loss(z, t, 9.0, -1.0, chunk=2)
+retrieval.recall(z @ t.T), retrieval.found(z @ t[:3].T, 2, relevant=torch.ones(5, 3, dtype=torch.bool))
+modality_gap(z, t)
 
 a, b = torch.rand(2, 5, 3), torch.randn(2, 5, 3)
 linear_recurrence(a, b), linear_recurrence(a[:, :1], b + 0j, torch.zeros(2, 3), impl="parallel")

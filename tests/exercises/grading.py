@@ -349,6 +349,55 @@ def check_overwrite(overwrite: Callable[..., Any]) -> None:
         raise NotYetError(f"with beta {beta} the key should read {(key @ right).tolist()}, and is off by {off:.2g}")
 
 
+# --- CLIP ----------------------------------------------------------------------------------------------------------
+
+
+def check_symmetric_loss(symmetric_loss: Callable[..., Any]) -> None:
+    cross_entropy, unit = torch.nn.functional.cross_entropy, torch.nn.functional.normalize
+    torch.manual_seed(0)
+    for pairs, tau in ((1, 1.0), (5, 0.0), (7, 2.0)):
+        images = torch.randn(pairs, 3) * torch.rand(pairs, 1)
+        texts = images + torch.randn(pairs, 3)
+        given = tensor("the loss", symmetric_loss(images.clone(), texts.clone(), tau), ())
+        right = torch.arange(pairs)
+        s = unit(images, dim=1) @ unit(texts, dim=1).T
+        one, other = (cross_entropy(math.exp(tau) * each, right) for each in (s, s.T))
+        if near(given, (one + other) / 2):
+            continue
+        if near(given, one) or near(given, other):
+            raise NotYetError("one side alone chooses: take the softmax along the other axis too")
+        if near(given, one + other):
+            raise NotYetError("it is twice the loss: take the mean of the two sides")
+        if near(given, (one + other) / 2 * pairs):
+            raise NotYetError("it grows with the number of pairs: take the mean over them")
+        plain = images @ texts.T * math.exp(tau)
+        if near(given, (cross_entropy(plain, right) + cross_entropy(plain.T, right)) / 2):
+            raise NotYetError("these are not cosines: scale every vector to length 1 first")
+        if near(given, (cross_entropy(tau * s, right) + cross_entropy(tau * s.T, right)) / 2):
+            raise NotYetError("the similarities are multiplied by τ itself: take its exponential")
+        raise NotYetError(f"of {pairs} pairs with τ = {tau} it should be {(one + other) / 2:.4f}, and is {given:.4f}")
+
+
+def check_class_weights(class_weights: Callable[..., Any]) -> None:
+    unit = torch.nn.functional.normalize
+    torch.manual_seed(0)
+    prompts = [torch.randn(count, 4) * torch.rand(count, 1) * 9 for count in (3, 1, 5)]
+    given = tensor("the weight", class_weights([each.clone() for each in prompts]), (3, 4))
+    means = torch.stack([unit(each, dim=1).mean(0) for each in prompts])
+    if near(given, unit(means, dim=1)):
+        return
+    if near(given, means):
+        raise NotYetError("the mean of unit vectors is shorter than 1: scale it to length 1 again")
+    if near(given, torch.stack([unit(each.mean(0), dim=0) for each in prompts])):
+        raise NotYetError("a prompt with a long vector counts for more: scale each to length 1 before the mean")
+    if near(given, torch.stack([each.mean(0) for each in prompts])):
+        raise NotYetError("this is the mean of the vectors as they came: scale before it and after it")
+    if near(given, torch.stack([unit(each[0], dim=0) for each in prompts])):
+        raise NotYetError("the first prompt alone is read: take the mean of all")
+    row = int((given - unit(means, dim=1)).abs().amax(1).argmax())
+    raise NotYetError(f"the vector of class {row}, which has {len(prompts[row])} prompts, is another")
+
+
 CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "self_attention": {"largest": check_largest},
     "flash_attention": {"join": check_join},
@@ -360,6 +409,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "evolution": {"effective_keys": check_effective_keys},
     "linear_attention": {"overwrite": check_overwrite},
     "sparse_attention": {"two_layers": check_two_layers},
+    "clip": {"symmetric_loss": check_symmetric_loss, "class_weights": check_class_weights},
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nondual.efficient_attention.sparse_attention import blocks, fixed, local, strided
+from nondual.multimodal.contrastive import softmax_loss, unit_vectors
 from nondual.ops import masks
 from nondual.ops.selective_scan import selective_scan
 
@@ -100,7 +101,36 @@ def logit(gate):
     return math.log(gate / (1 - gate))
 
 
+def matched(length=1.0, scale=math.exp, sides=(True, False), total=torch.mean, share=None):
+    """The symmetric loss, or one with a mistake in it."""
+
+    def loss(images, texts, log_scale):
+        if length:
+            images, texts = (length * x / x.norm(dim=1, keepdim=True) for x in (images, texts))
+        s = scale(log_scale) * images @ texts.T
+        each = [total(-(s if side else s.T).log_softmax(1).diag()) for side in sides]
+        return sum(each) / (share or len(each))
+
+    return loss
+
+
+def averaged(before=True, after=True, first=False):
+    """A weight for each class, or one with a mistake in it."""
+
+    def scaled(x):
+        return x / x.norm(dim=-1, keepdim=True)
+
+    def weights(prompts):
+        rows = [(scaled(p) if before else p)[: 1 if first else None].mean(0) for p in prompts]
+        return torch.stack([scaled(row) if after else row for row in rows])
+
+    return weights
+
+
 RIGHT = [
+    ("clip", "symmetric_loss", matched()),
+    ("clip", "symmetric_loss", lambda i, t, tau: softmax_loss(unit_vectors(i), unit_vectors(t), math.exp(tau))),
+    ("clip", "class_weights", averaged()),
     ("self_attention", "largest", largest()),
     ("self_attention", "largest", lambda v: (torch.full((1, 1, 1, 1), -100.0), -10 * v)),
     ("flash_attention", "join", joined(lambda a, b: torch.sigmoid(a - b))),
@@ -122,6 +152,19 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("clip", "symmetric_loss", matched(sides=[True]), "one side alone chooses"),
+    ("clip", "symmetric_loss", matched(sides=[False]), "one side alone chooses"),
+    ("clip", "symmetric_loss", matched(share=1), "it is twice the loss"),
+    ("clip", "symmetric_loss", matched(total=torch.sum), "it grows with the number of pairs"),
+    ("clip", "symmetric_loss", matched(length=None), "these are not cosines"),
+    ("clip", "symmetric_loss", matched(scale=float), "multiplied by τ itself: take its exponential"),
+    ("clip", "symmetric_loss", matched(length=2.0), "of 5 pairs with τ = 0.0 it should be"),
+    ("clip", "symmetric_loss", lambda i, t, tau: i @ t.T, "the loss should have the shape (), and has (1, 1)"),
+    ("clip", "class_weights", averaged(after=False), "the mean of unit vectors is shorter than 1"),
+    ("clip", "class_weights", averaged(before=False), "a prompt with a long vector counts for more"),
+    ("clip", "class_weights", averaged(before=False, after=False), "as they came: scale before it and after it"),
+    ("clip", "class_weights", averaged(first=True), "the first prompt alone is read"),
+    ("clip", "class_weights", lambda p: averaged()(p).flip(0), "is another"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, v), "the value is added to what is there"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)), "one of length 3.0"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s - torch.outer(k, b * (v - k @ s)) / (k @ k), "the sign is"),

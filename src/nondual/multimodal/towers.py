@@ -346,8 +346,8 @@ class AttentionPool(nn.Module):
             raise ValueError(f"features must be (B, N, E), got {tuple(features.shape)}")
         # --8<-- [start:attention_pool]
         query = self.query.expand(features.shape[0], -1, -1)  # the same for every image
-        x = self.mixer(query, features)[:, 0]
-        return x + self.feed_forward(self.norm(x))
+        x = self.mixer(query, features)  # (B, 1, E)
+        return (x + self.feed_forward(self.norm(x)))[:, 0]
         # --8<-- [end:attention_pool]
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward

@@ -45,8 +45,8 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("siglip", "text"): WIDE | OF_SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64},
     ("siglip", "vision"): WIDE | OF_SIGLIP | IMAGES | {"patch_size": 16, "vision_use_head": True},
 }
-INTEGERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-OF_PART = {
+INTEGERS: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OF_PART: dict[str, tuple[str, ...]] = {
     "text": ("vocab_size", "max_position_embeddings"),
     "vision": ("num_channels", "image_size", "patch_size"),
 }

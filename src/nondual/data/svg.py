@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+DPI = 96  # pixels an inch, for drawings whose size is given in millimetres
+
 
 def drawn(svg: str, size: int) -> "Tensor":
     """A drawing on white, as large as a square of `size` pixels holds, and in its middle: (3, size, size) uint8, RGB.
@@ -30,6 +32,22 @@ def drawn(svg: str, size: int) -> "Tensor":
     """
     import torch
 
+    return torch.frombuffer(bytearray(rgb(svg, size)), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).clone()
+
+
+def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
+    """What `drawn` returns, as bytes: size rows of size pixels of 3 bytes each.
+
+    Args:
+        svg: the drawing.
+        size: height and width of the picture, in pixels.
+        crop: leave out the empty margin, as of a small drawing on a large page. The page is drawn four times as large
+            for this, at 256 pixels or more, and what is cropped is scaled down.
+
+    Raises:
+        ImportError: resvg-py or Pillow is not installed.
+        ValueError: it is no SVG that can be drawn, or it is empty, and was to be cropped.
+    """
     try:
         from PIL import Image
         from resvg_py import svg_to_bytes
@@ -37,15 +55,27 @@ def drawn(svg: str, size: int) -> "Tensor":
         raise ImportError(f"{missing.name} is needed to draw: pip install 'nondual[pictures]'") from None
 
     def picture(width: int | None, height: int | None) -> "Image.Image":
-        png = svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True, width=width, height=height)
-        return Image.open(io.BytesIO(png)).convert("RGB")
+        png = svg_to_bytes(svg_string=svg, skip_system_fonts=True, dpi=DPI, width=width, height=height)
+        return Image.open(io.BytesIO(png)).convert("RGBA")
 
-    found = picture(size, None)
-    if found.height > size:
-        found = picture(None, size)
+    large = max(256, 4 * size) if crop else size
+    found = picture(large, None)
+    if found.height > large:
+        found = picture(None, large)
+    if crop:
+        box = found.getchannel("A").getbbox()
+        if box is None:
+            raise ValueError("nothing is drawn")
+        found = found.crop(box)
+    white = Image.new("RGBA", found.size, "white")
+    found = Image.alpha_composite(white, found).convert("RGB")
+    if crop:
+        scale = size / max(found.size)
+        width, height = (max(1, round(side * scale)) for side in found.size)
+        found = found.resize((width, height), Image.Resampling.LANCZOS)
     ground = Image.new("RGB", (size, size), "white")
     ground.paste(found, ((size - found.width) // 2, (size - found.height) // 2))
-    return torch.frombuffer(bytearray(ground.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).clone()
+    return ground.tobytes()
 
 
 def renderer() -> str:

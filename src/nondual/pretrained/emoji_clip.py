@@ -1,0 +1,119 @@
+"""A small CLIP of emoji: pictures of 32 x 32 pixels and their names in one space of 96 numbers.
+
+It was trained for this project and is a part of the package: 0.6 million parameters for pictures, in float16. Its text
+tower is MiniLM, which is fetched (`python -m nondual.pretrained minilm`) and was not trained further.
+
+    picture  32 x 32, RGB -> 16 patches of 8 x 8 -> three layers, width 128, four heads -> mean -> 96 numbers
+    text     MiniLM's vector, 384 numbers -> 96 numbers
+
+Model card.
+    Training: some 1,300 emoji concepts in six styles, turned, scaled, shifted, mirrored and recoloured by chance; a
+    caption is the name, the name with its tags, or one tag. Softmax loss, batches of 128, one thread of a CPU.
+    `nox -s bench -- clip` trains it again, and docs/measured/clip.json says how well it does, with intervals: on 150
+    concepts and a seventh style that it never met.
+    For: showing how such a model works. It knows small drawings on white and English, and no photographs. Its answers
+    repeat how these drawings and tags show people: do not use it to sort any.
+    Drawings: Noto Emoji (Google, Apache-2.0), Twemoji (Twitter and others, CC BY 4.0), OpenMoji (HfG Schwäbisch Gmünd,
+    CC BY-SA 4.0), Firefox OS Emoji (Mozilla, Apache-2.0), Emoji One 1 (CC BY-SA 4.0) and 2 (CC BY 4.0). Names and tags:
+    emojibase-data (MIT), from Unicode's CLDR. Text vectors: all-MiniLM-L6-v2 (Apache-2.0).
+    Licence of the weights: CC BY-SA 4.0, as the most demanding of the drawings.
+
+Sources: Radford et al. 2021 (2103.00020); the image tower, Dosovitskiy et al. 2020 (2010.11929).
+"""
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from nondual.multimodal.clip import CLIP, SentenceTower
+from nondual.multimodal.towers import VisionTower
+from nondual.ops.checks import check_tensors
+from nondual.pretrained.minilm import minilm
+
+SIZE, D_IMAGE, D_TEXT, D_JOINT = 32, 128, 384, 96
+WEIGHTS = "emoji_clip.safetensors"
+
+
+class Mean(nn.Module):
+    """The mean of a picture's vectors: (B, N, E) -> (B, E)."""
+
+    def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b e"]:
+        """(B, N, E) -> (B, E)."""
+        return x.mean(1)
+
+
+class PictureTower(nn.Module):
+    """Pictures as they are stored, 0 to 255, to one vector each: scaled, then read by a `VisionTower`.
+
+    A picture's values are divided by 255, less 0.75, divided by 0.3: drawings on white are bright.
+    """
+
+    vit: VisionTower
+
+    def __init__(self):
+        super().__init__()
+        self.vit = VisionTower(
+            SIZE,
+            8,
+            D_IMAGE,
+            n_heads=4,
+            d_ff=3 * D_IMAGE,
+            n_layers=3,
+            class_token=False,
+            norm_before=False,
+            patch_bias=True,
+            pool=Mean(),
+            activation=F.gelu,
+        )
+
+    def forward(self, pictures: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        """(B, 3, 32, 32), RGB from 0 to 255, uint8 or floating point -> (B, 128).
+
+        Raises:
+            TypeError: pictures are not a tensor.
+            ValueError: pictures of another shape, or of integers other than uint8.
+        """
+        check_tensors({"pictures": pictures})
+        known = pictures.dtype == torch.uint8 or pictures.is_floating_point()
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, SIZE, SIZE) or not known:
+            raise ValueError(
+                f"pictures must be (B, 3, {SIZE}, {SIZE}), RGB from 0 to 255, uint8 or floating point, got "
+                f"{pictures.dtype} {tuple(pictures.shape)}"
+            )
+        weight = self.vit.patches.weight
+        return self.vit((pictures.to(weight.dtype) / 255 - 0.75) / 0.3)
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        def __call__(self, pictures: Tensor) -> Tensor: ...
+
+
+def emoji_clip(device: "torch.device | str | None" = None) -> CLIP:
+    """The small CLIP of emoji, in float32 and evaluation mode.
+
+        model = emoji_clip()
+        pictures = emoji(["noto"]).pictures["noto"]          # nondual.data.emoji: (C, 3, 32, 32) uint8
+        model(pictures, ["a red apple", "a cat"])            # (C, 2)
+
+    Args:
+        device: where it runs; the CPU where left out.
+
+    Returns:
+        A `CLIP`: `encode_images` takes (B, 3, 32, 32) from 0 to 255, `encode_texts` strings, or MiniLM's unit vectors
+        (T, 384). Both give unit vectors of 96 numbers.
+
+    Raises:
+        WeightsMissing: MiniLM's weights were not fetched yet; the message says how.
+        ImportError: safetensors or tokenizers is not installed.
+    """
+    encoder = minilm(device)
+    from safetensors.torch import load
+
+    stored = load(files("nondual.pretrained").joinpath(WEIGHTS).read_bytes())
+    model = CLIP(PictureTower(), SentenceTower(encoder), D_JOINT, d_image=D_IMAGE, d_text=D_TEXT)
+    model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    return model.to(device).eval()

@@ -50,6 +50,9 @@ class Encoder(nn.Module):
             count for nothing, and positions must be left out.
         norm: the norms, called as nn.LayerNorm and nn.RMSNorm are.
         feed_forward: makes the feed-forward networks, called as `FeedForward` and `GatedFeedForward` are.
+        drop_path: with what probability the last layer leaves a whole branch out for a sample while training; it grows
+            evenly from 0 in the first layer (stochastic depth: 1603.09382, section 3).
+        layer_scale: what a learned scale of each channel of every branch starts at (2103.17239); None for none.
 
     Raises:
         TypeError: positions that do not act inside attention.
@@ -77,6 +80,8 @@ class Encoder(nn.Module):
         mixer: Callable[[int], nn.Module] | None = None,
         norm: Callable[..., nn.Module] = nn.LayerNorm,
         feed_forward: Callable[..., nn.Module] = FeedForward,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         if mixer is not None and positions is not None:
@@ -104,6 +109,8 @@ class Encoder(nn.Module):
                 norm=norm,
                 eps=eps,
                 dropout=dropout,
+                drop_path=drop_path * i / max(1, n_layers - 1),
+                layer_scale=layer_scale,
             )
             for i in range(n_layers)
         )

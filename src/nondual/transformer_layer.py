@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.mixers import as_before_if_raised
+from nondual.residual import LayerScale, StochasticDepth
 
 
 class TransformerLayer(nn.Module):
@@ -27,6 +28,8 @@ class TransformerLayer(nn.Module):
         norm: the norms, called as nn.LayerNorm and nn.RMSNorm are.
         eps: added to the variance or mean square in the norms.
         dropout: probability of dropping a unit of either branch while training.
+        drop_path: probability of leaving a whole branch out for a sample while training (stochastic depth).
+        layer_scale: what a learned scale of each channel of both branches starts at; None for no such scale.
     """
 
     mixer: nn.Module
@@ -35,6 +38,9 @@ class TransformerLayer(nn.Module):
     norm1: nn.Module
     norm2: nn.Module
     dropout: nn.Dropout
+    scale1: nn.Module
+    scale2: nn.Module
+    drop_path: StochasticDepth
 
     def __init__(
         self,
@@ -46,11 +52,17 @@ class TransformerLayer(nn.Module):
         norm: Callable[..., nn.Module] = nn.LayerNorm,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ):
         super().__init__()
         self.mixer, self.feed_forward, self.norm_first = mixer, feed_forward, norm_first
         self.norm1, self.norm2 = norm(d_model, eps=eps), norm(d_model, eps=eps)
         self.dropout = nn.Dropout(dropout)
+        self.scale1, self.scale2 = (
+            nn.Identity() if layer_scale is None else LayerScale(d_model, layer_scale) for _ in range(2)
+        )
+        self.drop_path = StochasticDepth(drop_path)
 
     def forward(
         self, x: Float[Tensor, "b n e"], *, return_weights: bool = False, **mixing: Any
@@ -70,12 +82,13 @@ class TransformerLayer(nn.Module):
             weights: Any = None
             if return_weights:
                 mixed, weights = mixed
-            x = x + self.dropout(mixed)
-            if self.norm_first:
-                x = x + self.dropout(self.feed_forward(self.norm2(x)))
-            else:
+            x = x + self.drop_path(self.scale1(self.dropout(mixed)))
+            if not self.norm_first:
                 x = self.norm1(x)
-                x = self.norm2(x + self.dropout(self.feed_forward(x)))
+            thought = self.feed_forward(self.norm2(x) if self.norm_first else x)
+            x = x + self.drop_path(self.scale2(self.dropout(thought)))
+            if not self.norm_first:
+                x = self.norm2(x)
         return (x, weights) if return_weights else x
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward

@@ -1,6 +1,7 @@
 """The files that come of the longest training: the weights of `nondual.pretrained.emoji_clip`, and what its page loads.
 
-src/nondual/pretrained/emoji_clip.safetensors   the weights, float16
+src/nondual/pretrained/emoji_clip.safetensors   the weights, float16; the metadata's `unseen` is a JSON list of the
+                                                    test concepts' code points
 docs/assets/models/clip.bin                     laid out as safetensors: `words` (W, 96) and `pictures` (300, 96) as
                                                 int8 with a scale for each row; the metadata's `words` is a JSON list
 docs/assets/models/clip.webp                    the 300 pictures, 40 pixels wide, 15 in a row: 150 in a style that
@@ -32,7 +33,9 @@ COLUMNS, SIDE = 15, 40
 
 def ship(model: CLIP, pairs: Pairs) -> None:
     """Write the three files."""
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, MODEL)
+    codes = {concept.name: concept.hexcode for concept in concepts()}
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, MODEL, metadata={"unseen": json.dumps([codes[pairs.names[i]] for i in pairs.test.tolist()])})
     write_live(model, pairs, LIVE)
     SPRITE.write_bytes(sprite(pairs))
 

@@ -21,6 +21,8 @@ Model card.
 Sources: Radford et al. 2021 (2103.00020); the image tower, Dosovitskiy et al. 2020 (2010.11929).
 """
 
+import json
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,10 @@ from nondual.ops.checks import check_tensors
 from nondual.pretrained.minilm import minilm
 
 SIZE, D_IMAGE, D_TEXT, D_JOINT = 32, 128, 384, 96
-WEIGHTS = "emoji_clip.safetensors"
+STYLES_MET = ("noto", "twemoji", "openmoji", "fxemoji", "emojione-v1", "emojione")
+"""The styles of its training."""
+STYLE_NOT_MET = "fluent-emoji-flat"
+"""The style that was held out."""
 
 
 class Mean(nn.Module):
@@ -113,7 +118,21 @@ def emoji_clip(device: "torch.device | str | None" = None) -> CLIP:
     encoder = minilm(device)
     from safetensors.torch import load
 
-    stored = load(files("nondual.pretrained").joinpath(WEIGHTS).read_bytes())
     model = CLIP(PictureTower(), SentenceTower(encoder), D_JOINT, d_image=D_IMAGE, d_text=D_TEXT)
-    model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    model.load_state_dict({name: tensor.float() for name, tensor in load(_stored()).items()})
     return model.to(device).eval()
+
+
+def unseen_concepts() -> tuple[str, ...]:
+    """The 150 concepts that it never met in any style, by their code points, as `nondual.data.emoji` has them.
+
+    Nor did it meet any that differ from them only in who a person is ("man farmer", "woman farmer").
+    """
+    content = _stored()
+    size = int.from_bytes(content[:8], "little")  # a safetensors file begins with the length of its JSON header
+    return tuple(json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["unseen"]))
+
+
+@cache
+def _stored() -> bytes:
+    return files("nondual.pretrained").joinpath("emoji_clip.safetensors").read_bytes()

@@ -22,6 +22,7 @@ import nox
 
 ROOT = Path(__file__).parent
 SITE = ROOT / "site"
+BUILT = ROOT / ".nox" / "site"  # what the site was built from; not in site/, which is published
 BARE = "--no-venv" in sys.argv  # use the interpreter that runs nox, and install nothing
 
 nox.needs_version = ">=2025.2"
@@ -76,19 +77,23 @@ def build(session: nox.Session, *, anew: bool = True) -> str:
     """
     python = environment(session)
     run(session, python, "hooks/weights.py", minutes=20)  # those that the pages read, once, into the user's cache
-    built = ROOT / ".nox" / "site"  # what the site was built from; not in site/, which is published
     sources = contents()
-    if not anew and SITE.exists() and built.exists() and built.read_text() == sources:
+    if not anew and is_built(sources):
         session.log("The site is built from the files as they are.")
         return python
-    built.unlink(missing_ok=True)
+    BUILT.unlink(missing_ok=True)
     env = {"OMP_WAIT_POLICY": "passive"}  # torch's threads sleep while they wait, and do not hold up a busy machine
     if "--anew" in session.posargs:
         env["NONDUAL_DRAW_ANEW"] = "1"
     run(session, python, "-m", "mkdocs", "build", "--strict", "--site-dir", str(SITE), env=env, minutes=20)
-    built.parent.mkdir(exist_ok=True)
-    built.write_text(sources)
+    BUILT.parent.mkdir(exist_ok=True)
+    BUILT.write_text(sources)
     return python
+
+
+def is_built(sources: str) -> bool:
+    """Whether there is a site that was built from these files, as `contents` says them."""
+    return SITE.exists() and BUILT.exists() and BUILT.read_text() == sources
 
 
 def contents() -> str:
@@ -141,10 +146,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def snippets(session: nox.Session) -> None:
-    """Every fence of README and docs as a file of its own, as a reader would run it."""
+    """Every fence of README and docs as a file of its own, as a reader would run it.
+
+    Where the site is built from the files as they are, its build has run the figures so, and they are left out.
+    """
     python = environment(session)
     run(session, python, "hooks/weights.py", "--snippets", minutes=20)
-    run(session, python, "hooks/fences.py", *session.posargs, minutes=30)
+    figures = () if session.posargs or not is_built(contents()) else ("--snippets",)
+    run(session, python, "hooks/fences.py", *figures, *session.posargs, minutes=30)
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 python hooks/fences.py               every page
 python hooks/fences.py docs/x.md     some pages
+python hooks/fences.py --snippets    without the figures, where the build has just run those
 """
 
 import sys

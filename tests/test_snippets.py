@@ -216,6 +216,13 @@ def test_alone_names_what_went_wrong(tmp_path, capsys):
     assert said.endswith("6 fences run alone: 1 passed, 5 failed\n")
 
 
+def test_alone_leaves_out_the_figures_that_the_build_has_run(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text('```python exec="on"\nprint(1 / 0)\n```\n\n```python\nx = 1\n```\n')
+    assert alone.main(["--snippets", str(page)]) == 0
+    assert capsys.readouterr().out == "1 fences run alone: 1 passed, 0 failed\n"
+
+
 def test_alone_passes_what_is_right(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"```python\nprint('ṛ')\n```\n\n{OUTPUT}\n\n```\nṛ\n```\n")

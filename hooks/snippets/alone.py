@@ -1,4 +1,7 @@
-"""Each fence as a file of its own: what a reader would see who pastes it into an empty file and runs that."""
+"""Each fence as a file of its own: what a reader would see who pastes it into an empty file and runs that.
+
+With `--snippets` figures are left out: the build runs each of them in a process of its own, and fails where one does.
+"""
 
 import os
 import re
@@ -54,8 +57,9 @@ def indented(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    chosen = [Path(argument) for argument in arguments] or pages()
-    runnable = [fence for page in chosen for fence in fences(page) if fence.kind in ("snippet", "figure")]
+    kinds = ("snippet",) if "--snippets" in arguments else ("snippet", "figure")
+    chosen = [Path(argument) for argument in arguments if argument != "--snippets"] or pages()
+    runnable = [fence for page in chosen for fence in fences(page) if fence.kind in kinds]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failed = [fault for fault in pool.map(run_alone, runnable) if fault]
     for fault in failed:

@@ -31,6 +31,7 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
         *X.expand(3, 3, 8)[:, None, None].requires_grad_()
     ),
     "efficient_attention/linear_attention": lambda room: room.LinearAttentionMixer(8, 2)(X),
+    "multimodal/clip": lambda room: room.CLIP(*[torch.nn.Identity()] * 2, 4, d_image=8, d_text=8).loss(X[0], X[0] ** 2),
 }
 
 

@@ -168,8 +168,8 @@ def test_the_pool_is_torchs_attention_of_one_query():
     "given, error, says",
     [
         (images().numpy(), TypeError, r"images must be a Tensor, got ndarray; use torch.from_numpy"),
-        (images()[0], ValueError, r"images must be floating point \(B, C, H, W\), got torch.float32 \(3, 10, 10\)"),
-        (images().to(torch.uint8), ValueError, r"images must be floating point .*got torch.uint8 .*: divide by 255"),
+        (images()[0], ValueError, r"images must be \(B, C, H, W\), got \(3, 10, 10\); a single image goes in as image"),
+        (images().to(torch.uint8), ValueError, r"images must be floating point, got torch.uint8: divide by 255"),
         (images(channels=1), ValueError, r"images must have 3 channels, \(B, C, H, W\), got \(3, 1, 10, 10\)"),
         (images().movedim(1, 3), ValueError, r"images must have 3 channels, \(B, C, H, W\), got \(3, 10, 10, 3\)"),
         (

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from nondual.feed_forward import FeedForward
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
-from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import LearnedPositions
 from nondual.self_attention import MultiHeadAttention
 from nondual.token_ids import check_ids, has_values
 from nondual.transformer import Encoder
+from nondual.vision_transformers.patches import check_images, resampled
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -261,13 +261,10 @@ class VisionTower(nn.Module):
 
     def positions(self, rows: int, columns: int) -> Float[Tensor, "n e"]:
         """The learned positions of a grid of patches, (N, E), the class token's first: resampled for another grid."""
-        side = self.image_size // self.patch_size
+        side, own = self.image_size // self.patch_size, 0 if self.class_token is None else 1
         if (rows, columns) == (side, side):
             return self.position
-        own = 0 if self.class_token is None else 1
-        grid = at_least_float32(self.position[own:]).mT.unflatten(-1, (side, side))[None]  # (1, E, side, side)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([self.position[:own], grid[0].flatten(1).mT.to(self.position)])
+        return torch.cat([self.position[:own], resampled(self.position[own:], (side, side), (rows, columns))])
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b e"]:
         """images (B, C, H, W) -> one vector for each (B, E).
@@ -278,17 +275,8 @@ class VisionTower(nn.Module):
         return self.pool(self.features(images))
 
     def _check(self, images: Tensor) -> None:
-        check_tensors({"images": images})
-        if images.ndim != 4 or not images.is_floating_point():
-            remedy = "" if images.is_floating_point() else ": divide by 255 and normalise them as the model was trained"
-            raise ValueError(
-                f"images must be floating point (B, C, H, W), got {images.dtype} {tuple(images.shape)}{remedy}"
-            )
-        channels, height, width = images.shape[1:]
-        if channels != self.patches.in_channels:
-            raise ValueError(
-                f"images must have {self.patches.in_channels} channels, (B, C, H, W), got {tuple(images.shape)}"
-            )
+        check_images(images, self.patches.in_channels)
+        height, width = images.shape[2:]
         for side in (height, width):
             if side != self.image_size and (side % self.patch_size or not side):
                 raise ValueError(

@@ -1,8 +1,8 @@
 """A package index on the loopback interface, with as many faults as real ones have; it ends when its stdin is closed.
 
 python serve_index.py WHEEL [TARBALL] [DEB] prints its port. The first part of an address chooses how it behaves, so
-that http://127.0.0.1:PORT/cut/simple is an index whose downloads break off. /cut/npm is a registry of npm with the tarball,
-/cut/debian a mirror of Debian with the Debian package. /log gives the requests since it was last asked.
+that http://127.0.0.1:PORT/cut/simple is an index whose downloads break off. /cut/npm is a registry of npm with the
+tarball, /cut/debian a mirror of Debian with the Debian package. /log gives the requests since it was last asked.
 """
 
 import base64

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from nondual.pretrained import load_clip, load_siglip
+from nondual.pretrained import from_clip, from_siglip, load_clip, load_siglip
+from nondual.pretrained.clip import from_hugging_face
 from nondual.pretrained.clip_config import read_settings
 
 
@@ -88,3 +90,35 @@ def test_what_is_left_out_is_what_transformers_takes():
         for part in ("text", "vision"):
             assert {name: whole[part][name] for name in found[part]} == found[part]
         assert found.get("projection_dim") == whole.get("projection_dim")
+
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+
+@pytest.mark.parametrize(
+    "kind, settings, weights",
+    [
+        ("clip", {}, 151_277_313),  # openai/clip-vit-base-patch32
+        ("siglip", {}, 203_155_970),  # google/siglip-base-patch16-224
+        (  # google/siglip-so400m-patch14-384: 27 patches of 14 pixels leave 6 of 384 over
+            "siglip",
+            {"text_config": SO400M, "vision_config": SO400M | {"image_size": 384, "patch_size": 14}},
+            877_960_498,
+        ),
+    ],
+    ids=["clip base", "siglip base", "siglip so400m"],
+)
+def test_the_released_sizes_have_their_weights_by_name_and_shape(kind, settings, weights):
+    """On the meta device: nothing is computed, and nothing takes memory."""
+    from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+    with torch.device("meta"):
+        if kind == "clip":
+            theirs = CLIPModel(CLIPConfig(**settings))
+            ours = from_clip(theirs)
+        else:
+            theirs = SiglipModel(SiglipConfig(**settings))
+            ours = from_siglip(theirs)
+    assert sum(p.numel() for p in ours.parameters()) == weights
+    expected = {name: x.shape for name, x in from_hugging_face(theirs.state_dict()).items()}
+    assert {name: x.shape for name, x in ours.state_dict().items()} == expected

@@ -46,7 +46,7 @@ OPENCLIPART = Package(
 ROOT = "usr/share/openclipart/svg/"
 FOLDERS_OUT = ("computer/icons/", "shapes/stars/", "special/", "recreation/games/cards/", "unsorted/duplicates/")
 LARGEST = 1_000_000  # bytes of a file
-VERSION = 2  # of how drawings are chosen and made here: it is part of the name of the file in which they are kept
+VERSION = 3  # of how drawings are chosen and made here: it is part of the name of the file in which they are kept
 
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"

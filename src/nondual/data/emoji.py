@@ -46,7 +46,7 @@ LEFT_OUT = {"flags", "component"}
 LETTERS = {"keycap", "alphanum"}
 """Subgroups that are left out."""
 
-VERSION = 2  # of how drawings are made here: it is part of the names of the files in which they are kept
+VERSION = 3  # of how drawings are made here: it is part of the names of the files in which they are kept
 
 
 class Concept(NamedTuple):

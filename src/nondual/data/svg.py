@@ -6,6 +6,7 @@
 
 import contextlib
 import io
+import math
 import os
 import secrets
 import zipfile
@@ -32,7 +33,9 @@ def drawn(svg: str, size: int) -> "Tensor":
     """
     import torch
 
-    return torch.frombuffer(bytearray(rgb(svg, size)), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).clone()
+    return (
+        torch.frombuffer(bytearray(rgb(svg, size)), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+    )
 
 
 def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
@@ -41,8 +44,9 @@ def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
     Args:
         svg: the drawing.
         size: height and width of the picture, in pixels.
-        crop: leave out the empty margin, as of a small drawing on a large page. The page is drawn four times as large
-            for this, at 256 pixels or more, and what is cropped is scaled down.
+        crop: leave out the empty margin, as of a small drawing on a large page. The page is drawn twice for this: at
+            256 pixels, to see where the drawing is, then so large that the drawing has twice the size, and is scaled
+            down; a page is never drawn at more than 4,096 pixels.
 
     Raises:
         ImportError: resvg-py or Pillow is not installed.
@@ -58,15 +62,22 @@ def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
         png = svg_to_bytes(svg_string=svg, skip_system_fonts=True, dpi=DPI, width=width, height=height)
         return Image.open(io.BytesIO(png)).convert("RGBA")
 
-    large = max(256, 4 * size) if crop else size
-    found = picture(large, None)
-    if found.height > large:
-        found = picture(None, large)
-    if crop:
+    def page(side: int) -> "Image.Image":
+        found = picture(side, None)
+        return found if found.height <= side else picture(None, side)
+
+    def cropped(side: int) -> "Image.Image":
+        found = page(side)
         box = found.getchannel("A").getbbox()
         if box is None:
             raise ValueError("nothing is drawn")
-        found = found.crop(box)
+        return found.crop(box)
+
+    if crop:
+        found = cropped(256)
+        found = cropped(min(4096, math.ceil(256 * 2 * size / max(found.size))))
+    else:
+        found = page(size)
     white = Image.new("RGBA", found.size, "white")
     found = Image.alpha_composite(white, found).convert("RGB")
     if crop:

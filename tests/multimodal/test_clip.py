@@ -74,8 +74,8 @@ def test_it_starts_where_the_papers_say():
     assert math.isclose(clip.log_scale.item(), math.log(1 / 0.07), rel_tol=1e-6) and clip.shift is None
     assert math.isclose(siglip.log_scale.item(), math.log(10), rel_tol=1e-6) and siglip.bias.item() == -10
     images, texts = batch(64, dtype=torch.float32)
-    assert float(siglip.loss(images, texts)) < 15  # the B pairs alone are wrong, by about 10 each
-    assert float(model(SigLIP, torch.float32, bias=0.0).loss(images, texts)) > 100  # all B² cost something
+    assert siglip.loss(images, texts).item() < 15  # the B pairs alone are wrong, by about 10 each
+    assert model(SigLIP, torch.float32, bias=0.0).loss(images, texts).item() > 100  # all B² cost something
 
 
 def test_in_chunks_the_loss_of_siglip_is_the_same():
@@ -94,9 +94,9 @@ def test_the_gradient_of_the_scale_is_the_one_of_finite_differences():
         for step in (1e-6, -1e-6):
             with torch.no_grad():
                 ours.log_scale += step
-                values.append(float(ours.loss(images, texts)))
+                values.append(ours.loss(images, texts).item())
                 ours.log_scale -= step
-        assert math.isclose(gradient, (values[0] - values[1]) / 2e-6, rel_tol=1e-5)
+        assert math.isclose(gradient.item(), (values[0] - values[1]) / 2e-6, rel_tol=1e-5)
 
 
 def test_the_clamp_is_after_the_step_so_that_the_scale_can_come_back():
@@ -109,12 +109,12 @@ def test_the_clamp_is_after_the_step_so_that_the_scale_can_come_back():
     assert (
         math.isclose(ours.log_scale.item(), math.log(100)) and ours.log_scale.requires_grad and ours.log_scale.is_leaf
     )
-    before = float(ours.log_scale)
+    before = ours.log_scale.item()
     ours.clamp_scale()
     with torch.no_grad():
         ours.log_scale -= 0.5
     ours.clamp_scale()
-    assert float(ours.log_scale) == before - 0.5  # below the limit nothing is changed
+    assert ours.log_scale.item() == before - 0.5  # below the limit nothing is changed
 
 
 def test_as_a_hook_of_the_optimiser_the_limit_holds_at_every_step():
@@ -250,13 +250,16 @@ def test_sentences_or_their_vectors_and_the_encoder_is_no_part_of_the_model():
     tower = SentenceTower(Letters())
     ours = CLIP(nn.Linear(P, 11), tower, D, d_image=11, d_text=T)
     texts = ["a cat", "a zebra", "an owl and a bee"]
-    vectors = tower(texts).detach()
+    vectors = tower(texts)
+    assert not vectors.requires_grad
     torch.testing.assert_close(ours.encode_texts(texts), ours.encode_texts(vectors))
     assert not any("tower.encoder" in name for name in [*ours.state_dict(), *dict(ours.named_parameters())])
     loose = CLIP(nn.Linear(P, 11), nn.Identity(), D, d_image=11, d_text=T)
     loose.load_state_dict(ours.state_dict())  # trained on vectors or on sentences, it is one checkpoint
     torch.testing.assert_close(loose.encode_texts(vectors), ours.encode_texts(texts))
     assert ours.double().encode_texts(texts).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"text_tower must give floating point .*, got torch.int64 \(2, 5\)"):
+        ours.encode_texts(torch.ones(2, T, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"encoder must have a method encode\(sentences\), got Linear"):
         SentenceTower(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"encoder must have a method encode\(sentences\), got str"):

@@ -338,9 +338,16 @@ class SentenceTower(nn.Module):
         """Strings -> vectors (T, E) without a gradient; a tensor is taken for such vectors, and given back.
 
         Both come out in the dtype and on the device that the model was moved to.
+
+        Raises:
+            TypeError, ValueError: what the encoder refuses.
         """
-        x = texts if isinstance(texts, Tensor) else self.encoder.encode(texts)
-        return x.to(self.like)
+        if isinstance(texts, Tensor):
+            x = texts
+        else:
+            with torch.no_grad():
+                x = self.encoder.encode(texts)
+        return x.to(self.like) if x.is_floating_point() else x
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -302,7 +302,10 @@ def test_a_pattern_decides_which_relations_are_computed():
 
     run = json.loads((MEASURED / "sparse_cpu.json").read_text())["figures"]
     longest = [case for case in run["cases"] if case["n"] == 8192]
-    assert all(case["of_all_pairs"]["high"] < 0.9 and case["of_dense_mask"]["high"] < 0.6 for case in longest)
+    assert all(case["of_ideal"]["high"] < 1.3 and case["of_causal"]["high"] < 0.6 for case in longest)
+    assert all(case["of_dense_mask"]["high"] < 0.3 for case in longest)
+    memory = [case["peak_mib"] for case in longest]
+    assert all(held["tiles"] < 1.1 * held["all pairs"] for held in memory)
     assert all(case["seconds"]["dense mask"] > case["seconds"]["all pairs"] for case in longest)
     assert len(longest) >= 12 and all(rate < 2.4 for rate in run["window"]["growth"])
 

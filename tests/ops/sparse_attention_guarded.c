@@ -35,7 +35,7 @@ static uint32_t next_bits(void) {
   return x >> 32;
 }
 
-/* (B, heads, rows, width), rows `extra` numbers apart: all numbers 0 or NaN, as `fill` is, or drawn between -1 and 1. */
+/* (B, heads, rows, width), rows `extra` numbers apart: all 0 or all NaN, as `fill` is, else drawn between -1 and 1. */
 static struct tensor tensor(int64_t batch, int64_t heads, int64_t rows, int64_t width, int64_t extra, real fill) {
   struct tensor x = {.n = width + extra};
   x.h = rows * x.n, x.b = heads * x.h;

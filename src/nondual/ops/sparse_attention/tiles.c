@@ -17,8 +17,8 @@
    A thread takes neighbouring bands of a head forward, and a whole key/value head backward, whose bands add to the same
    dk and dv. Each number is summed in the same order whatever the number of threads.
 
-   Compiled by ops/selective_scan/cpu/build.py with BAND, which is 64, and KEYS defined, and DOUBLE for float64; compiled.py fills
-   `struct tiles`. */
+   Compiled by ops/selective_scan/cpu/build.py with BAND, which is 64, and KEYS defined, and DOUBLE for float64;
+   compiled.py fills `struct tiles`. */
 
 #include <math.h>
 #include <pthread.h>
@@ -27,7 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ROWS x VECTORS sums of a product are kept in registers, of which there are 32 where VECTORS is 4, and 16 elsewhere. */
+/* ROWS x VECTORS sums of a product are kept in registers, of which there are 32 where VECTORS is 4, elsewhere 16. */
 #if defined(__AVX512F__)
 enum { BYTES = 64 };
 #define VECTORS 4
@@ -111,7 +111,7 @@ INLINE vec power_of_2(vec x) {
 
 /* --- products of matrices ----------------------------------------------------------------------------------------- */
 
-/* c (rows, vectors) = a (rows, depth) b (depth, vectors), added to what c holds where `add`. a has any strides; the rows
+/* c (rows, vectors) = a (rows, depth) b (depth, vectors), added to what c holds where `add`. a has any strides; rows
    of b and c are dense. The first three arguments are constants wherever it is inlined. */
 INLINE void product(int rows, int vectors, int add, int64_t depth, const real *a, int64_t a_row, int64_t a_depth,
                     const real *b, int64_t b_depth, real *c, int64_t c_row) {

@@ -58,7 +58,7 @@ class Concept(NamedTuple):
         tags: English keywords, in alphabetical order.
         group: one of eight, as "animals-nature".
         subgroup: a finer one, as "animal-mammal".
-        hindi: its name in Hindi, in Devanagari.
+        hindi: its name in Hindi, in Devanagari; for "trombone", the one that CLDR did not translate, the English.
     """
 
     hexcode: str

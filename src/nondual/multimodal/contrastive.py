@@ -8,8 +8,8 @@ With a process group each device holds its own pairs, and the other devices' vec
 devices' losses is the loss of the whole batch on one device, and gradients averaged over the devices, as
 DistributedDataParallel averages them, are its gradients.
 
-Sources: Radford et al. 2021 (2103.00020), figure 3; Zhai et al. 2023 (2303.15343), equation 1, algorithm 1 and section
-3.3. Symbols: B pairs, D the width of both, I images, T texts, τ the log of the scale, b the bias.
+Sources: Radford et al. 2021 (2103.00020), figure 3; Zhai et al. 2023 (2303.15343), sections 3.2 and 3.3, algorithm 1.
+Symbols: B pairs, D the width of both, I images, T texts, τ the log of the scale, b the bias.
 """
 
 import torch

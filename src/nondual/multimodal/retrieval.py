@@ -4,8 +4,8 @@ Where the right one has the same score as others, its place among them is a matt
 the probability that it is among the first k when ties are broken at random. So a model that gives one score to all has
 the recall of chance, k / M, and not 1 or 0.
 
-Source: recall at k for images and captions, Hodosh, Young and Hockenmaier 2013 (JAIR 47), section 4.1. Symbols: Q
-queries, M items, I images, T texts.
+Source: recall at k for images and captions, Hodosh, Young and Hockenmaier 2013 (JAIR 47). Symbols: Q queries, M items,
+I images, T texts.
 """
 
 from collections.abc import Sequence

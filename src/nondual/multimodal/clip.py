@@ -13,7 +13,8 @@ A tower is any module that gives one vector for each of what it is given: `tower
     model.loss(images, text_vectors).backward()
 
 Sources: Radford et al. 2021 (2103.00020), figure 3 and sections 2.3, 2.5 (the scale and its limit), 3.1.2 and 3.1.4
-(prompts); Zhai et al. 2023 (2303.15343), section 3.2. Symbols: z unit vectors of width D, τ the log of the scale, b the bias; I images, T texts, B pairs.
+(prompts); Zhai et al. 2023 (2303.15343), section 3.2. Symbols: z unit vectors of width D, τ the log of the scale, b the
+bias; I images, T texts, B pairs.
 """
 
 import math

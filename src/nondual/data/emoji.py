@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from nondual.data.emoji_styles import PACKAGES, STYLES, drawing, plain
+from nondual.data.emoji_styles import NAMES, PACKAGES, STYLES, drawing, plain
 from nondual.data.svg import drawn, kept, renderer
 from nondual.store import Package, read
 
@@ -46,7 +46,7 @@ LEFT_OUT = {"flags", "component"}
 LETTERS = {"keycap", "alphanum"}
 """Subgroups that are left out."""
 
-VERSION = 3  # of how drawings are made here: it is part of the names of the files in which they are kept
+VERSION = 4  # of how drawings are made here: it is part of the names of the files in which they are kept
 
 
 class Concept(NamedTuple):
@@ -103,7 +103,7 @@ def emoji(styles: Sequence[str] = STYLES, size: int = 32) -> Emoji:
     pictures: dict[str, Tensor] = {}
     has: dict[str, Tensor] = {}
     for style in styles:
-        inputs = [PACKAGES[style].sha256, EMOJIBASE.sha256, renderer(), size, VERSION]
+        inputs = [PACKAGES[style].sha256, EMOJIBASE.sha256, NAMES.get(style), renderer(), size, VERSION]
         key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]
 
         def draw(style: str = style) -> "dict[str, np.ndarray]":

@@ -101,41 +101,49 @@ STYLES = tuple(PACKAGES)
 
 _WRITTEN = {
     "fxemoji": """
-1F603=grinwide 1F604=grineyes 1F601=grinwideeyes 1F606=grinsquint 1F605=grinsweat 1F602=grintears 1F642=smallsmile
-1F609=winking 1F60A=smileeyes 1F61A=kissclosedeyes 1F619=kisseyes 1F61B=smiletongue 1F61C=tongueoutwink
-1F61D=tongueoutwink2 1F60E=sunglasses 1F641=smallfrown 1F626=frownmouth 1F627=anguish 1F625=dissapointedrelief
-1F622=crying 1F62D=loudlycrying 1F631=screamfear 1F623=perservere 1F608=devilhorns 1F47A=japaneseangrymask
-1F648=monkeysee 1F649=monkeyhear 1F64A=monkeyspeak 1F498=heartarrow 1F495=2hearts 1F49B=heartyellow 1F49A=heartgreen
-1F499=- 1F49C=heartpurple 1F4A6=sweatsplash 1F4AD=thoughtbaloon 1F44B=waving 1F590=raisedhandsfingerssplayed
-1F596=raisedhandpartfingers 1F44C=aok 1F44A=fistedhand 1F64C=high5 1F450=hands 1F4AA=flexbicep 1F474=gpa 1F475=gma
-1F64D=frown 1F645=nogesture 1F646=okgesture 1F64B=handup 1F647=bowing 1F575=sleuthspy 1F477=construct 1F473=turban
-1F472=guapimao 1F486=headmassage 1F46F=bunny-ears 1F46D=girlgirl 1F46B=girlguy 1F46C=guyguy 1F48F=- 1F415=dogside
-1F408=catside 1F405=tigerside 1F406=leopardside 1F416=pigside 1F43D=pigsnout 1F401=mouseside 1F439=hampster
-1F430=bunny 1F407=bunnyside 1F432=dragonhead 1F409=dragonside 1F433=spurtingwhale 1F490=bouquetofflowers
-1F332=evergreen 1F342=fallingleaf 1F343=leaffluttering 1F336=chilipepper 1F365=fishcakeswirl 1F30D=europeafricaglobe
-1F30E=americasglobe 1F30F=asiaaustraliaglobe 1F310=meridianglobe 1F5FE=silhouetteohjapan 1F3D4=snowmountains
-1F5FC=toykotower 1F685=highspeedtrainbulletnose 1F570=manltepiececlock 1F55B=clock12oclock 1F567=clock12thirty
-1F550=clock1oclock 1F55C=clock1thirty 1F551=clock2oclock 1F55D=clock2thirty 1F552=clock3oclock 1F55E=clock3thirty
-1F553=clock4oclock 1F55F=clock4thirty 1F560=clock5thirty 1F561=clock6thirty 1F556=clock7oclock
-1F316=waningbibbousmoon 26C8=stormcloud 1F326=sunraincloud 26A1=bolt 1F38A=confetti 1F381=present 1F3BE=tennisball
-1F52B=- 1F3B2=- 1F576=- 1F45A=womansshirt 1F45B=pinkwallet 1F45D=makeupbag 1F45E=mensshoe 1F45F=mensrunner
-1F460=heels 1F461=sandals 1F507=speakercancellation 1F509=speakeronesoundwave 1F50A=speaker3soundwaves
-1F515=bellcancellation 1F399=studiomic 1F39B=controlknob 1F3B9=keyboard 1F4F1=cellphone 1F4F2=phonerightarrowleft
-1F4DE=telephonereceiver2 2328=wiredkeyboard 1F4BE=floppydisk2 1F4FC=videocasette 1F50D=leftmagnifyingglass
-1F50E=rightmagnifyingglass 1F4D4=notebookdecorativecover 1F4D1=bookmarktab 1F4B4=banknoteyen 1F4B5=banknotedollar
-1F4B6=banknoteeuro 1F4B7=banknotepound 1F4B9=chartupwardstrendyen 1F4E4=outbox 1F4EB=closedmailboxraised
-1F4EA=closedmailboxlowered 1F4EC=openmailboxraised 1F4ED=openmailboxlowered 1F4C8=chartupwardstrend
-1F4C9=chartdownwardstrend 1F510=lockandkey 1FA9F=- 1F6B0=potablewatersystem 1F51E=nooneunder18symbol
-1F503=clockwisedownupcircledarrows 1F504=anticlockwiseupwardsanddownwardsarrows 1F519=backwithleftwardsarrow
-1F51A=endwithleftwardsarrow 1F51B=onarrowleftright 1F51C=soonwithrightarrow 1F51D=topwithupwardsarrow
-271D=heavylatincross 1F52F=sixpointedstarwithdot 2650=saggitarius 1F501=clockwiserightwardsleftwardscirclearrows
-1F502=clockwiserightwardsleftwardscirclearrowsone 1F53C=uppointingsmallredtrisngle
-1F53D=downpointingsmallredtrisngle 2716=heavymultiplicationsymbol 203C=doubleexclaimationmark
+1F600=grin 1F603=grinwide 1F604=grineyes 1F601=grinwideeyes 1F606=grinsquint 1F605=grinsweat 1F602=grintears
+1F642=smallsmile 1F609=winking 1F60A=smileeyes 1F607=halo 1F60D=hearteyes 1F617=kissing 1F61A=kissclosedeyes
+1F619=kisseyes 1F61B=smiletongue 1F61C=tongueoutwink 1F61D=tongueoutwink2 1F610=neutral 1F611=expressionless
+1F636=nomouth 1F60F=smirk 1F612=unamused 1F60C=relieved 1F614=pensive 1F62A=sleepy 1F634=sleeping 1F637=medicalmask
+1F60E=sunglasses 1F615=confused 1F61F=worried 1F641=smallfrown 1F62E=openmouth 1F62F=hushed 1F632=astonished
+1F633=flushed 1F626=frownmouth 1F627=anguish 1F628=fearful 1F630=coldsweat 1F625=dissapointedrelief 1F622=crying
+1F62D=loudlycrying 1F631=screamfear 1F616=confounded 1F623=perservere 1F61E=disappointed 1F613=sweat 1F629=weary
+1F62B=tired 1F624=triumph 1F621=pouting 1F620=angry 1F608=devilhorns 1F4A9=poo 1F47A=japaneseangrymask 1F648=monkeysee
+1F649=monkeyhear 1F64A=monkeyspeak 1F498=heartarrow 1F49D=heartribbon 1F495=2hearts 1F49B=heartyellow 1F49A=heartgreen
+1F499=- 1F49C=heartpurple 1F4A2=anger 1F4A6=sweatsplash 1F4A8=dash 1F4AD=thoughtbaloon 1F44B=waving
+1F590=raisedhandsfingerssplayed 270B=hand 1F596=raisedhandpartfingers 1F44C=aok 1F44A=fistedhand 1F44F=clap
+1F64C=high5 1F450=hands 1F64F=pray 1F4AA=flexbicep 1F471=blonde 1F474=gpa 1F475=gma 1F64D=frown 1F64E=pout
+1F645=nogesture 1F646=okgesture 1F64B=handup 1F647=bowing 1F46E=cop 1F575=sleuthspy 1F477=construct 1F473=turban
+1F472=guapimao 1F470=bride 1F486=headmassage 1F6B6=walking 1F3C3=running 1F46F=bunny-ears 1F3CA=swimming
+1F46D=girlgirl 1F46B=girlguy 1F46C=guyguy 1F48F=couplekiss 1F491=couple 1F436=dog 1F415=dogside 1F431=cat
+1F408=catside 1F42F=tiger 1F405=tigerside 1F406=leopardside 1F416=pigside 1F43D=pigsnout 1F401=mouseside
+1F439=hampster 1F430=bunny 1F407=bunnyside 1F432=dragonhead 1F409=dragonside 1F433=spurtingwhale
+1F490=bouquetofflowers 1F332=evergreen 1F342=fallingleaf 1F343=leaffluttering 1F336=chilipepper 1F365=fishcakeswirl
+1F30D=europeafricaglobe 1F30E=americasglobe 1F30F=asiaaustraliaglobe 1F310=meridianglobe 1F5FE=silhouetteohjapan
+1F3D4=snowmountains 1F5FC=toykotower 1F685=highspeedtrainbulletnose 1F3CE=racecar 23F3=hourglassflowingsand
+1F570=manltepiececlock 1F55B=clock12oclock 1F567=clock12thirty 1F550=clock1oclock 1F55C=clock1thirty
+1F551=clock2oclock 1F55D=clock2thirty 1F552=clock3oclock 1F55E=clock3thirty 1F553=clock4oclock 1F55F=clock4thirty
+1F560=clock5thirty 1F561=clock6thirty 1F556=clock7oclock 1F316=waningbibbousmoon 26C8=stormcloud 1F326=sunraincloud
+1F327=raincloud 1F328=snowcloud 26F1=beachumbrella 26A1=bolt 1F30A=wave 1F38A=confetti 1F380=bow 1F381=present
+1F3BE=tennisball 1F52B=- 1F3B2=- 1F004=mahjong 1F576=- 1F454=tie 1F45A=womansshirt 1F45B=pinkwallet 1F45D=makeupbag
+1F45E=mensshoe 1F45F=mensrunner 1F460=heels 1F461=sandals 1F462=boot 1F48E=gem 1F507=speakercancellation
+1F509=speakeronesoundwave 1F50A=speaker3soundwaves 1F515=bellcancellation 1F399=studiomic 1F39B=controlknob
+1F3B9=keyboard 1F4F1=cellphone 1F4F2=phonerightarrowleft 1F4DE=telephonereceiver2 2328=wiredkeyboard 1F4BE=floppydisk2
+1F4FC=videocasette 1F50D=leftmagnifyingglass 1F50E=rightmagnifyingglass 1F4D4=notebookdecorativecover
+1F4D1=bookmarktab 1F4B4=banknoteyen 1F4B5=banknotedollar 1F4B6=banknoteeuro 1F4B7=banknotepound
+1F4B9=chartupwardstrendyen 1F4E4=outbox 1F4EB=closedmailboxraised 1F4EA=closedmailboxlowered 1F4EC=openmailboxraised
+1F4ED=openmailboxlowered 1F4C8=chartupwardstrend 1F4C9=chartdownwardstrend 1F510=lockandkey 1FA9F=-
+1F6B0=potablewatersystem 1F51E=nooneunder18symbol 1F503=clockwisedownupcircledarrows
+1F504=anticlockwiseupwardsanddownwardsarrows 1F519=backwithleftwardsarrow 1F51A=endwithleftwardsarrow
+1F51B=onarrowleftright 1F51C=soonwithrightarrow 1F51D=topwithupwardsarrow 271D=heavylatincross
+1F52F=sixpointedstarwithdot 2650=saggitarius 1F501=clockwiserightwardsleftwardscirclearrows
+1F502=clockwiserightwardsleftwardscirclearrowsone 1F53C=uppointingsmallredtrisngle 1F53D=downpointingsmallredtrisngle
+1F505=lowbrightness 1F506=highbrightness 2716=heavymultiplicationsymbol 203C=doubleexclaimationmark
 2049=exclaimationquestionmark 2753=blackquestionmark 2755=whiteexclaimationmark 2757=heavyexclaimationmarksymbol
 2733=eightspokedasterix 1F4A0=diamondshapewithdotinside
 """,
-    "emojione-v1": "1F52B=- 2328=- 1FA9F=-",
-    "emojione": "1F52B=- 1F997=-",
+    "emojione-v1": "1F52B=- 2328=wired-keyboard 2753=question-mark 2757=exclamation-mark 1FA9F=-",
+    "emojione": "1F52B=- 1F997=- 2753=question-mark 2757=exclamation-mark 2763=heavy-heart-exclamation",
 }
 
 NAMES = {style: dict(pair.split("=") for pair in written.split()) for style, written in _WRITTEN.items()}

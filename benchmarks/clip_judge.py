@@ -209,7 +209,7 @@ def gap(model: CLIP, pairs: Pairs) -> dict[str, Any]:
         "probe": round(probe_modality(images, texts), 4),
         "probe, half of the images against the other": round(probe_modality(first, second[: len(first)]), 4),
         "probe, gap closed": round(probe_modality(*close_gap(images, texts)), 4),
-        "scale": round(float(model.scale), 2),
+        "scale": round(model.scale.item(), 2),
         "moved": {},
     }
     for share in SHARES:

@@ -155,7 +155,7 @@ def carry_out(run: Run) -> None:
 
     history = train(
         model, loss_of, draw, optimiser=adam, steps=run.steps, schedule=schedule, seed=run.seed,
-        measure=lambda: {"tune": tuned_on(model, pairs), "scale": float(model.scale)},
+        measure=lambda: {"tune": tuned_on(model, pairs), "scale": model.scale.item()},
         log_every=max(1, run.steps // 8), checkpoint=run.weights, checkpoint_every=CHECKPOINT_EVERY,
         arguments={"run": run.name}, name=run.name,
     )  # fmt: skip

@@ -303,9 +303,10 @@ def store(model: nn.Module, file: Path) -> None:
     """Write the model's weights in float16."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.half() for name, x in model.state_dict().items()}, file)
+    file.chmod(0o644)
 
 
-def load(file: Path = MODEL) -> VisionTransformer:
+def load(file: Path) -> VisionTransformer:
     """The model that `store` wrote, in float32."""
     model = vit(28, PATCH)
     model.load_state_dict({name: x.float() for name, x in load_file(file).items()})
@@ -333,7 +334,7 @@ def record(arms: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """Store the first seed's model, and write what was found to docs/measured."""
     run = trained("ViT", SEEDS[0], STEPS, folder)
     store(run.after, MODEL)
-    stored = load()
+    stored = load(MODEL)
     touched = next_to(run.task.grid).float()
     plain, twin = arms["ViT"], arms["ViT, shuffled"]
     figures = {

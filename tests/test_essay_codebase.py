@@ -31,6 +31,9 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
         *X.expand(3, 3, 8)[:, None, None].requires_grad_()
     ),
     "efficient_attention/linear_attention": lambda room: room.LinearAttentionMixer(8, 2)(X),
+    "vision_transformers/vit": lambda room: room.VisionTransformer(4, 2, 3, d_model=8, n_heads=2, d_ff=16, n_layers=1)(
+        torch.randn(1, 3, 4, 4)
+    ),
     "multimodal/clip": lambda room: room.CLIP(*[torch.nn.Identity()] * 2, 4, d_image=8, d_text=8).loss(X[0], X[0] ** 2),
 }
 

@@ -18,7 +18,7 @@ from benchmarks.clip_data import COMPLETE, HELD_STYLE, Draw, Pairs, clipart_pair
 from benchmarks.record import keep
 from nondual.multimodal.clip import CLIP, SigLIP
 from nondual.multimodal.retrieval import found
-from nondual.pretrained.emoji_clip import D_IMAGE, D_JOINT, D_TEXT, PictureTower
+from nondual.pretrained.emoji_clip_network import D_IMAGE, D_JOINT, D_TEXT, PictureTower
 from nondual.training import optimiser, train, warmup_cosine
 
 BATCH, DECAY, TEXT_DROPOUT = 128, 0.1, 0.1

@@ -18,6 +18,8 @@ Model card.
     emojibase-data (MIT), from Unicode's CLDR. Text vectors: all-MiniLM-L6-v2 (Apache-2.0).
     Licence of the weights: CC BY-SA 4.0, as the most demanding of the drawings.
 
+torch is imported by the function: `python -m nondual.pretrained` starts without it.
+
 Sources: Radford et al. 2021 (2103.00020); the image tower, Dosovitskiy et al. 2020 (2010.11929).
 """
 
@@ -26,78 +28,20 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
-from torch import Tensor, nn
-
-from nondual.multimodal.clip import CLIP, SentenceTower
-from nondual.multimodal.towers import VisionTower
-from nondual.ops.checks import check_tensors
 from nondual.pretrained.minilm import minilm
 
-SIZE, D_IMAGE, D_TEXT, D_JOINT = 32, 128, 384, 96
+if TYPE_CHECKING:
+    import torch
+
+    from nondual.multimodal.clip import CLIP
+
 STYLES_MET = ("noto", "twemoji", "openmoji", "fxemoji", "emojione-v1", "emojione")
 """The styles of its training."""
 STYLE_NOT_MET = "fluent-emoji-flat"
 """The style that was held out."""
 
 
-class Mean(nn.Module):
-    """The mean of a picture's vectors: (B, N, E) -> (B, E)."""
-
-    def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b e"]:
-        """(B, N, E) -> (B, E)."""
-        return x.mean(1)
-
-
-class PictureTower(nn.Module):
-    """Pictures as they are stored, 0 to 255, to one vector each: scaled, then read by a `VisionTower`.
-
-    A picture's values are divided by 255, less 0.75, divided by 0.3: drawings on white are bright.
-    """
-
-    vit: VisionTower
-
-    def __init__(self):
-        super().__init__()
-        self.vit = VisionTower(
-            SIZE,
-            8,
-            D_IMAGE,
-            n_heads=4,
-            d_ff=3 * D_IMAGE,
-            n_layers=3,
-            class_token=False,
-            norm_before=False,
-            patch_bias=True,
-            pool=Mean(),
-            activation=F.gelu,
-        )
-
-    def forward(self, pictures: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        """(B, 3, 32, 32), RGB from 0 to 255, uint8 or floating point -> (B, 128).
-
-        Raises:
-            TypeError: pictures are not a tensor.
-            ValueError: pictures of another shape, or of integers other than uint8.
-        """
-        check_tensors({"pictures": pictures})
-        known = pictures.dtype == torch.uint8 or pictures.is_floating_point()
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, SIZE, SIZE) or not known:
-            raise ValueError(
-                f"pictures must be (B, 3, {SIZE}, {SIZE}), RGB from 0 to 255, uint8 or floating point, got "
-                f"{pictures.dtype} {tuple(pictures.shape)}"
-            )
-        weight = self.vit.patches.weight
-        return self.vit((pictures.to(weight.dtype) / 255 - 0.75) / 0.3)
-
-    if TYPE_CHECKING:  # what nn.Module hands on to forward
-
-        def __call__(self, pictures: Tensor) -> Tensor: ...
-
-
-def emoji_clip(device: "torch.device | str | None" = None) -> CLIP:
+def emoji_clip(device: "torch.device | str | None" = None) -> "CLIP":
     """The small CLIP of emoji, in float32 and evaluation mode.
 
         model = emoji_clip()
@@ -117,6 +61,9 @@ def emoji_clip(device: "torch.device | str | None" = None) -> CLIP:
     """
     encoder = minilm(device)
     from safetensors.torch import load
+
+    from nondual.multimodal.clip import CLIP, SentenceTower
+    from nondual.pretrained.emoji_clip_network import D_IMAGE, D_JOINT, D_TEXT, PictureTower
 
     model = CLIP(PictureTower(), SentenceTower(encoder), D_JOINT, d_image=D_IMAGE, d_text=D_TEXT)
     model.load_state_dict({name: tensor.float() for name, tensor in load(_stored()).items()})

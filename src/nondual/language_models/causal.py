@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nondual.language_models.sampling import check_sampling, choose
+from nondual.language_models.sampling import check_lengths, check_sampling, extend
 from nondual.mixers import as_before_if_raised, check_reset, check_takes, new_caches
+from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import AddedPositions, LearnedPositions
-from nondual.token_ids import check_ids
+from nondual.token_ids import check_ids, has_values
 from nondual.transformer_layer import normed
 
 # The projections of the library's mixers and feed-forward networks, by name: their biases start at 0.
@@ -168,8 +169,7 @@ class CausalLM(nn.Module):
         targets = ids[:, 1:]
         if reset is not None:
             targets = targets.masked_fill(reset[:, 1:], -100)
-        each = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        return at_least_float32(each).sum() / (targets != -100).sum().clamp(min=1)
+        return _mean_cross_entropy(scores, targets)
 
     @torch.no_grad()
     def generate(
@@ -210,38 +210,103 @@ class CausalLM(nn.Module):
             TypeError: ids that are not a Tensor.
         """
         checked = self._checked(ids)
-        dtype, ids = ids.dtype, checked
         batch, prompt = ids.shape
-        if prompt < 1:
-            raise ValueError(f"ids must hold a token or more to go on from, got {tuple(ids.shape)}")
-        if n_new < 0:
-            raise ValueError(f"n_new must be 0 or more, got {n_new}")
         check_sampling(temperature, top_k, top_p)
+        check_lengths(ids, n_new)
         read = prompt + max(n_new - 1, 0)  # the last token is chosen and never read
-        longest = None if self.positions is None else self.positions.longest
-        if longest is not None and read > longest:
-            raise ValueError(
-                f"ids and n_new must be {longest} positions or fewer, the longest that this model reads, got {read}: "
-                "shorten the prompt or n_new"
-            )
+        self.check_longest(read, "ids and n_new", "shorten the prompt or n_new")
         if reset is not None:
             check_reset(reset, ids)
         # --8<-- [start:generate]
-        cache, tokens = self.new_cache(batch, read) if cached else None, [ids]
-        finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
-        for n in range(n_new):
-            unread = torch.cat(tokens, 1) if cache is None else tokens[-1]
-            scores = self._next(unread, cache, _reset_of(unread, reset) if n == 0 or not cached else None, last=True)
-            token = choose(scores, temperature, top_k, generator, top_p=top_p)
-            if eos is not None:
-                token = token.masked_fill(finished, eos)
-                finished |= token == eos
-            tokens.append(token[:, None])
-            if eos is not None and finished.all():
-                break
+        cache = self.new_cache(batch, read) if cached else None
+
+        def scores_after(unread: Tensor, n: int) -> Tensor:
+            return self._next(unread, cache, _reset_of(unread, reset) if n == 0 or not cached else None, last=True)
+
         # --8<-- [end:generate]
-        fits = torch.iinfo(dtype).max >= self.vocabulary - 1
-        return torch.cat(tokens, 1).to(dtype if fits else torch.long)
+        tokens = extend(
+            checked, n_new, scores_after, temperature, top_k, top_p, generator=generator, eos=eos, cached=cached
+        )
+        fits = torch.iinfo(ids.dtype).max >= self.vocabulary - 1
+        return tokens.to(ids.dtype if fits else torch.long)
+
+    def hidden(
+        self,
+        x: Float[Tensor, "b n e"],
+        *,
+        cache: list[Any] | None = None,
+        reset: Bool[Tensor, "b n"] | None = None,
+        before: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "b n e"]:
+        """Embeddings (B, N, E) -> the vector of each position after the last norm, (B, N, E).
+
+        For a model that puts something else than tokens into the sequence, or something between the layers:
+
+            model.scores(model.hidden(model.embeddings(ids)))             # model(ids), to the bit
+            model.hidden(x, before=lambda i, x: x + more[i])              # more[i] is added before layer i
+
+        Args:
+            x: (B, N, E), floating point; the positions, if there are any, are added to it here.
+            cache, reset: as in `forward`.
+            before: called with i and the vectors (B, N, E) that layer i is about to read, in order; what it returns is
+                read in their place.
+
+        Raises:
+            TypeError: x that is not a Tensor, or as `forward`.
+            ValueError: x that is not floating point (B, N, E); a cache or a reset as in `forward`.
+        """
+        check_tensors({"x": x})
+        width = self.embeddings.embedding_dim if isinstance(self.embeddings, nn.Embedding) else x.shape[-1]
+        if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+            raise ValueError(f"x must be floating point (B, N, {width}), got {x.dtype} {tuple(x.shape)}")
+        self._check(cache, reset)
+        with as_before_if_raised(*(cache or ())):
+            return self._through_layers(x, cache, reset, before)
+
+    def scores(self, hidden: Float[Tensor, "*b e"]) -> Float[Tensor, "*b v"]:
+        """What `hidden` gives, or any of its positions, (…, E) -> scores (…, V) for the token that follows each."""
+        return self._scores(hidden)
+
+    def loss_at(self, hidden: Float[Tensor, "b n e"], labels: Int[Tensor, "b n"]) -> Float[Tensor, ""]:
+        """The mean cross-entropy, in nats, of the labelled positions; the scores of no other are computed.
+
+        With a large vocabulary and few labels most of a loss's time and memory is saved so. Compiled, the scores of all
+        are computed, since shapes cannot depend on values there.
+
+        Args:
+            hidden: (B, N, E), from `hidden`.
+            labels: (B, N) int64, the token that follows each position, or -100 where none is to be predicted.
+
+        Returns:
+            A number, in float32 or better: 0, and so are its gradients, where nothing is labelled.
+
+        Raises:
+            TypeError: labels that are not a Tensor.
+            ValueError: labels that are not int64 (B, N).
+        """
+        check_tensors({"hidden": hidden, "labels": labels})
+        if labels.dtype != torch.int64 or labels.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"labels must be int64 (B, N) = {tuple(hidden.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        # --8<-- [start:loss_at]
+        if has_values(labels):
+            labelled = labels != -100
+            hidden, labels = hidden[labelled], labels[labelled]  # (L, E) and (L,)
+        return _mean_cross_entropy(self._scores(hidden), labels)
+        # --8<-- [end:loss_at]
+
+    def check_longest(self, n: int, what: str, remedy: str) -> None:
+        """Refuse more positions than the model reads; one whose positions have no end refuses none.
+
+        Raises:
+            ValueError: n is more than the positions go to.
+        """
+        longest = None if self.positions is None else self.positions.longest
+        if longest is not None and n > longest:
+            raise ValueError(
+                f"{what} must be {longest} positions or fewer, the longest that this model reads, got {n}: {remedy}"
+            )
 
     def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
         """An empty cache for a batch of B sequences: what the positions need, if there are any, and one for each layer.
@@ -265,14 +330,17 @@ class CausalLM(nn.Module):
 
     def _next(self, ids: Tensor, cache: list[Any] | None, reset: Tensor | None, *, last: bool = False) -> Tensor:
         """Scores (B, N, V), or (B, V) for the last position alone. All the caches change, or none where it raises."""
+        self._check(cache, reset)
+        with as_before_if_raised(*(cache or ())):
+            hidden = self._through_layers(self.embeddings(ids), cache, reset, None)
+            return self._scores(hidden[:, -1] if last else hidden)
+
+    def _check(self, cache: list[Any] | None, reset: Tensor | None) -> None:
         if cache is not None:
             self._check_cache(cache)
         if reset is not None:
             for i, mixer in enumerate(self._mixers()):
                 check_takes(mixer, "reset", f"layer {i}")
-        with as_before_if_raised(*(cache or ())):
-            hidden = self._hidden(ids, cache, reset)
-            return self._scores(hidden[:, -1] if last else hidden)
 
     def _check_cache(self, cache: list[Any]) -> None:
         """Refuse what is not a list of as many caches as `new_cache` makes. Each mixer checks its own."""
@@ -285,16 +353,25 @@ class CausalLM(nn.Module):
                 f"cache must have one for each of {len(self.layers)} layers{and_positions}, got {len(cache)}"
             )
 
-    def _hidden(self, ids: Tensor, cache: list[Any] | None, reset: Tensor | None) -> Tensor:
+    def _through_layers(
+        self,
+        x: Tensor,
+        cache: list[Any] | None,
+        reset: Tensor | None,
+        before: Callable[[int, Tensor], Tensor] | None,
+    ) -> Tensor:
         """The vector of each position after the last norm (B, N, E)."""
-        x, caches = self.embeddings(ids), list(cache or ())
+        caches = list(cache or ())
         if self.positions is not None:
-            where = self.positions.of_sequences(ids, cache=caches.pop(0) if caches else None, reset=reset)
+            places = x[:, :, 0]  # of which the shape counts and the device
+            where = self.positions.of_sequences(places, cache=caches.pop(0) if caches else None, reset=reset)
             x = x + where if self.residual_in_fp32 else (x + where).to(x.dtype)  # a fixed code is in float32
         if self.residual_in_fp32:
             x = at_least_float32(x)
         given = {} if reset is None else {"reset": reset}
         for i, layer in enumerate(self.layers):
+            if before is not None:
+                x = before(i, x)
             x = layer(x, **given) if cache is None else layer(x, cache=caches[i], **given)
         return normed(self.norm_f, x)
 
@@ -326,3 +403,9 @@ def _check_positions(positions: object, max_len: int | None, d_model: int) -> No
 def _reset_of(unread: Tensor, reset: Tensor | None) -> Tensor | None:
     """The prompt's reset, with False for the tokens after it."""
     return None if reset is None else F.pad(reset, (0, unread.shape[1] - reset.shape[1]))
+
+
+def _mean_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the targets that are not -100, in float32 or better; 0 where there are none."""
+    each = F.cross_entropy(scores.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
+    return at_least_float32(each).sum() / (targets != -100).sum().clamp(min=1)

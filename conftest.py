@@ -7,21 +7,27 @@
 5. Without such a device Triton's kernels run in its interpreter, on the CPU.
 6. Nothing hangs: every test has a time limit, and a test that reaches it shows the stacks of all threads.
 7. The workers of `pytest -n` share the machine's cores, and waiting threads leave them to others.
+8. They take the files that took longest first, by tests/seconds.json.
+9. Python's collector of garbage looks at what tests make, not at the million objects that were loaded before the first.
 
 Nothing here imports a plugin: `nox -s gpu_tests --no-venv` needs torch and pytest alone.
 """
 
 import contextlib
 import faulthandler
+import gc
+import json
 import os
 import random
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+gc.disable()  # 9. until all is loaded: a quarter of that time was spent looking for garbage
 
 # 7. Each of n workers computes with 1/n of the threads, and so does every process that its tests start. A thread that
 #    waits for the others of its loop sleeps: by default it spins, which took twenty times as long on a busy machine.
@@ -181,6 +187,7 @@ def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 def pytest_addoption(parser, pluginmanager):
     if not pluginmanager.hasplugin("timeout"):  # its settings in pyproject.toml are no mistake where it is missing
         parser.addini("timeout", "seconds for one test; needs pytest-timeout")
+    parser.addoption("--record-seconds", action="store_true", help="write each file's seconds to tests/seconds.json")
 
 
 stderr = pytest.StashKey[int]()
@@ -219,18 +226,10 @@ def pytest_unconfigure(config):
 # --- 4. what is collected ------------------------------------------------------------------------------------------
 
 
-LONGEST = (  # each takes half a minute or more; what is left at the end is short, and both workers end together
-    "test_browser.py", "test_flash_attention_compiles.py", "test_ssd_triton.py", "test_limits.py",
-    "test_flash_attention.py", "test_flash_attention_triton.py", "test_mamba_as_a_module.py", "test_typing.py",
-    "test_ssd_compiles.py",
-    "test_ssd_programs.py", "test_mamba.py", "test_browser_checks.py", "test_transformers_interface.py",
-    "test_layouts.py", "test_selective_scan_sanitized.py", "test_exports.py",
-)  # fmt: skip
-
-
 def pytest_collection_modifyitems(items):
     if workers:  # the longest files first, so that no worker is left alone with one at the end
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+        known = seconds()
+        items.sort(key=lambda item: -known.get(os.path.relpath(item.path, item.config.rootpath), UNKNOWN))
     correct([item for item in items if is_snippet(item)])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
@@ -239,3 +238,36 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device: nox -s gpu_tests"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+# --- 8. how long each file takes ------------------------------------------------------------------------------------
+
+SECONDS = Path(__file__).parent / "tests" / "seconds.json"  # of each file; `pytest --record-seconds` writes it
+UNKNOWN = 10  # seconds of a file that is not there
+spent: dict[str, float] = {}
+
+
+def seconds() -> dict[str, float]:
+    return json.loads(SECONDS.read_text(encoding="utf-8")) if SECONDS.exists() else {}
+
+
+def pytest_runtest_logreport(report):
+    file = report.nodeid.partition("::")[0]
+    spent[file] = spent.get(file, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("record_seconds", False) and "PYTEST_XDIST_WORKER" not in os.environ:
+        root = session.config.rootpath
+        found = {file: took for file, took in (seconds() | spent).items() if (root / file).exists()}
+        rows = {file: round(took) for file, took in sorted(found.items(), key=lambda row: (-round(row[1]), row[0]))}
+        SECONDS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -46,7 +46,7 @@ OPENCLIPART = Package(
 ROOT = "usr/share/openclipart/svg/"
 FOLDERS_OUT = ("computer/icons/", "shapes/stars/", "special/", "recreation/games/cards/", "unsorted/duplicates/")
 LARGEST = 1_000_000  # bytes of a file
-VERSION = 3  # of how drawings are chosen and made here: it is part of the name of the file in which they are kept
+VERSION = 4  # of how drawings are chosen and made here: it is part of the name of the file in which they are kept
 
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -85,7 +85,7 @@ class Clipart(NamedTuple):
 def clipart(size: int = 32) -> Clipart:
     """Every drawing that has a title and keywords of its own.
 
-    The first call for a size draws them, in a minute or two; later ones read what was kept.
+    The first call for a size draws them, in about a minute; later ones read what was kept.
 
     Args:
         size: height and width, in pixels.

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DPI = 96  # pixels an inch, for drawings whose size is given in millimetres
+SMALL = 128  # pixels of a page that is drawn to see where on it the drawing is
+LARGE = 4096  # pixels of the largest page that is drawn
 
 
 def drawn(svg: str, size: int) -> "Tensor":
@@ -44,9 +46,8 @@ def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
     Args:
         svg: the drawing.
         size: height and width of the picture, in pixels.
-        crop: leave out the empty margin, as of a small drawing on a large page. The page is drawn twice for this: at
-            256 pixels, to see where the drawing is, then so large that the drawing has twice the size, and is scaled
-            down; a page is never drawn at more than 4,096 pixels.
+        crop: leave out the empty margin, as of a small drawing on a large page. The page is drawn twice for this:
+            small, to see where the drawing is, then so large that the drawing has twice the size, and is scaled down.
 
     Raises:
         ImportError: resvg-py or Pillow is not installed.
@@ -74,8 +75,8 @@ def rgb(svg: str, size: int, *, crop: bool = False) -> bytes:
         return found.crop(box)
 
     if crop:
-        found = cropped(256)
-        found = cropped(min(4096, math.ceil(256 * 2 * size / max(found.size))))
+        found = cropped(SMALL)
+        found = cropped(min(LARGE, math.ceil(SMALL * 2 * size / max(found.size))))
     else:
         found = page(size)
     white = Image.new("RGBA", found.size, "white")

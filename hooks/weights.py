@@ -33,7 +33,7 @@ def codes(root: Path, kinds: set[str]) -> Iterator[str]:
 
 
 def read_by(codes: Iterable[str], packages: Mapping[str, Package]) -> list[str]:
-    """The packages that the code reads: each by a function of its name, or of one that begins so ("emoji_picture").
+    """The packages that the code reads: each by a function or module of its name, or one that begins so, "emoji_picture".
 
     A package "emoji/noto" is a part of what `emoji` reads.
     """
@@ -42,7 +42,7 @@ def read_by(codes: Iterable[str], packages: Mapping[str, Package]) -> list[str]:
         with contextlib.suppress(SyntaxError):  # what runs the code says where
             for node in ast.walk(ast.parse(code)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nondual"):
-                    imported |= {alias.name for alias in node.names}
+                    imported |= {alias.name for alias in node.names} | set((node.module or "").split(".")[2:])
     readers = {name: name.split("/")[0] for name in packages}
     return [
         name

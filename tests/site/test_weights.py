@@ -17,6 +17,17 @@ def test_a_package_is_named_by_the_code_that_imports_its_reader():
         "shakespeare",
     ]
     assert weights.read_by(["from other import minilm"], PACKAGES) == []
+    assert weights.read_by(["from nondual.data.shakespeare import plain"], PACKAGES) == ["shakespeare"]
+
+
+def test_a_reader_of_several_packages_has_them_all():
+    for code in ("from nondual.data import emoji", "from nondual.data import emoji_picture"):
+        found = weights.read_by([code], PACKAGES)
+        assert found[:2] == ["emoji", "emoji/noto"] and len(found) == 8
+    assert weights.read_by(["from nondual.data import photographs"], PACKAGES) == [
+        "photographs",
+        "photographs/scikit-learn",
+    ]
 
 
 def test_figures_and_notebooks_are_read_and_snippets_where_they_are_run(tmp_path):
@@ -35,4 +46,6 @@ def test_the_pages_of_the_site_are_read():
 def test_it_is_said_how_much_there_is_to_download(monkeypatch, here, told):
     monkeypatch.setattr(weights, "status", lambda package: here)
     assert weights.said(["minilm"], PACKAGES) == f"The pages read minilm (84 MB): {told}."
+    twice = "The pages read digits (3 MB), photographs/scikit-learn (3 MB): "
+    assert weights.said(["digits", "photographs/scikit-learn"], PACKAGES) == f"{twice}{told.replace('84', '3')}."
     assert weights.said([], PACKAGES) == "The pages read no weights: nothing to download."

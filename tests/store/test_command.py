@@ -80,5 +80,8 @@ def test_names_choose_what_is_fetched(index, tiny, capsys):
     assert main(known, ["tiny"]) == 0
     said = capsys.readouterr()
     assert said.out == f"tiny 1.2: {tiny.folder}\n" and said.err == ""
+    parts = {"tiny": tiny, "tiny/more": known["other"], "tinyother": known["other"]}
+    assert main(parts, ["tiny", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["tiny", "tiny/more"]
     assert main(known, ["tiny", "--list"]) == 0
     assert capsys.readouterr().out == f"tiny (tiny 1.2): in {tiny.folder}\n"

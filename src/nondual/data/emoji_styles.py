@@ -30,7 +30,7 @@ def _package(style: str, version: str, size: int, sha256: str, icons: str, chars
 
 _NO_CHARS = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"  # the sha256 of "{}" and a new line
 
-PACKAGES = {
+PACKAGES: dict[str, Package] = {
     "noto": _package(
         "noto",
         "1.2.9",
@@ -97,7 +97,8 @@ PACKAGES = {
 }
 """The package of each style. Its info.json, which names author and licence, is kept beside the drawings."""
 
-STYLES = tuple(PACKAGES)
+STYLES: tuple[str, ...] = tuple(PACKAGES)
+"""The seven styles, by the names of their packages."""
 
 _WRITTEN = {
     "fxemoji": """
@@ -146,7 +147,9 @@ _WRITTEN = {
     "emojione": "1F52B=- 1F997=- 2753=question-mark 2757=exclamation-mark 2763=heavy-heart-exclamation",
 }
 
-NAMES = {style: dict(pair.split("=") for pair in written.split()) for style, written in _WRITTEN.items()}
+NAMES: dict[str, dict[str, str]] = {
+    style: dict(pair.split("=") for pair in written.split()) for style, written in _WRITTEN.items()
+}
 """The drawings whose name is not the emoji's, by the emoji's code points; "-" where the one of that name shows
 another thing.
 

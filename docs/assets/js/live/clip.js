@@ -65,9 +65,9 @@ export default function begin(stage, { names, styles, nearest, words, kilobytes,
     const cosines = stored(word)[style];
     const order = names.map((_, i) => i).sort((a, b) => cosines[b] - cosines[a]);
     pictures.replaceChildren(...order.slice(0, SHOWN).map((i) =>
-      el("li", {}, el("button", { type: "button", title: "Which names does this picture choose?", class: names[i] === all[word] ? "own" : "", onclick: () => ask(i) },
+      el("li", {}, el("button", { type: "button", title: "Which names does this picture choose?", class: names[i].toLowerCase() === all[word] ? "own" : "", onclick: () => ask(i) },
         picture(i), el("span", { class: "clip-name" }, names[i]), el("span", { class: "clip-cosine" }, decimal(cosines[i]))))));
-    const own = names.indexOf(all[word]);
+    const own = names.findIndex((name) => name.toLowerCase() === all[word]);
     const place = own < 0 ? "" : ` Its own picture is in place ${order.indexOf(own) + 1} of ${names.length}.`;
     said.say(`“${all[word]}” is nearest to ${order.slice(0, 3).map((i) => names[i]).join(", ")}: cosines ${order.slice(0, 3).map((i) => decimal(cosines[i])).join(", ")}.${place}`);
   }

@@ -6,6 +6,8 @@
     circuits           what a head reads and writes, from its parameters
     critical_path      the longest chain of operations that wait for one another
     modality_gap       how far apart images and texts lie in one space, and whether a plane tells them apart
+    rollout            how much of each input is in each output, by the weights of all layers
+    attention_distance how far a head looks across an image
 
 An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
 vectors most when its mean over the sentence stands in its place?
@@ -31,6 +33,7 @@ vectors most when its mean over the sentence stands in its place?
 It is the same head. (MiniLM's weights are fetched once: `python -m nondual.pretrained minilm`.)
 """
 
+from nondual.analysis.attention_distance import attention_distance, patch_distances
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
 from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
 from nondual.analysis.critical_path import is_arithmetic, longest_chain, products
@@ -44,14 +47,17 @@ from nondual.analysis.interventions import (
     resample_values,
 )
 from nondual.analysis.modality_gap import ModalityGap, close_gap, modality_gap, probe_modality
+from nondual.analysis.rollout import attention_rollout
 
 __all__ = [
     "AttentionLayer",
     "HeadRecord",
     "ModalityGap",
     "all_heads",
+    "attention_distance",
     "attention_layer",
     "attention_layers",
+    "attention_rollout",
     "close_gap",
     "composition_score",
     "head_contributions",
@@ -61,6 +67,7 @@ __all__ = [
     "modality_gap",
     "ov_circuit",
     "overlap",
+    "patch_distances",
     "patch_heads",
     "probe_modality",
     "products",

@@ -27,6 +27,7 @@ from benchmarks.vit_run import (
     subset,
     task_of,
 )
+from nondual.analysis import patch_distances
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +178,7 @@ def test_neighbours_are_found_in_vectors_that_know_the_grid_and_not_in_others():
     grid = 7
     touching = next_to(grid)
     assert touching.sum() == 4 * grid * (grid - 1) and touching[0].nonzero().flatten().tolist() == [1, grid]
-    knows = torch.exp(-(vit_inside.apart(grid) ** 2) / 4)  # a bump around each place
+    knows = torch.exp(-(patch_distances(grid) ** 2) / 4)  # a bump around each place
     assert nearest_is_next(knows, touching) == 1
     draw = torch.randn(49, 64, generator=torch.Generator().manual_seed(0))
     assert nearest_is_next(draw, touching) < 0.3

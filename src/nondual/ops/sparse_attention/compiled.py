@@ -1,11 +1,13 @@
 """Block-sparse attention's loop in C, called: layouts, memory for results, `struct tiles` of tiles.c.
 
 The loop is compiled at its first use, for the processor at hand, and kept in the cache folder, as the selective scan's
-is. It computes in float32, or float64 where q is that; halves are computed from copies in float32.
+is. It computes in float32, or float64 where q is that, and reads rows of whole vectors, 64 bytes. Halves and other
+widths are copied, a few heads at a time.
 """
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,11 +87,13 @@ def forward(
         MemoryError: no memory for what a thread works in.
     """
     wide = lse.dtype
-    into = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
-    q, k, v = (_rows(x, wide) for x in (q, k, v))
-    _call(loop.forward, lists, scale, given_v=out.shape[-1], q=q, k=k, v=v, out=into, lse=lse[..., None])
-    if into is not out:
-        out.copy_(into)
+    for heads, groups, listed in _parts((q, k, v), lists, wide):
+        into = out[heads] if out.dtype == wide else torch.empty_like(out[heads], dtype=wide)
+        of_q, of_k, of_v = (_rows(x, wide) for x in (q[heads], k[groups], v[groups]))
+        lse_of = lse[heads][..., None]
+        _call(loop.forward, listed, scale, given_v=out.shape[-1], q=of_q, k=of_k, v=of_v, out=into, lse=lse_of)
+        if out.dtype != wide:
+            out[heads].copy_(into)
 
 
 def backward(
@@ -101,23 +105,53 @@ def backward(
     Raises:
         MemoryError: no memory for what a thread works in.
     """
-    wide, given = lse.dtype, (q, k, v)
-    q, k, v, d_out = (_rows(x, wide) for x in (q, k, v, d_out))
-    out = out.to(wide)
-    dq = given[0].new_empty(given[0].shape, dtype=wide)
-    dk, dv = (x.new_zeros(x.shape) for x in (k, v))
-    _call(
-        loop.backward, lists, scale, given=dq.shape[-1], given_v=out.shape[-1], q=q, k=k, v=v,
-        out=out if out.stride(-1) == 1 else out.contiguous(), lse=lse[..., None], dout=d_out,
-        dlse=None if d_lse is None else d_lse.to(wide)[..., None], dq=dq, dk=dk, dv=dv,
-    )  # fmt: skip
-    grads = (dx[..., : x.shape[-1]].to(x.dtype).contiguous() for dx, x in zip((dq, dk, dv), given))
-    return tuple(grads)  # pyright: ignore[reportReturnType]
+    wide, grads = lse.dtype, [x.new_empty(x.shape) for x in (q, k, v)]
+    for heads, groups, listed in _parts((q, k, v), lists, wide):
+        of_q, of_k, of_v, d_out_of = (_rows(x, wide) for x in (q[heads], k[groups], v[groups], d_out[heads]))
+        dq, dk, dv = (x[at] for x, at in zip(grads, (heads, groups, groups)))
+        into = [x if x.dtype == wide and x.shape == of.shape else of.new_empty(of.shape)
+                for x, of in ((dq, of_q), (dk, of_k), (dv, of_v))]  # fmt: skip
+        for x in into[1:]:
+            x.zero_()
+        out_of = out[heads].to(wide)
+        _call(
+            loop.backward, listed, scale, given=q.shape[-1], given_v=out.shape[-1], q=of_q, k=of_k, v=of_v,
+            out=out_of if out_of.stride(-1) == 1 else out_of.contiguous(), lse=lse[heads][..., None], dout=d_out_of,
+            dlse=None if d_lse is None else d_lse[heads].to(wide)[..., None], dq=into[0], dk=into[1], dv=into[2],
+        )  # fmt: skip
+        for x, found in zip((dq, dk, dv), into):
+            if found is not x:
+                x.copy_(found[..., : x.shape[-1]])
+    return grads[0], grads[1], grads[2]
+
+
+Place = tuple[slice, slice]
+
+
+def _parts(given: tuple[Tensor, ...], lists: Lists, dtype: torch.dtype) -> Iterator[tuple[Place, Place, Lists]]:
+    """Which sequences and query heads, and which key/value heads, one call is given, and their lists: all at once, or
+    where copies must be made, one key/value head for each thread, so that the copies are few."""
+    (batch, heads), groups = given[0].shape[:2], given[1].shape[1]
+    if all(x.dtype == dtype and x.stride(-1) == 1 and not _missing(x, dtype) for x in given):
+        yield (slice(batch), slice(heads)), (slice(batch), slice(groups)), lists
+        return
+    share, some, (bm, gm, _) = heads // groups, torch.get_num_threads(), lists.row_start.shape
+    for b in range(batch):
+        for g in range(0, groups, some):
+            at, until = slice(b, b + 1), min(g + some, groups)
+            of_b, of_g = at if bm > 1 else slice(1), slice(g, until) if gm > 1 else slice(1)
+            listed = lists._replace(row_start=lists.row_start[of_b, of_g])
+            yield (at, slice(g * share, until * share)), (at, slice(g, until)), listed
+
+
+def _missing(x: Tensor, dtype: torch.dtype) -> int:
+    """How many numbers a row lacks to fill whole vectors."""
+    return -x.shape[-1] % (LINE // dtype.itemsize)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype, the numbers of a row side by side, as many as fill whole vectors: zeros are added."""
-    more = -x.shape[-1] % (LINE // dtype.itemsize)
+    more = _missing(x, dtype)
     x = F.pad(x.to(dtype), (0, more)) if more else x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -20,7 +20,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.search                greedy search, sampling and beam search over any model that scores the next token
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
-    nondual.multimodal            images and words in one model: CLIP and SigLIP
+    nondual.multimodal            images and words in one model: CLIP, SigLIP, Flamingo and LLaVA
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -93,6 +93,8 @@ if TYPE_CHECKING:
     from nondual.language_models.hybrid import HybridLM
     from nondual.language_models.mamba import MambaLM
     from nondual.multimodal.clip import CLIP, SigLIP
+    from nondual.multimodal.flamingo import Flamingo
+    from nondual.multimodal.llava import Llava
     from nondual.ops import masks
     from nondual.ops.attention import attention
     from nondual.ops.causal_conv1d import causal_conv1d
@@ -130,6 +132,7 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "FeedForward",
+    "Flamingo",
     "FlashAttention",
     "GatedDeltaNet",
     "GatedFeedForward",
@@ -139,6 +142,7 @@ __all__ = [
     "LearnedPositions",
     "LinearAttention",
     "LinearAttentionMixer",
+    "Llava",
     "LocationAttention",
     "LuongDecoder",
     "Mamba",
@@ -237,6 +241,8 @@ _HOME = {
     "MambaLM": "language_models.mamba",
     "CLIP": "multimodal.clip",
     "SigLIP": "multimodal.clip",
+    "Flamingo": "multimodal.flamingo",
+    "Llava": "multimodal.llava",
     "attention": "ops.attention",
     "causal_conv1d": "ops.causal_conv1d",
     "flash_attention": "ops.flash_attention",

@@ -249,6 +249,14 @@ class VisionTower(nn.Module):
             TypeError: images are not a tensor.
             ValueError: not floating point (B, C, H, W), another number of channels, or a side of no whole patches.
         """
+        return self.encoder(self.embed(images))
+
+    def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n e"]:
+        """images (B, C, H, W) -> what the first layer reads (B, N, E): patches with their positions, normed if CLIP's.
+
+        Raises:
+            TypeError, ValueError: as `features`.
+        """
         self._check(images)
         # --8<-- [start:vision_features]
         x = self.patches(images)  # (B, E, rows, columns)
@@ -256,7 +264,7 @@ class VisionTower(nn.Module):
         x = x.flatten(2).mT  # (B, N, E)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)
-        return self.encoder(self.norm_before(x + self.positions(rows, columns)))
+        return self.norm_before(x + self.positions(rows, columns))
         # --8<-- [end:vision_features]
 
     def positions(self, rows: int, columns: int) -> Float[Tensor, "n e"]:

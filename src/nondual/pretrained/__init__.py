@@ -4,8 +4,9 @@
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
 of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
 without attention, `whisper()` a transformer that hears speech, in ours too. `load_mamba()` and `load_mamba2()` read
-checkpoints of Mamba models from a folder of yours, `load_clip()` and `load_siglip()` those of models of images and
-texts; `from_llama()`, `from_clip()` and `from_siglip()` copy a model of transformers into our classes.
+checkpoints of Mamba models from a folder of yours, `load_clip()`, `load_siglip()` and `load_llava()` those of models of
+images and texts; `from_llama()`, `from_clip()`, `from_siglip()` and `from_llava()` copy a model of transformers into our
+classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from nondual.pretrained.causal_lm import from_llama
     from nondual.pretrained.clip import from_clip, from_siglip, load_clip, load_siglip
     from nondual.pretrained.encoder import SentenceEncoder, from_bert
+    from nondual.pretrained.llava import from_llava, load_llava
     from nondual.pretrained.mamba import load_mamba, load_mamba2
 
 __all__ = [
@@ -45,10 +47,12 @@ __all__ = [
     "from_bert",
     "from_clip",
     "from_llama",
+    "from_llava",
     "from_siglip",
     "g2p_en",
     "hama",
     "load_clip",
+    "load_llava",
     "load_mamba",
     "load_mamba2",
     "load_siglip",
@@ -76,8 +80,10 @@ _HOME = {
     "from_bert": "encoder",
     "from_clip": "clip",
     "from_llama": "causal_lm",
+    "from_llava": "llava",
     "from_siglip": "clip",
     "load_clip": "clip",
+    "load_llava": "llava",
     "load_mamba": "mamba",
     "load_mamba2": "mamba",
     "load_siglip": "clip",

@@ -33,9 +33,9 @@ def codes(root: Path, kinds: set[str]) -> Iterator[str]:
 
 
 def read_by(codes: Iterable[str], packages: Mapping[str, Package]) -> list[str]:
-    """The packages that the code reads: each by a function or module of its name, or one that begins so, "emoji_picture".
+    """The packages that the code reads: each by a function or module of its name, or of one that begins so.
 
-    A package "emoji/noto" is a part of what `emoji` reads.
+    "emoji_picture" reads what "emoji" does, and the package "emoji/noto" is a part of that.
     """
     imported: set[str] = set()
     for code in codes:

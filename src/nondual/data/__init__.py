@@ -15,8 +15,9 @@
     emoji()          some 1,600 concepts, drawn in up to seven styles (STYLES); emoji_picture() draws one
     clipart()        some 2,800 drawings with titles and keywords
 
-Short texts are part of this library. What is larger is a pinned package, or several, read by a function of the same name
-as its file. Pictures are uint8, 0 to 255. Drawing emoji or clip art takes the extra `pictures`; what is drawn is kept.
+Short texts are part of this library. What is larger is a pinned package, or several, read by a function of the same
+name as its file. Pictures are uint8, 0 to 255. Drawing emoji or clip art takes the extra `pictures`; what is drawn is
+kept.
 
 To add a corpus, write its file and name it below, in PACKAGES too if it is fetched. At its top, such a file imports no
 more than the standard library and `nondual.store`, so that the command that fetches it answers at once.

@@ -7,6 +7,7 @@ how it is trained, benchmarks/clip_judge.py what is asked of it. The trainings:
                 part in the choice. A seed fixes the first weights and the batches of both
     one style   as softmax, of the pictures of one style alone
     shuffled    as softmax, each concept with the captions of another
+    scales      as softmax, exp(τ) fixed at 5 and at 50, one seed
     longest     softmax for LONGER times as many steps: the model of the page, stored beside nondual.pretrained
     clip art    the same model, of pictures from openclipart with their titles
 
@@ -33,6 +34,7 @@ STEPS, LONGER, CLIPART = 400, 10, 5
 RATES = (1e-3, 2e-3, 4e-3)
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
 LOSSES = ("softmax", "sigmoid")
+SCALES = (5, 50)
 UNSEEN = "seen style, unseen concept"
 
 
@@ -71,6 +73,10 @@ class Trainings:
     def runs(self, loss: str, arm: str) -> list[Run]:
         """The runs of an arm at the best rate of its loss, a seed each."""
         return [self.run(loss, arm, self.best(loss), seed) for seed in self.seeds]
+
+    def scaled(self, scale: int) -> Run:
+        """A run with a scale that is not learnt."""
+        return self.run("softmax", f"scale {scale}", self.best("softmax"), self.seeds[0])
 
     def longest(self) -> Run:
         """The model of the page."""
@@ -148,6 +154,7 @@ def main(options: list[str]) -> None:
         "gap": {
             "untrained": gap_untrained(pairs, "softmax", (0, *SEEDS)),
             **{loss: [gap(run.model(), pairs) for run in trainings.runs(loss, "all")] for loss in LOSSES},
+            "scales": {str(scale): gap(trainings.scaled(scale).model(), pairs) for scale in SCALES},
             "longest": gap(model, pairs),
         },
         "clip art": {"steps": clip_art.steps, "recall": recalls([clip_art.result()])},

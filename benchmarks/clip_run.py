@@ -5,6 +5,7 @@ vectors that it gave. A twentieth of the time goes into making pictures and capt
 """
 
 import json
+import math
 import time
 from functools import cache
 from pathlib import Path
@@ -93,7 +94,8 @@ class Run(NamedTuple):
     Attributes:
         data: "emoji" or "clipart".
         loss: "softmax" or "sigmoid".
-        arm: "all" of the styles that are trained on, "one style", or "shuffled" for captions of other concepts.
+        arm: "all" of the styles that are trained on, "one style", "shuffled" for captions of other concepts, or as
+            "scale 50", in which exp(τ) is 50 from the beginning to the end and is not learnt.
         rate, seed, steps: of the training. The seed fixes the first weights and the batches.
     """
 
@@ -144,6 +146,9 @@ def carry_out(run: Run) -> None:
     pairs = pairs_of(run.data)
     torch.manual_seed(run.seed)
     model = model_of(run.loss)
+    if run.arm.startswith("scale "):
+        model.log_scale.data.fill_(math.log(float(run.arm.removeprefix("scale "))))
+        model.log_scale.requires_grad_(False)
     adam = optimiser(model, run.rate, decay=DECAY, betas=(0.9, 0.98))
     adam.register_step_post_hook(lambda *_: model.clamp_scale())
     draw = Draw(pairs, styles_of(run, pairs), BATCH, shuffled=run.arm == "shuffled")

@@ -3,14 +3,17 @@
 In a process that does not interpret: TRITON_INTERPRET must be unset before triton is imported.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
@@ -33,6 +36,25 @@ def compile_for(target: str, kernel, types: dict[str, str], constants: dict, num
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
     """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(_source(kernel, types, constants), target=TARGETS[target], options=options)
+
+
+def key_of(target: str, kernel, types: dict[str, str], constants: dict, num_warps: int = 4, num_stages: int = 2) -> str:
+    """A hash of all that decides what `compile_for` returns for these arguments, and what `report` says of it.
+
+    It is the key of Triton's own cache, and this file. In that key are the kernel's source and that of each function
+    which it calls, types, constants and options, every file of the compiler, ptxas' version, and the variables that
+    Triton reads from the environment.
+    """
+    backend, source = make_backend(TARGETS[target]), _source(kernel, types, constants)
+    options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages})
+    key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode() + Path(__file__).read_bytes()).hexdigest()
+
+
+def _source(kernel, types: dict[str, str], constants: dict) -> ASTSource:
+    """The kernel with its arguments' types, as `compile_for` takes them; pointers and strides are aligned."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     free = set(kernel.do_not_specialize or ())
     aligned = [["tt.divisibility", 16]]
@@ -41,8 +63,7 @@ def compile_for(target: str, kernel, types: dict[str, str], constants: dict, num
         for i, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or (name.startswith("s_") and name not in free)
     }
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, "num_stages": num_stages})
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def report(kernel) -> dict:

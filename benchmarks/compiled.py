@@ -2,15 +2,26 @@
 
 It needs no GPU, and some minutes. With --json it prints the figures and writes no file; --brief has each benchmark
 take fewer cases; --targets=sm_90,sm_100 takes some chips.
+
+A compiler makes the same of the same kernel each time. With --known=FILE what FILE has is not compiled again, but for a
+sample, whose rows must be those of FILE; a kernel that is not as it was, or another Triton, has other keys and is
+compiled. With --keep FILE is written too. The tests keep theirs in tests/ops/compiled:
+
+    python -m benchmarks.ssd_compile --brief --known=tests/ops/compiled/ssd_compile.json --keep
 """
 
+import hashlib
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import record
+
+SAMPLE = 8  # of 256 known rows, so many are compiled again all the same
 
 
 class Case(NamedTuple):
@@ -49,18 +60,35 @@ def main(
     from benchmarks import aot  # after TRITON_INTERPRET is unset, since it imports triton
 
     chosen = dict(option.lstrip("-").split("=", 1) for option in options if "=" in option)
+    file = Path(chosen["known"]) if "known" in chosen else None
+    known = json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    said_by = Path(inspect.getfile(cases)).read_bytes()  # `report` is in the benchmark's file
+    keep: dict = {}
     found: dict = {}
     for target in chosen["targets"].split(",") if "targets" in chosen else targets:
         for case in cases(target, "--brief" in options):
             row = configuration(case)
-            try:
-                compiled = aot.compile_for(target, *case[1:])
-                row |= report(case, compiled) if report else aot.report(compiled)
-            except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
+            key = hashlib.sha256(aot.key_of(target, *case[1:]).encode() + said_by).hexdigest()[:16] if file else ""
+            facts = known.get(key)
+            if facts is None or int(key[:2], 16) < SAMPLE:
+                try:
+                    compiled = aot.compile_for(target, *case[1:])
+                    now = report(case, compiled) if report else aot.report(compiled)
+                    if facts not in (None, now):
+                        row["error"] = f"{file} has {facts}, and the compiler now says {now}"
+                    facts = now
+                except Exception as error:  # a compiler's error has no type of its own; the tests refuse any
+                    row["error"] = f"{type(error).__name__}: {error}"[:300]
+            if facts is not None:
+                keep[key] = facts
+                row |= facts
             found.setdefault(case.name, {})[target] = row
             print(target, case.name, row, file=sys.stderr, flush=True)
-    if "--json" in options:
+    if file and "--keep" in options:
+        file.parent.mkdir(exist_ok=True)
+        rows = [f"{json.dumps(key)}: {json.dumps(keep[key])}" for key in sorted(keep)]
+        file.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    if "--json" in options or file:
         print(json.dumps(found))
         return
     import triton

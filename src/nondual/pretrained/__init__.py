@@ -5,8 +5,8 @@
 of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
 without attention, `whisper()` a transformer that hears speech, in ours too. `load_mamba()` and `load_mamba2()` read
 checkpoints of Mamba models from a folder of yours, `load_clip()`, `load_siglip()` and `load_llava()` those of models of
-images and texts; `from_llama()`, `from_clip()`, `from_siglip()` and `from_llava()` copy a model of transformers into our
-classes.
+images and texts, `load_vit()` those of Vision Transformers; `from_llama()`, `from_clip()`, `from_siglip()`,
+`from_llava()` and `from_vit()` copy a model of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nondual.pretrained.encoder import SentenceEncoder, from_bert
     from nondual.pretrained.llava import from_llava, load_llava
     from nondual.pretrained.mamba import load_mamba, load_mamba2
+    from nondual.pretrained.vit import from_vit, load_vit
 
 __all__ = [
     "G2P_EN",
@@ -49,6 +50,7 @@ __all__ = [
     "from_llama",
     "from_llava",
     "from_siglip",
+    "from_vit",
     "g2p_en",
     "hama",
     "load_clip",
@@ -56,6 +58,7 @@ __all__ = [
     "load_mamba",
     "load_mamba2",
     "load_siglip",
+    "load_vit",
     "minilm",
     "our_smollm2",
     "read",
@@ -82,11 +85,13 @@ _HOME = {
     "from_llama": "causal_lm",
     "from_llava": "llava",
     "from_siglip": "clip",
+    "from_vit": "vit",
     "load_clip": "clip",
     "load_llava": "llava",
     "load_mamba": "mamba",
     "load_mamba2": "mamba",
     "load_siglip": "clip",
+    "load_vit": "vit",
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and should go on to report a name that does not exist

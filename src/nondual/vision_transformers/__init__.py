@@ -4,7 +4,7 @@ patches   an image as a sequence of patches, and positions for another grid than
 vit       the Vision Transformer
 """
 
-from nondual.vision_transformers.patches import PatchEmbedding, patchify, resampled, unpatchify
+from nondual.vision_transformers.patches import PatchEmbedding, grid_code, patchify, resampled, unpatchify
 from nondual.vision_transformers.vit import VisionTransformer
 
-__all__ = ["PatchEmbedding", "VisionTransformer", "patchify", "resampled", "unpatchify"]
+__all__ = ["PatchEmbedding", "VisionTransformer", "grid_code", "patchify", "resampled", "unpatchify"]

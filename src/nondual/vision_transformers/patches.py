@@ -6,12 +6,15 @@ Symbols: images (B, C, H, W), P the side of a patch, N patches, E width.
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
+from nondual.positional_encoding import Sinusoidal
+from nondual.token_ids import has_values
 
 Size = int | tuple[int, int]
 
@@ -22,8 +25,8 @@ def pair(name: str, size: Size) -> tuple[int, int]:
     Raises:
         ValueError: a size that is no positive integer, or two.
     """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 and side is not True for side in sides):
         raise ValueError(f"{name} must be a positive integer, or (height, width), got {size!r}")
     return sides
 
@@ -114,6 +117,18 @@ def check_whole(images: Tensor, patch_size: tuple[int, int]) -> None:
         )
 
 
+def check_finite(images: Tensor) -> None:
+    """Refuse images with NaN or infinity, of which one spoils a whole batch's loss; named, where values can be seen.
+
+    Raises:
+        ValueError: a number that is not finite. Compiled, exported, on meta and inside torch.func it is not looked for.
+    """
+    if has_values(images):
+        finite = images.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"images must be finite, got NaN or infinity in image {int((~finite).nonzero()[0])}")
+
+
 class PatchEmbedding(nn.Module):
     """Each patch to a vector by one linear map: (B, C, H, W) -> (B, N, E), row by row.
 
@@ -157,13 +172,37 @@ class PatchEmbedding(nn.Module):
         def __call__(self, images: Tensor) -> Tensor: ...
 
 
-def resampled(positions: Float[Tensor, "n e"], grid: tuple[int, int], to: tuple[int, int]) -> Float[Tensor, "m e"]:
+def grid_code(rows: int, columns: int, d_model: int) -> Float[Tensor, "n e"]:
+    """Fixed positions of a grid, row by row, (rows · columns, E): sines of the row, then sines of the column, E/2 each.
+
+    As in Chen et al. 2021 (2104.02057): the code of `positional_encoding.Sinusoidal` in two dimensions.
+
+    Args:
+        rows, columns: of the grid.
+        d_model: width E, a multiple of 4.
+
+    Raises:
+        ValueError: another width.
+    """
+    if d_model % 4:
+        raise ValueError(f"d_model must be a multiple of 4 for fixed positions of a grid, got {d_model}")
+    # --8<-- [start:grid_code]
+    index = torch.arange(rows * columns)
+    code = Sinusoidal(d_model // 2)
+    return torch.cat([code.at(index // columns), code.at(index % columns)], 1)
+    # --8<-- [end:grid_code]
+
+
+def resampled(
+    positions: Float[Tensor, "n e"], grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False
+) -> Float[Tensor, "m e"]:
     """Learned positions of a grid of patches, interpolated for another grid: bicubic, in float32 or better.
 
     Args:
         positions: (rows · columns, E), row by row.
         grid: rows and columns of these positions.
         to: rows and columns that are wanted.
+        antialias: whether a smaller grid averages over what it leaves out, as DINOv2 with registers does.
 
     Returns:
         The positions of the other grid, in the dtype of these; these themselves where the grids agree.
@@ -179,6 +218,6 @@ def resampled(positions: Float[Tensor, "n e"], grid: tuple[int, int], to: tuple[
         return positions
     # --8<-- [start:resampled]
     table = at_least_float32(positions).mT.unflatten(-1, grid)[None]  # (1, E, rows, columns)
-    table = F.interpolate(table, to, mode="bicubic", align_corners=False)
+    table = F.interpolate(table, to, mode="bicubic", align_corners=False, antialias=antialias)
     return table[0].flatten(1).mT.to(positions.dtype)
     # --8<-- [end:resampled]

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from nondual.feed_forward import FeedForward
 from nondual.ops.attention import attention
 from nondual.transformer import Encoder
-from nondual.vision_transformers.patches import PatchEmbedding, Size, check_images, check_whole, pair, resampled
+from nondual.vision_transformers.patches import (
+    PatchEmbedding,
+    Size,
+    check_finite,
+    check_images,
+    check_whole,
+    grid_code,
+    pair,
+    resampled,
+)
 
 Pool = Literal["class", "mean", "class and mean"]
+Positions = Literal["learned", "fixed", "none"]
 
 
 class VisionTransformer(nn.Module):
@@ -45,6 +55,9 @@ class VisionTransformer(nn.Module):
         distilled: whether a second such token, with a head of its own, follows it (DeiT). In training `forward` gives
             the scores of both heads, in evaluation their mean.
         n_registers: learned vectors without positions, after these tokens, which the head does not read.
+        positions: what tells one patch from another: a "learned" vector for each, "fixed" sines of its row and column
+            (`patches.grid_code`; 0 for the class and distillation tokens), or "none", for a set of patches.
+        antialias: how positions of a smaller grid are made, as in `patches.resampled`.
         dropout: of the embedded patches, the weights and both branches, while training.
         drop_path: stochastic depth, as in `Encoder`.
         layer_scale: as in `Encoder`.
@@ -54,10 +67,14 @@ class VisionTransformer(nn.Module):
         mixer: makes the mixer of one layer, given E, in place of attention, as in `Encoder`.
         feed_forward: makes the feed-forward networks, called as `FeedForward` is.
 
+    Attributes:
+        positions: (1 or 2 or 0 + N, E), those of class and distillation token first; a parameter if they are learned.
+        distillation_head: None where distilled is False; set to None, the model scores by the class token alone.
+
     Raises:
-        ValueError: sizes that are no positive integers, a patch that does not divide the image, an unknown pool, a pool
-            that reads a class token where there is none, a distillation token without a class token, or what `Encoder`
-            refuses.
+        ValueError: sizes that are no positive integers, a patch that does not divide the image, an unknown pool or kind
+            of positions, a pool that reads a class token where there is none, a distillation token without a class
+            token, fixed positions of a width that is no multiple of 4, or what `Encoder` refuses.
     """
 
     image_size: tuple[int, int]
@@ -67,7 +84,8 @@ class VisionTransformer(nn.Module):
     class_token: nn.Parameter | None
     distillation_token: nn.Parameter | None
     registers: nn.Parameter | None
-    positions: nn.Parameter
+    positions: Tensor
+    antialias: bool
     dropout: nn.Dropout
     encoder: Encoder
     head: nn.Module
@@ -88,6 +106,8 @@ class VisionTransformer(nn.Module):
         class_token: bool = True,
         distilled: bool = False,
         n_registers: int = 0,
+        positions: Positions = "learned",
+        antialias: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
@@ -103,18 +123,25 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"patch_size must divide image_size={self.image_size}, got {(high, wide)}")
         if pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {', '.join(map(repr, get_args(Pool)))}, got {pool!r}")
+        if positions not in get_args(Positions):
+            raise ValueError(f"positions must be one of {', '.join(map(repr, get_args(Positions)))}, got {positions!r}")
         if not class_token and (pool != "mean" or distilled):
             raise ValueError('class_token=False needs pool="mean" and distilled=False: no other token is read')
         if distilled and pool != "class":
             raise ValueError(f'distilled=True needs pool="class", got {pool!r}')
         if n_registers < 0 or n_classes < 0:
             raise ValueError(f"n_registers and n_classes must be 0 or more, got {n_registers} and {n_classes}")
-        self.pool, self.n_registers = pool, n_registers
+        self.pool, self.n_registers, self.antialias = pool, n_registers, antialias
         self.patches = PatchEmbedding((high, wide), d_model, n_channels=n_channels)
         self.class_token = nn.Parameter(torch.zeros(d_model)) if class_token else None
         self.distillation_token = nn.Parameter(torch.zeros(d_model)) if distilled else None
         self.registers = nn.Parameter(torch.zeros(n_registers, d_model)) if n_registers else None
-        self.positions = nn.Parameter(torch.empty(class_token + distilled + self.n_patches, d_model))
+        if positions == "learned":
+            self.positions = nn.Parameter(torch.zeros(class_token + distilled + self.n_patches, d_model))
+        else:
+            code = grid_code(*self.grid, d_model) if positions == "fixed" else torch.zeros(self.n_patches, d_model)
+            own = torch.zeros(class_token + distilled, d_model)
+            self.register_buffer("positions", torch.cat([own, code]))
         self.dropout = nn.Dropout(dropout)
         self.encoder = Encoder(
             d_model,
@@ -137,7 +164,7 @@ class VisionTransformer(nn.Module):
         if distilled:
             self.distillation_head = nn.Linear(d_model, n_classes) if n_classes else nn.Identity()
         for learned in (self.class_token, self.distillation_token, self.registers, self.positions):
-            if learned is not None:
+            if isinstance(learned, nn.Parameter):
                 nn.init.trunc_normal_(learned, std=0.02)
 
     @property
@@ -157,14 +184,18 @@ class VisionTransformer(nn.Module):
         return sum(token is not None for token in (self.class_token, self.distillation_token)) + self.n_registers
 
     def positions_at(self, rows: int, columns: int) -> Float[Tensor, "n e"]:
-        """The learned positions for a grid of patches, those of class and distillation token first, without registers.
+        """The positions for a grid of patches, those of class and distillation token first, without registers.
 
         Positions of another grid than the model's own are interpolated from it: `patches.resampled`.
         """
-        if (rows, columns) == self.grid:
+        # One exported program serves every size: it always interpolates, which leaves the model's own grid as it is.
+        symbolic = isinstance(rows, torch.SymInt) or isinstance(columns, torch.SymInt)
+        if not symbolic and (rows, columns) == self.grid:
             return self.positions
         own = self.positions.shape[0] - self.n_patches
-        return torch.cat([self.positions[:own], resampled(self.positions[own:], self.grid, (rows, columns))])
+        to = (rows, columns)
+        patches = resampled(self.positions[own:], self.grid, to, antialias=self.antialias)
+        return torch.cat([self.positions[:own], patches])
 
     def embed(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n e"]:
         """The input of the first layer, (B, S + N, E): equation 1, and the registers.
@@ -174,10 +205,12 @@ class VisionTransformer(nn.Module):
 
         Raises:
             TypeError: images are not a tensor.
-            ValueError: not floating point (B, C, H, W), another number of channels, or sides of no whole patches.
+            ValueError: not floating point (B, C, H, W), another number of channels, sides of no whole patches, or a
+                number that is not finite, where values can be looked at.
         """
         check_images(images, self.patches.n_channels)
         check_whole(images, self.patches.patch_size)
+        check_finite(images)
         # --8<-- [start:embed]
         x = self.patches(images)  # (B, N, E)
         tokens = [token.expand(x.shape[0], 1, -1) for token in self._before() if token is not None]

@@ -72,6 +72,23 @@ def test_patches_are_put_into_another_order_and_back():
     torch.testing.assert_close(reorder(y, 2, order.argsort()), x)
     task = shuffled(made_up())
     torch.testing.assert_close(task.shown(task.test.x), reorder(task.test.x, 7, shuffled_order(16)))
+    pixels = torch.tensor([2, 0, 3, 1])
+    z = reorder(x, 2, torch.arange(16), pixels)
+    torch.testing.assert_close(z[:, :, 4:6, 2:4].flatten(2), x[:, :, 4:6, 2:4].flatten(2)[..., pixels])
+
+
+@torch.no_grad()
+def test_no_order_of_patches_or_pixels_matters_to_a_vision_transformer_whose_weights_follow():
+    """What the shuffled arms rest on: the function that a ViT learns of pictures it can learn of shuffled ones."""
+    task = shuffled(made_up(), pixels=True)
+    assert task.order is not None and task.pixels is not None
+    torch.manual_seed(0)
+    model = vit_run.vit(28, 7).eval()
+    before = model(task.test.x)
+    model.positions[1:] = model.positions[1:][task.order]
+    weight = model.patches.projection.weight
+    weight.copy_(weight.flatten(2)[..., task.pixels].view_as(weight))
+    torch.testing.assert_close(model(task.shown(task.test.x)), before, atol=1e-5, rtol=1e-4)
 
 
 def test_an_augmented_picture_is_shifted_mirrored_or_has_a_square_put_out():
@@ -140,7 +157,7 @@ def test_seeds_that_are_reported_had_no_part_in_choosing_the_rate_and_the_plan_i
     plan = vit.full_plan(Path("."))
     assert [plan.swept_at("fashion", count) for count in SIZES] == [300, 300, 55_000, 55_000]
     table = cells(plan)
-    assert len({cell[:5] for cell in table}) == len(table) == 12
+    assert len({cell[:5] for cell in table}) == len(table) == 13
     assert all(len(cell[5]) == 5 for cell in table if cell[2] in (300, 55_000, 1197) and cell[0] != "longer")
 
 
@@ -151,7 +168,11 @@ def test_it_runs_and_writes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(vit, "write", None)  # to call it would raise
     vit.main(["--tiny"])
     said = capsys.readouterr().out
-    assert "fashion ViT, shuffled 40 False" in said and "digits CNN 30 True" in said
+    assert (
+        "fashion ViT, shuffled 40 False" in said
+        and "fashion CNN, shuffled pixels 40 False" in said
+        and "digits CNN 30 True" in said
+    )
 
 
 def test_a_run_is_kept_and_not_made_again(tmp_path, monkeypatch):

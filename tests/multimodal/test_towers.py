@@ -245,8 +245,8 @@ def test_compiled_and_exported_for_every_batch():
     ours = both(n_layers=1).eval()
     pairs = Dim("pairs", min=2, max=64)
     program = torch.export.export(ours, (images(5), ids(5)), dynamic_shapes=({0: pairs}, {0: pairs}))
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in (3, 8):
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager")
+    for size in (4, 9):
         right = ours(images(size), ids(size))
         torch.testing.assert_close(program.module()(images(size), ids(size)), right)
         torch.testing.assert_close(compiled(images(size), ids(size)), right)

@@ -125,6 +125,7 @@ def test_the_class_token_stands_first_and_is_what_comes_out():
     x = tower.patches(images()).flatten(2).mT
     x = torch.cat([tower.class_token.expand(B, 1, E), x], 1) + tower.position
     right = tower.encoder(tower.norm_before(x))
+    torch.testing.assert_close(tower.embed(images()), tower.norm_before(x))
     torch.testing.assert_close(tower.features(images()), right)
     torch.testing.assert_close(tower(images()), right[:, 0])
     assert right.shape == (B, 5, E)

@@ -34,15 +34,22 @@
     });
   };
 
-  // What is laid out on the way to a link's target may push it away: it is brought back, unless the reader moves on.
+  // What is laid out on the way to a link's target may push it away, on a busy machine seconds later: for ten of them it
+  // is brought back whenever its place in the page has changed, unless the reader moves on. The address may follow the
+  // headings that go by, so the target is looked up once.
   const land = () => {
-    let frames = 12;
-    const stop = () => { frames = 0; };
-    for (const kind of ["wheel", "touchstart", "keydown"]) addEventListener(kind, stop, { once: true, passive: true });
+    let limit = performance.now() + 10_000, target = null, place = null;
+    const stop = () => { limit = 0; };
+    for (const kind of ["wheel", "touchstart", "keydown", "pointerdown"])
+      addEventListener(kind, stop, { once: true, passive: true });
     const settle = () => {
-      if (--frames < 0) return;
-      const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-      if (frames % 4 === 3) target?.scrollIntoView({ behavior: "instant" });
+      if (performance.now() > limit) return;
+      target ??= document.getElementById(decodeURIComponent(location.hash.slice(1)));
+      const now = target && Math.round(target.getBoundingClientRect().top + scrollY);
+      if (now !== place) {
+        place = now;
+        target?.scrollIntoView({ behavior: "instant" });
+      }
       requestAnimationFrame(settle);
     };
     requestAnimationFrame(settle);

@@ -3,15 +3,18 @@
 All are trained on the 55,000 augmented pictures of fashion of benchmarks/vit_run.py, 1,500 steps of 64 pictures, with
 three seeds:
 
-    ViT            patches of 4 x 4, so 49 of them in a grid of 7 x 7; otherwise the one of vit_run.py
-    ViT, shuffled  the same, with the patches of all pictures in one other order, and the same first numbers
-    CNN            that of vit_run.py, for what a convolution makes of a moved patch
+    ViT                 patches of 4 x 4, so 49 of them in a grid of 7 x 7; otherwise the one of vit_run.py
+    ViT, shuffled       the same, with the patches of all pictures in one other order, and the same first numbers
+    ViT, not mirrored   the first, but for one thing: its pictures are never mirrored
+    CNN                 that of vit_run.py, for what a convolution makes of a moved patch
 
 and measured before and after:
 
     positions  the share of patches whose position vector is most alike (cosine, the mean of all positions taken off) to
                that of a patch which stands next to it: above, below, left or right. For the shuffled twin, next to it
-               in its own grid, and next to it in the picture before it was shuffled.
+               in its own grid, and next to it in the picture before it was shuffled. Beside it the share of those most
+               alike to that of the mirrored place. (Added when a first model was seen to find both; and so was the arm
+               that is not mirrored.)
     distances  how far each head looks in pixels, and how much of its attention leaves the 3 x 3 patches around.
     a patch    set into another picture: by how much its vector then differs, as a share of how far the vectors of the
                two pictures lie apart at that place (squared distances); and the same where the patch is exchanged and
@@ -51,6 +54,7 @@ from nondual.vision_transformers import VisionTransformer
 
 PATCH, STEPS, SEEDS = 4, 1500, (1, 2, 3)
 RATE = {"ViT": 2e-3, "CNN": 8e-3}
+ARMS = ("ViT", "ViT, shuffled", "ViT, not mirrored", "CNN")
 MODEL = MEASURED.parent / "assets" / "models" / "vit.safetensors"
 
 
@@ -74,8 +78,10 @@ def trained(arm: str, seed: int, steps: int, folder: Path) -> Trained:
     task = task_of("fashion")._replace(patch=PATCH)
     if arm.endswith("shuffled"):
         task = task._replace(order=shuffled_order(task.grid**2))
+    if arm.endswith("not mirrored"):
+        task = task._replace(flip=False)
     before, after = new(arm, task, seed).eval(), new(arm, task, seed)
-    file = folder / f"{arm.replace(', ', '-')}_{seed}_{steps}.safetensors"
+    file = folder / f"{arm.replace(', ', '-').replace(' ', '-')}_{seed}_{steps}.safetensors"
     if not file.exists():
         fit(after, task, subset(task, len(task.train.y), seed), True, RATE[arm[:3]], seed, steps)
         part = file.with_suffix(".part")
@@ -100,10 +106,16 @@ def alike(vectors: Tensor) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-torch.inf)
 
 
-def nearest_is_next(vectors: Tensor, touching: Tensor) -> float:
-    """The share of places whose most alike vector is that of a place that touches them."""
+def mirrored(grid: int) -> Tensor:
+    """(N, N), True where one place is the other's image if left and right change places."""
+    at = torch.arange(grid**2).view(grid, grid)
+    return torch.eye(grid**2, dtype=torch.bool)[at.flip(1).flatten()]
+
+
+def nearest_is(vectors: Tensor, related: Tensor) -> float:
+    """The share of places whose most alike vector is that of a place related to them."""
     best = alike(vectors).argmax(-1)
-    return touching.gather(1, best[:, None]).float().mean().item()
+    return related.gather(1, best[:, None]).float().mean().item()
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -121,13 +133,17 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def of_positions(run: Trained) -> dict[str, Any]:
     """What the position vectors know of the grid, before and after."""
-    touching, found = next_to(run.task.grid), {}
+    touching, image, found = next_to(run.task.grid), mirrored(run.task.grid), {}
     for when, model in (("before", run.before), ("after", run.after)):
         vectors = positions_of(model)
-        found[when] = {"in_its_grid": round(nearest_is_next(vectors, touching), 4)}
-        if run.task.order is not None:  # place i shows the patch that stood at order[i]
-            theirs = touching[run.task.order][:, run.task.order]
-            found[when]["in_the_picture"] = round(nearest_is_next(vectors, theirs), 4)
+        found[when] = {"in_its_grid": round(nearest_is(vectors, touching), 4)}
+        if run.task.order is None:
+            order = torch.arange(len(vectors))
+        else:
+            order = run.task.order  # place i shows the patch that stood at order[i]
+        theirs, image_of_theirs = (of[order][:, order] for of in (touching, image))
+        found[when]["in_the_picture"] = round(nearest_is(vectors, theirs), 4)
+        found[when]["mirrored"] = round(nearest_is(vectors, image_of_theirs), 4)
     return found
 
 
@@ -270,14 +286,14 @@ def measured(arm: str, seed: int, steps: int, folder: Path, count: int) -> dict[
     run = trained(arm, seed, steps, folder)
     part = Pictures(*(half[: 20 * count] for half in run.task.test))
     found: dict[str, Any] = {"seed": seed, "test": round(scores(run.after, run.task, part)[0], 4)}
-    if arm != "CNN":
+    if arm.startswith("ViT"):
         found["positions"] = of_positions(run)
     if arm == "ViT":
         both = {"before": run.before, "after": run.after}
         found["distances"] = {when: of_distances(model, run.task, count) for when, model in both.items()}
         rolled = of_rollout(run.after, run.task, count)
         found["rollout"] = {name: round(mean(each), 4) for name, each in rolled.items()}
-    if not arm.endswith("shuffled"):
+    if arm in ("ViT", "CNN"):
         found["moves"] = {
             when: {
                 kind: of_moves(model, moves(run.task, kind == "same class", count))
@@ -307,13 +323,13 @@ def main(options: list[str]) -> None:
     folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
     if tiny:
         with tempfile.TemporaryDirectory() as beside:
-            for arm in ("ViT", "ViT, shuffled", "CNN"):
+            for arm in ARMS:
                 measured(arm, 1, 2, Path(beside), 10)
         return
     folder = folder or cache_folder() / "runs" / "vit_inside"
     folder.mkdir(parents=True, exist_ok=True)
     arms = {}
-    for arm in ("ViT", "ViT, shuffled", "CNN"):
+    for arm in ARMS:
         arms[arm] = [measured(arm, seed, STEPS, folder, 500) for seed in SEEDS]
         print(arm, "measured", flush=True)
     record(arms, folder)
@@ -325,11 +341,12 @@ def record(arms: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     store(run.after, MODEL)
     stored = load(MODEL)
     touched = next_to(run.task.grid).float()
-    plain, twin = arms["ViT"], arms["ViT, shuffled"]
+    plain, twin, unmirrored = (arms[arm] for arm in ARMS[:3])
     figures = {
         "arms": arms,
         "chance": {
             "neighbour": round((touched.sum() / (run.task.grid**2 * (run.task.grid**2 - 1))).item(), 4),
+            "mirrored": round((run.task.grid - 1) / run.task.grid / (run.task.grid**2 - 1), 4),
             "pixels": round(patch_distances(run.task.grid, PATCH).mean().item(), 3),
             "outside": round(outside(run.task.grid).mean().item(), 4),
         },
@@ -337,6 +354,9 @@ def record(arms: dict[str, list[dict[str, Any]]], folder: Path) -> None:
             "after - before": difference(*(of_arm(plain, when, "in_its_grid") for when in ("after", "before"))),
             "shuffled: picture - its grid": difference(
                 *(of_arm(twin, "after", where) for where in ("in_the_picture", "in_its_grid"))
+            ),
+            "mirrored: mirrored in training - not": difference(
+                *(of_arm(runs, "after", "mirrored") for runs in (plain, unmirrored))
             ),
         },
         "stored": {

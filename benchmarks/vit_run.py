@@ -57,7 +57,9 @@ class Task(NamedTuple):
     shift: int
     """By how many pixels augmentation shifts a picture at the most."""
     flip: bool
-    """Whether it also mirrors pictures and puts out a square."""
+    """Whether it also mirrors pictures from left to right."""
+    hide: bool
+    """Whether it also puts out a square."""
     order: Tensor | None = None
     """Of the patches, as the models see them, where it is not that of the picture."""
     pixels: Tensor | None = None
@@ -94,7 +96,7 @@ def task_of(name: str) -> Task:
     scaled = [Pictures((images.float() - mean) / std, labels) for images, labels in (train_on, test_on)]
     parts = [Pictures(scaled[0].x[part], scaled[0].y[part]) for part in (slice(-held), slice(-held, None))]
     patch, shift = (7, 2) if name == "fashion" else (2, 1)
-    return Task(*parts, scaled[1], patch, shift, name == "fashion")
+    return Task(*parts, scaled[1], patch, shift, name == "fashion", name == "fashion")
 
 
 def shuffled(task: Task, *, pixels: bool = False) -> Task:
@@ -116,8 +118,8 @@ def reorder(x: Tensor, patch: int, order: Tensor, pixels: Tensor | None = None) 
     return unpatchify(cells, patch, (x.shape[2], x.shape[3]))
 
 
-def augment(x: Tensor, generator: torch.Generator, shift: int, flip: bool) -> Tensor:
-    """(B, C, S, S) -> pictures shifted, with `flip` also mirrored and with a square put out, each in half of them."""
+def augment(x: Tensor, generator: torch.Generator, shift: int, *, flip: bool, hide: bool) -> Tensor:
+    """(B, C, S, S) -> pictures shifted; half of them mirrored with `flip`, half with a square put out with `hide`."""
     count, _, side, _ = x.shape
     down, right = torch.randint(2 * shift + 1, (2, count, 1), generator=generator)
     mirrored, hidden = torch.rand(2, count, 1, generator=generator) < 0.5
@@ -128,7 +130,7 @@ def augment(x: Tensor, generator: torch.Generator, shift: int, flip: bool) -> Te
         columns = torch.where(mirrored, columns.flip(-1), columns)
     around = F.pad(x, (shift,) * 4, value=x.min().item())
     moved = around[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if not flip:
+    if not hide:
         return moved
     inside = (at >= corner) & (at < corner + 6)  # (2, B, S): in the rows, in the columns
     square = (inside[0][:, :, None] & inside[1][:, None, :] & hidden[..., None])[:, None]
@@ -196,7 +198,9 @@ def batches(task: Task, chosen: Tensor, augmented: bool) -> Callable[[torch.Gene
         ready = torch.cat(waiting)
         waiting[:] = [ready[BATCH:]]
         x, y = task.train.x[ready[:BATCH]], task.train.y[ready[:BATCH]]
-        return Pictures(task.shown(augment(x, generator, task.shift, task.flip) if augmented else x), y)
+        if augmented:
+            x = augment(x, generator, task.shift, flip=task.flip, hide=task.hide)
+        return Pictures(task.shown(x), y)
 
     return draw
 

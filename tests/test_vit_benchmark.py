@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import vit, vit_inside, vit_run
 from benchmarks.vit import ARMS, BETWEEN, SEEDS, SIZES, SWEEP_SEED, Plan, best_of, cells, multiply_adds, sweep
-from benchmarks.vit_inside import Moves, nearest_is_next, next_to, of_moves, rank_correlation, states_of
+from benchmarks.vit_inside import Moves, mirrored, nearest_is, next_to, of_moves, rank_correlation, states_of
 from benchmarks.vit_run import (
     Pictures,
     Run,
@@ -47,7 +47,7 @@ def made_up(count: int = 40) -> Task:
     draw = torch.Generator().manual_seed(3)
     y = torch.arange(count) % 2
     x = torch.randn(count, 1, 28, 28, generator=draw) + y[:, None, None, None]
-    return Task(Pictures(x, y), Pictures(x, y), Pictures(x, y), 7, 2, True)
+    return Task(Pictures(x, y), Pictures(x, y), Pictures(x, y), 7, 2, True, True)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_no_order_of_patches_or_pixels_matters_to_a_vision_transformer_whose_wei
 
 def test_an_augmented_picture_is_shifted_mirrored_or_has_a_square_put_out():
     x = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    found = augment(x, torch.Generator().manual_seed(1), 2, True)
+    found = augment(x, torch.Generator().manual_seed(1), 2, flip=True, hide=True)
     square = (found == 0).flatten(1).sum(1)
     assert set(square.tolist()) == {0, 36} and 15 < int((square > 0).sum()) < 49
     around = torch.nn.functional.pad(x, (2,) * 4, value=x.min().item())
@@ -106,9 +106,13 @@ def test_an_augmented_picture_is_shifted_mirrored_or_has_a_square_put_out():
             for way in (original, original.flip(-1))
         ]
         assert sum(map(bool, ways)) == 1
-    only_moved = augment(x, torch.Generator().manual_seed(1), 1, False)
-    assert not (only_moved == 0).any() and only_moved.shape == x.shape
-    torch.testing.assert_close(augment(x, torch.Generator().manual_seed(1), 2, True), found)
+    unhidden = augment(x, torch.Generator().manual_seed(1), 2, flip=True, hide=False)
+    assert not (unhidden == 0).any() and torch.equal(found[found != 0], unhidden[found != 0])
+    unmirrored = augment(x, torch.Generator().manual_seed(1), 2, flip=False, hide=False)
+    mirrored_too = [bool((a == b.flip(-1)).all()) for a, b in zip(unhidden, unmirrored)]
+    assert all(mirror or (a == b).all() for mirror, a, b in zip(mirrored_too, unhidden, unmirrored))
+    assert 15 < sum(mirrored_too) < 49
+    torch.testing.assert_close(augment(x, torch.Generator().manual_seed(1), 2, flip=True, hide=True), found)
 
 
 def test_all_chosen_pictures_come_once_before_any_again_and_a_seed_fixes_them():
@@ -200,9 +204,11 @@ def test_neighbours_are_found_in_vectors_that_know_the_grid_and_not_in_others():
     touching = next_to(grid)
     assert touching.sum() == 4 * grid * (grid - 1) and touching[0].nonzero().flatten().tolist() == [1, grid]
     knows = torch.exp(-(patch_distances(grid) ** 2) / 4)  # a bump around each place
-    assert nearest_is_next(knows, touching) == 1
+    assert nearest_is(knows, touching) == 1
     draw = torch.randn(49, 64, generator=torch.Generator().manual_seed(0))
-    assert nearest_is_next(draw, touching) < 0.3
+    assert nearest_is(draw, touching) < 0.3
+    image = mirrored(grid)
+    assert image[0].nonzero().item() == 6 and image[3, 3] and torch.equal(image, image.T) and image.sum() == 49
 
 
 def test_rank_correlation_is_scipys():
@@ -249,7 +255,7 @@ def test_a_convolutions_first_layer_sees_of_a_patch_only_what_is_near():
 def test_it_looks_inside_and_writes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(vit_inside, "write", None)
     vit_inside.main(["--tiny"])
-    assert capsys.readouterr().out.count("trained") == 3
+    assert capsys.readouterr().out.count("trained") == len(vit_inside.ARMS)
 
 
 def test_weights_are_stored_in_half_precision_and_read_again(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 from nondual.multimodal.llava import Llava, PatchFeatures, Projector
 from nondual.multimodal.towers import VisionTower
 from nondual.pretrained.causal_lm import from_llama
-from nondual.pretrained.checkpoint import existing_folder
+from nondual.pretrained.checkpoint import existing_folder, read_json
 from nondual.pretrained.clip import from_hugging_face
 from nondual.pretrained.clip_config import ACTIVATIONS, read_settings
 
@@ -44,20 +44,19 @@ def load_llava(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = No
     place = existing_folder(folder, "load_llava")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+    file = place / "config.json"
+    kind = read_json(file).get("model_type")
+    if kind != "llava":
+        raise ValueError(f"model_type must be 'llava' in {file}, got {kind!r:.100}")
+    if not any(place.glob("*.safetensors")):
+        raise FileNotFoundError(f"there are no safetensors in {place}: other formats can run code, and are not read")
     try:
-        from transformers import AutoConfig, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
     except ImportError:
         raise ImportError("transformers 5 or later is needed: pip install 'nondual[transformers]'") from None
-    try:
-        config: Any = AutoConfig.from_pretrained(place, local_files_only=True)
-        kind = config.model_type
-        if kind != "llava":
-            raise ValueError(f"model_type must be 'llava' in {place / 'config.json'}, got {kind!r:.100}")
-        theirs = LlavaForConditionalGeneration.from_pretrained(
-            place, local_files_only=True, use_safetensors=True, dtype="auto" if dtype is None else dtype
-        )
-    except OSError as why:  # what transformers raises for files that are missing
-        raise FileNotFoundError(f"{place} must hold config.json and safetensors: {str(why).splitlines()[0]}") from None
+    theirs = LlavaForConditionalGeneration.from_pretrained(
+        place, local_files_only=True, use_safetensors=True, dtype="auto" if dtype is None else dtype
+    )
     return from_llava(theirs)
 
 

@@ -193,6 +193,15 @@ def grid_code(rows: int, columns: int, d_model: int) -> Float[Tensor, "n e"]:
     # --8<-- [end:grid_code]
 
 
+def is_grid(grid: tuple[int, int], to: tuple[int, int]) -> bool:
+    """Whether two grids are known to be the same.
+
+    Of sizes that are symbols, in a program exported for every size, it is not: the positions are then interpolated in
+    each case, which leaves those of the same grid as they are.
+    """
+    return not any(isinstance(side, torch.SymInt) for side in to) and tuple(grid) == tuple(to)
+
+
 def resampled(
     positions: Float[Tensor, "n e"], grid: tuple[int, int], to: tuple[int, int], *, antialias: bool = False
 ) -> Float[Tensor, "m e"]:
@@ -214,7 +223,7 @@ def resampled(
         raise ValueError(
             f"positions must be (rows · columns, E) = ({grid[0]} · {grid[1]}, E), got {tuple(positions.shape)}"
         )
-    if tuple(grid) == tuple(to):
+    if is_grid(grid, to):
         return positions
     # --8<-- [start:resampled]
     table = at_least_float32(positions).mT.unflatten(-1, grid)[None]  # (1, E, rows, columns)

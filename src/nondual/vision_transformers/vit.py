@@ -23,6 +23,7 @@ from nondual.vision_transformers.patches import (
     check_images,
     check_whole,
     grid_code,
+    is_grid,
     pair,
     resampled,
 )
@@ -188,12 +189,9 @@ class VisionTransformer(nn.Module):
 
         Positions of another grid than the model's own are interpolated from it: `patches.resampled`.
         """
-        # One exported program serves every size: it always interpolates, which leaves the model's own grid as it is.
-        symbolic = isinstance(rows, torch.SymInt) or isinstance(columns, torch.SymInt)
-        if not symbolic and (rows, columns) == self.grid:
+        own, to = self.positions.shape[0] - self.n_patches, (rows, columns)
+        if is_grid(self.grid, to):
             return self.positions
-        own = self.positions.shape[0] - self.n_patches
-        to = (rows, columns)
         patches = resampled(self.positions[own:], self.grid, to, antialias=self.antialias)
         return torch.cat([self.positions[:own], patches])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nondual.analysis import attention_distance
 from nondual.efficient_attention.sparse_attention import blocks, fixed, local, strided
 from nondual.multimodal.contrastive import softmax_loss, unit_vectors
 from nondual.ops import masks
@@ -127,7 +128,70 @@ def averaged(before=True, after=True, first=False):
     return weights
 
 
+def attending(sees):
+    """A mask of tokens and images; `sees` compares the number of images up to a token with an image's number from 1."""
+
+    def mask(marked, n_images):
+        return sees(marked.cumsum(0)[:, None], torch.arange(1, n_images + 1), marked[:, None].long())
+
+    return mask
+
+
+def splicing(kept=False, order=lambda images: images, first=False):
+    """Words and images joined, or with a mistake in it."""
+
+    def spliced(ids, embeddings, images, mark):
+        parts, rest = [], iter(order(images))
+        for token, word in zip(ids.tolist(), embeddings):
+            parts += [word[None]] if token != mark else [word[None][: int(kept)], next(rest)]
+        return torch.cat([*images, embeddings[ids != mark]] if first else parts)
+
+    return spliced
+
+
+def labelling(ignored=-100, words=None):
+    """The labels of words and images, or with a mistake in it."""
+
+    def labels_of(ids, labels, mark, n):
+        rows = [
+            [ignored if ignored is not None else label] * n if token == mark else [label if words is None else words]
+            for token, label in zip(ids.tolist(), labels.tolist())
+        ]
+        return torch.tensor([label for row in rows for label in row])
+
+    return labels_of
+
+
+def cutting(*order):
+    """Patches by reshaping, their axes in an order."""
+
+    def cut(x, p):
+        b, c, h, w = x.shape
+        return x.view(b, c, h // p, p, w // p, p).permute(order).reshape(b, h * w // p**2, c * p**2)
+
+    return cut
+
+
+def looking(away, total=torch.mean, weigh=True):
+    """The mean distance, `away` made of rows down, columns across, the side and the places."""
+
+    def distance(weights, columns, p):
+        i = torch.arange(weights.shape[-1])
+        down, across = ((x[:, None] - x).float() for x in (i // columns, i % columns))
+        far = away(down, across, p, i)
+        return total((weights * far).sum(-1) if weigh else far.mean(-1).expand(len(weights), -1), -1)
+
+    return distance
+
+
 RIGHT = [
+    ("vit", "cut", cutting(0, 2, 4, 1, 3, 5)),
+    ("vit", "cut", lambda x, p: torch.nn.functional.unfold(x, p, stride=p).mT),
+    ("vit", "mean_distance", looking(lambda down, across, p, i: p * torch.hypot(down, across))),
+    ("vit", "mean_distance", lambda w, c, p: attention_distance(w, (w.shape[-1] // c, c), p, n_special=0)),
+    ("flamingo", "may_attend", attending(lambda count, number, _: count == number)),
+    ("llava", "spliced", splicing()),
+    ("llava", "expanded_labels", labelling()),
     ("clip", "symmetric_loss", matched()),
     ("clip", "symmetric_loss", lambda i, t, tau: softmax_loss(unit_vectors(i), unit_vectors(t), math.exp(tau))),
     ("clip", "class_weights", averaged()),
@@ -152,6 +216,19 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("vit", "cut", lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p), "only gives the numbers another shape"),
+    ("vit", "cut", cutting(0, 4, 2, 1, 3, 5), "the patches come column by column"),
+    ("vit", "cut", cutting(0, 2, 4, 3, 5, 1), "within a patch the channels come last"),
+    ("vit", "cut", cutting(0, 2, 4, 1, 5, 3), "each patch is turned on its side"),
+    ("vit", "cut", lambda x, p: cutting(0, 2, 4, 1, 3, 5)(x, p).flip(1), "not where they should be"),
+    ("vit", "cut", lambda x, p: x, "the patches should have the shape (1, 6, 4)"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: torch.hypot(d, a)), "it is counted in patches"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: p * (d.abs() + a.abs())), "straight across"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: p * (i[:, None] - i).abs().float()), "along the sequence"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: p * torch.hypot(d, a), torch.sum), "take the mean"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: (p * torch.hypot(d, a)) ** 2), "take the root"),
+    ("vit", "mean_distance", looking(lambda d, a, p, i: p * torch.hypot(d, a), weigh=False), "weights do not count"),
+    ("vit", "mean_distance", lambda w, c, p: w.sum((1, 2)), "pixels away over 1 x 3 patches of 1, not 3.000"),
     ("clip", "symmetric_loss", matched(sides=[True]), "one side alone chooses"),
     ("clip", "symmetric_loss", matched(sides=[False]), "one side alone chooses"),
     ("clip", "symmetric_loss", matched(share=1), "it is twice the loss"),
@@ -165,6 +242,24 @@ WRONG = [
     ("clip", "class_weights", averaged(before=False, after=False), "as they came: scale before it and after it"),
     ("clip", "class_weights", averaged(first=True), "the first prompt alone is read"),
     ("clip", "class_weights", lambda p: averaged()(p).flip(0), "is another"),
+    ("flamingo", "may_attend", attending(lambda c, i, _: c >= i), "sees every image before it: leave it the last one"),
+    ("flamingo", "may_attend", attending(lambda c, i, m: c - m == i), "a mark does not see its own image"),
+    ("flamingo", "may_attend", attending(lambda c, i, _: c.clamp(min=1) == i), "before the first image sees it"),
+    ("flamingo", "may_attend", attending(lambda c, i, _: c == i - 1), "a token sees the image after it"),
+    ("flamingo", "may_attend", attending(lambda c, i, _: c * 0 == i), "token 1 sees another image than it may"),
+    ("llava", "spliced", splicing(kept=True), "the mark's own embedding is to be left out"),
+    ("llava", "spliced", splicing(order=lambda images: images.flip(0)), "the images stand in reverse"),
+    (
+        "llava",
+        "spliced",
+        splicing(order=lambda images: images[:1].expand_as(images)),
+        "the first image stands at every",
+    ),
+    ("llava", "spliced", splicing(first=True), "the images stand before the words"),
+    ("llava", "spliced", splicing(order=lambda images: images * 2), "something else should be read"),
+    ("llava", "expanded_labels", labelling(ignored=None), "the mark is predicted within the image"),
+    ("llava", "expanded_labels", labelling(words=-100), "nothing is predicted at all"),
+    ("llava", "expanded_labels", labelling(words=1), "they should be [-100, -100, -100, -100, 8], and are"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, v), "the value is added to what is there"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)), "one of length 3.0"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s - torch.outer(k, b * (v - k @ s)) / (k @ k), "the sign is"),

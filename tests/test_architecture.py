@@ -177,11 +177,11 @@ def test_importing_leaves_the_interpreter_s_hooks_alone():
 def test_importing_takes_under_twice_the_time_of_torch():
     names = ["nondual", "nondual.self_attention", "nondual.transformer", "nondual.pretrained"]
     code = (
-        "from time import perf_counter as now\na = now()\nimport torch\nb = now()\n"
+        "from time import process_time as now\na = now()\nimport torch\nb = now()\n"
         f"import {', '.join(names)}\nprint((now() - a) / (b - a))"
     )
     python(code)  # once, so that bytecode and the disk's cache are warm
-    assert min(float(python(code)) for _ in range(3)) < 2  # a ratio within one process, so that a busy machine is fair
+    assert min(float(python(code)) for _ in range(3)) < 2  # of processor time, for a busy machine
 
 
 def test_importing_the_package_imports_the_standard_library_at_most():

@@ -218,7 +218,7 @@ if sys.platform == "linux":
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, now + 2**30))  # a GiB more than there is now
 
 def load():
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         load_mamba(folder)
         return False
@@ -226,7 +226,7 @@ def load():
         assert str(folder) in str(error), error
         return True
     finally:
-        assert time.perf_counter() - start < 30
+        assert time.process_time() - start < 30
 
 draw, refused = random.Random(0), []
 for name in ("config.json", "model-00001-of-00003.safetensors", "model.safetensors.index.json"):

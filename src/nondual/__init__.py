@@ -20,6 +20,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.efficient_attention   flash attention as a layer and for Hugging Face models; S4D, Mamba, Mamba-2
     nondual.search                greedy search, sampling and beam search over any model that scores the next token
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
+    nondual.vision_transformers   images read by the same layers as words: patches, the Vision Transformer
     nondual.multimodal            images and words in one model: CLIP, SigLIP, Flamingo and LLaVA
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         training,
         transformer,
         transformer_layer,
+        vision_transformers,
     )
     from nondual.attention_mechanism import (
         AdditiveAttention,
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
     from nondual.search import beam_search, greedy, sample
     from nondual.self_attention import MultiHeadAttention, SelfAttention
     from nondual.transformer import Encoder, MixerBlock, TextEncoder, TransformerLayer
+    from nondual.vision_transformers.vit import VisionTransformer
 
 __version__ = "0.1.0"
 
@@ -164,6 +167,7 @@ __all__ = [
     "SparseAttention",
     "TextEncoder",
     "TransformerLayer",
+    "VisionTransformer",
     "analysis",
     "attention",
     "attention_mechanism",
@@ -210,6 +214,7 @@ __all__ = [
     "training",
     "transformer",
     "transformer_layer",
+    "vision_transformers",
 ]
 
 # The module that a name of __all__ is taken from; a name that is not here is itself a module.
@@ -283,6 +288,7 @@ _HOME = {
     "MixerBlock": "transformer",
     "TextEncoder": "transformer",
     "TransformerLayer": "transformer",
+    "VisionTransformer": "vision_transformers.vit",
 }
 _DEEPER = {"masks": "ops.masks"}  # a module that lies within another
 

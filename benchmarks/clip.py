@@ -29,7 +29,7 @@ from benchmarks.clip_ship import MODEL, ship
 from benchmarks.record import write
 from nondual.store import cache_folder
 
-STEPS, LONGER, CLIPART = 400, 10, 5
+STEPS, LONGER, CLIPART = 400, 25, 5
 """The steps of the compared trainings, and how many times as many the two others have."""
 RATES = (1e-3, 2e-3, 4e-3)
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
@@ -102,7 +102,7 @@ def losses_of(trainings: Trainings) -> dict[str, Any]:
             "rate": trainings.best(loss),
             "recall": recalls(results[loss]),
             "scale": [result["curve"]["scale"][-1] for result in results[loss]],
-            "seconds": [result["seconds"] for result in results[loss]],
+            "seconds a step": [result["seconds a step"] for result in results[loss]],
         }
     found["softmax less sigmoid"] = differences(results["softmax"], results["sigmoid"], UNSEEN)
     return found
@@ -143,7 +143,7 @@ def main(options: list[str]) -> None:
             "parameters": result["parameters"],
             "rate": longest.rate,
             "steps": longest.steps,
-            "seconds": result["seconds"],
+            "seconds a step": result["seconds a step"],
             "curve": result["curve"],
             "recall": recalls([result]),
             "near names": near_names(result, pairs),

@@ -8,7 +8,9 @@ import json
 import math
 import time
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -152,10 +154,11 @@ def carry_out(run: Run) -> None:
     adam = optimiser(model, run.rate, decay=DECAY, betas=(0.9, 0.98))
     adam.register_step_post_hook(lambda *_: model.clamp_scale())
     draw = Draw(pairs, styles_of(run, pairs), BATCH, shuffled=run.arm == "shuffled")
-    began = time.process_time()
+    began: list[float] = []  # when each step began, of those that are made here
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
         pictures, captions = batch
+        began.append(time.process_time())
         return model.loss(pictures, F.dropout(captions, TEXT_DROPOUT))
 
     history = train(
@@ -170,10 +173,10 @@ def carry_out(run: Run) -> None:
         "tune": round(history[-1]["tune"], 4),
         "curve": {key: [round(row[key], 4) for row in history] for key in ("step", "loss", "tune", "scale")},
         "found": judged(model, pairs),
-        "seconds": round(time.process_time() - began, 1),
+        "seconds a step": round(median(b - a for a, b in pairwise(began)), 4) if len(began) > 1 else None,
     }
     keep(run.file, result)
-    print(run.name, "tune", result["tune"], f"{result['seconds']:.0f} s", flush=True)
+    print(run.name, "tune", result["tune"], result["seconds a step"], "s a step", flush=True)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -1,7 +1,7 @@
 """The selective scan: its door, its reference, its matrix, and the engine for CPUs, compiled and in plain torch.
 
 "c" and "torch" are the two ways of impl="cpu". More of that engine is in test_selective_scan_cpu.py, how its loop is
-compiled in test_selective_scan_build.py, and the Triton kernels are in test_selective_scan_triton.py.
+compiled in test_c_loop.py, and the Triton kernels are in test_selective_scan_triton.py.
 """
 
 import itertools

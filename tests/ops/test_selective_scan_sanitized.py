@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nondual.ops.selective_scan.cpu import build
+from nondual.ops import c_loop
+from nondual.ops.selective_scan.cpu import LOOP
 
 DRIVER = Path(__file__).with_name("selective_scan_guarded.c")
 OPTIONS = "-g -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread -Werror=incompatible-pointer-types"
@@ -28,7 +29,7 @@ def run(
     command = [
         compiler,
         *options,
-        *build.defines(dtype),
+        *c_loop.defines(dtype, LOOP),
         f'-DSOURCE="{source}"',
         str(DRIVER),
         "-o",
@@ -46,7 +47,7 @@ def run(
 @pytest.mark.parametrize("dtype, native", [(torch.float32, True), (torch.float64, True), (torch.float32, False)])
 def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, dtype, native):
     """Both passes; 1, 7, 17, 33 and 67 channels, 1 to 17 states, rows apart, one thread and three."""
-    ran = run(build.SOURCE, tmp_path, dtype=dtype, native=native)
+    ran = run(LOOP.source, tmp_path, dtype=dtype, native=native)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
     assert ran.stdout == "1021 cases\n"
 
@@ -61,7 +62,7 @@ def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, 
     ("v < k.vectors; v++) {\n      int64_t at =", "v < 0; v++) {\n      int64_t at =", "dD was not written"),
 ], ids=["read", "write", "saved states", "scratch", "rows", "unwritten"])  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path, was, planted, says):
-    text = build.SOURCE.read_text(encoding="utf-8")
+    text = LOOP.source.read_text(encoding="utf-8")
     assert text.count(was) == 1
     source = tmp_path / "planted.c"
     source.write_text(text.replace(was, planted), encoding="utf-8")

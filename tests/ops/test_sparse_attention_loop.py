@@ -8,7 +8,6 @@ from harness import check as check_errors
 from harness import errors, incoming
 
 from nondual.ops import masks
-from nondual.ops.selective_scan.cpu import build
 from nondual.ops.sparse_attention import BlockMask, compiled, sparse_attention
 
 
@@ -141,7 +140,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(monkeypatch):
 
 
 def test_without_a_compiler_it_runs_in_torch_and_says_so_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "_loops", {})
+    monkeypatch.setattr(c_loop, "_loops", {})
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "none-of-this-name")
     mask = BlockMask.from_mask(masks.causal(40), 16)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nondual.ops.selective_scan.cpu import build
+from nondual.ops import c_loop
 from nondual.ops.sparse_attention.compiled import LOOP
 
 DRIVER = Path(__file__).with_name("sparse_attention_guarded.c")
@@ -25,7 +25,7 @@ def run(source: Path, folder: Path, *, dtype=torch.float32, native=True, level="
     program = folder / "guarded"
     options = [level, *OPTIONS.split(), *SANITIZERS.split(), *(["-march=native"] if native else [])]
     files = [f'-DSOURCE="{source}"', str(DRIVER), "-o", str(program), "-lm"]
-    command = [compiler, *options, *build.defines(dtype, LOOP), *files]
+    command = [compiler, *options, *c_loop.defines(dtype, LOOP), *files]
     compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     # Nothing is leaked, and looking for leaks needs a right (ptrace) that a container may not have.

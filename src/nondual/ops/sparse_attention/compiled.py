@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nondual.ops import c_loop
 from nondual.ops.dtypes import accumulation_dtype
-from nondual.ops.selective_scan.cpu import build
 
 BAND = 64  # queries that lie side by side in the loop's tables, and bits of a word of its masks
 KEYS = 64  # keys whose scores it holds at once
 LINE = 64  # bytes of its widest vector
 EACH_THREAD = 2**23  # multiply-adds that are worth a thread of their own
 
-LOOP = build.Loop(
+LOOP = c_loop.Loop(
     "sparse_attention",
     Path(__file__).with_name("tiles.c"),
     {"BAND": BAND, "KEYS": KEYS},
@@ -75,7 +75,7 @@ def library(q: Tensor) -> ctypes.CDLL | None:
     with the highest byte; without a C compiler; and where the environment says NONDUAL_CPU_SPARSE=torch."""
     if q.device.type != "cpu" or sys.byteorder != "little":  # the bits of a word of the masks go by bytes
         return None
-    return build.library(accumulation_dtype(q.dtype), LOOP)
+    return c_loop.library(accumulation_dtype(q.dtype), LOOP)
 
 
 def forward(

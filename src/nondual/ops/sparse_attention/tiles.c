@@ -17,7 +17,7 @@
    A thread takes neighbouring bands of a head forward, and a whole key/value head backward, whose bands add to the same
    dk and dv. Each number is summed in the same order whatever the number of threads.
 
-   Compiled by ops/selective_scan/cpu/build.py with BAND, which is 64, and KEYS defined, and DOUBLE for float64;
+   Compiled by ops/c_loop.py with BAND, which is 64, and KEYS defined, and DOUBLE for float64;
    compiled.py fills `struct tiles`. */
 
 #include <math.h>

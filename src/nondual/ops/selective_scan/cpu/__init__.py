@@ -13,11 +13,11 @@ stands in docs/measured/selective_scan_cpu.json.
 A result of the compiled loop does not depend on the number of threads. That of the way in torch may differ in the last
 place, as torch's own exponential does.
 
-The way of a call: autograd.py -> build.py, which finds or compiles the loop -> loop.py, which calls scan.c; or, where
-there is no loop, in_torch.py. Their results have the shapes of memory.py.
+The way of a call: autograd.py -> loop.py, which has ops/c_loop.py find or compile scan.c, and calls it; or, where there
+is no loop, in_torch.py. Their results have the shapes of memory.py.
 """
 
 from nondual.ops.selective_scan.cpu.autograd import selective_scan as selective_scan
-from nondual.ops.selective_scan.cpu.build import SOURCE as SOURCE
-from nondual.ops.selective_scan.cpu.build import library as library
+from nondual.ops.selective_scan.cpu.loop import LOOP as LOOP
+from nondual.ops.selective_scan.cpu.loop import library as library
 from nondual.ops.selective_scan.cpu.memory import CHUNK as CHUNK

@@ -6,7 +6,6 @@ from torch import Tensor
 from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.impl import refuses_transforms
 from nondual.ops.selective_scan.cpu import in_torch, loop
-from nondual.ops.selective_scan.cpu.build import library
 from nondual.ops.selective_scan.cpu.memory import copy, shapes, wide
 from nondual.ops.selective_scan.inputs import Inputs
 
@@ -17,7 +16,7 @@ def _forward(
     bias: Tensor | None, state: Tensor | None, reset: Tensor | None, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given = _widened(u, delta, A, B, C, D, z, bias, state, reset, softplus)
-    compiled = library(given.u.dtype)
+    compiled = loop.library(given.u.dtype)
     with torch.autocast("cpu", enabled=False):
         y, last, checkpoints = loop.forward(compiled, given) if compiled else in_torch.forward(given)
     return y if y.dtype == u.dtype else copy(y, u.dtype), last, checkpoints
@@ -38,7 +37,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = _widened(u, delta, A, B, C, D, z, bias, state, reset, softplus)
     incoming = wide(u, dy, dlast, checkpoints)
-    compiled = library(given.u.dtype)
+    compiled = loop.library(given.u.dtype)
     with torch.autocast("cpu", enabled=False):
         grads = loop.backward(compiled, *incoming, given) if compiled else in_torch.backward(*incoming, given)
     return tuple(  # pyright: ignore[reportReturnType] nine, as there are nine inputs

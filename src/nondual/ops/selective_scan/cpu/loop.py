@@ -2,14 +2,24 @@
 
 import ctypes
 import math
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from nondual.ops.selective_scan.cpu.build import BLOCK
-from nondual.ops.selective_scan.cpu.memory import Given, dense, empty, empty_outputs
+from nondual.ops import c_loop
+from nondual.ops.selective_scan.cpu.memory import CHUNK, Given, dense, empty, empty_outputs
 from nondual.ops.selective_scan.inputs import Inputs
+
+BLOCK = 64  # channels that go through a chunk together
+LOOP = c_loop.Loop(
+    "selective_scan",
+    Path(__file__).with_name("scan.c"),
+    {"STEPS": CHUNK, "WIDTH": BLOCK},
+    "NONDUAL_CPU_SCAN",
+    "the selective scan's loop could not be compiled, and runs in plain torch, several times slower",
+)
 
 SIZES = (
     "batch length channels states unit u_b u_l delta_b delta_l z_b z_l dy_b dy_l "
@@ -24,6 +34,12 @@ class Scan(ctypes.Structure):
     """`struct scan` of scan.c."""
 
     _fields_ = [(name, ctypes.c_int64) for name in SIZES] + [(f"p_{name}", ctypes.c_void_p) for name in POINTERS]
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The loop for float32 or float64. None where plain torch must serve: without a C compiler, and where the
+    environment says NONDUAL_CPU_SCAN=torch."""
+    return c_loop.library(dtype, LOOP)
 
 
 def forward(library: ctypes.CDLL, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Finding or compiling a loop in C: the cache of compiled libraries, the compiler, locks that outlive a fork.
 
-scan.c beside this file is compiled at the first use, for the processor at hand, and kept in the cache folder; so is the
-loop of block-sparse attention, which hands over a `Loop` of its own.
+An engine for a CPU describes its file as a `Loop`. It is compiled at the first use, for the processor at hand, and kept
+in the cache folder.
 """
 
 import contextlib
@@ -21,11 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from nondual.ops.selective_scan.cpu.memory import CHUNK
 from nondual.store import cache_folder
 
-BLOCK = 64  # channels that go through a chunk together
-SOURCE = Path(__file__).with_name("scan.c")
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 NATIVE = ("-march=native", "-mcpu=native", "")  # the first that the compiler accepts
 SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 20, 120  # after these a compiler is taken to hang
@@ -53,19 +50,12 @@ class Loop(NamedTuple):
     told: str
 
 
-def scan() -> Loop:
-    """The selective scan's loop over time."""
-    told = "the selective scan's loop could not be compiled, and runs in plain torch, several times slower"
-    return Loop("selective_scan", SOURCE, {"STEPS": CHUNK, "WIDTH": BLOCK}, "NONDUAL_CPU_SCAN", told)
-
-
-def library(dtype: torch.dtype, of: Loop | None = None) -> ctypes.CDLL | None:
+def library(dtype: torch.dtype, of: Loop) -> ctypes.CDLL | None:
     """The compiled loop for float32 or float64, or None where there is none and plain torch must serve.
 
-    It is None where the loop's environment variable says "torch", for the selective scan NONDUAL_CPU_SCAN=torch, and
-    where the loop could not be compiled: then the first call warns, and none tries again.
+    It is None where the loop's environment variable says "torch", and where the loop could not be compiled: then the
+    first call warns, and none tries again.
     """
-    of = of or scan()
     if os.environ.get(of.variable) == "torch":
         return None
     key = (of.name, dtype)
@@ -173,18 +163,16 @@ def find_compiler() -> list[str]:
     return command
 
 
-def key_of(compiler: list[str], dtype: torch.dtype, of: Loop | None = None) -> str:
+def key_of(compiler: list[str], dtype: torch.dtype, of: Loop) -> str:
     """A hash of all that the compiled loop depends on."""
-    of = of or scan()
     version = _run([*compiler, "--version"], SECONDS_TO_ANSWER)
     source = of.source.read_text(encoding="utf-8")
     return digest(repr([source, compiler, version, FLAGS, NATIVE, defines(dtype, of), processor()]).encode())
 
 
-def defines(dtype: torch.dtype, of: Loop | None = None) -> list[str]:
+def defines(dtype: torch.dtype, of: Loop) -> list[str]:
     """What the loop wants to be told: its sizes, and float64 where the dtype is that."""
-    sizes = (of or scan()).sizes
-    return [*(f"-D{name}={size}" for name, size in sizes.items()), *(["-DDOUBLE"] if dtype == torch.float64 else [])]
+    return [*(f"-D{name}={size}" for name, size in of.sizes.items()), *(["-DDOUBLE"] if dtype == torch.float64 else [])]
 
 
 def compile_loop(compiler: list[str], dtype: torch.dtype, folder: Path, start: str, of: Loop) -> Path:

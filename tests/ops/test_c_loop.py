@@ -1,4 +1,4 @@
-"""The compiled loop of impl="cpu": how it is found, compiled and kept, and what a fork does to it."""
+"""A loop in C, that of the selective scan: how it is found, compiled and kept, and what a fork does to it."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nondual.ops import c_loop
 from nondual.ops.selective_scan import cpu, selective_scan
-from nondual.ops.selective_scan.cpu import build, loop
+from nondual.ops.selective_scan.cpu import loop
 
-FAST = ("-O1", *build.FLAGS[1:])  # compiled sooner
+FAST = ("-O1", *c_loop.FLAGS[1:])  # compiled sooner
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def cache(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("NONDUAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(build, "FLAGS", FAST)
-    monkeypatch.setattr(build, "_loops", {})
+    monkeypatch.setattr(c_loop, "FLAGS", FAST)
+    monkeypatch.setattr(c_loop, "_loops", {})
     return tmp_path / "cache"
 
 
@@ -47,7 +48,7 @@ def works(dtype=torch.float32):
 
 def anew():
     """As a process that starts now, with the same files."""
-    build._loops.clear()
+    c_loop._loops.clear()
 
 
 def script(path: Path, text: str) -> str:
@@ -69,7 +70,7 @@ def test_it_is_compiled_once_and_then_found(cache, monkeypatch):
     assert works()
     (path,) = libraries(cache)
     anew()
-    monkeypatch.setattr(build, "compile_loop", None)
+    monkeypatch.setattr(c_loop, "compile_loop", None)
     assert works() and libraries(cache) == [path]
 
 
@@ -131,7 +132,7 @@ def test_a_foreign_library_is_compiled_anew_even_if_its_name_fits_its_bytes(cach
     key = path.stem.rpartition("-")[0]
     data = foreign(how, key, tmp_path, path.read_bytes())
     path.unlink()
-    wrong = cache / f"{key}-{build.digest(data)}.so"
+    wrong = cache / f"{key}-{c_loop.digest(data)}.so"
     wrong.write_bytes(data)
     anew()
     assert works() and libraries(cache) == [path]
@@ -272,8 +273,8 @@ def test_without_a_compiler_it_runs_in_torch_and_says_so_once(cache, tmp_path, m
         Path(given).write_bytes(b"\x7fELF nothing")
     monkeypatch.setenv("CC", given)
     if case.startswith("hangs"):
-        monkeypatch.setattr(build, "SECONDS_TO_ANSWER", 0.5)
-        monkeypatch.setattr(build, "SECONDS_TO_COMPILE", 0.5)
+        monkeypatch.setattr(c_loop, "SECONDS_TO_ANSWER", 0.5)
+        monkeypatch.setattr(c_loop, "SECONDS_TO_COMPILE", 0.5)
     with pytest.warns(RuntimeWarning, match=f"(?s)({says}).*. Install a C compiler .* variable CC") as seen:
         assert scans() and scans(torch.float64)
     assert len(seen) == 1
@@ -309,20 +310,22 @@ def test_the_key_changes_with_all_that_the_loop_is_made_from(cache, tmp_path, mo
     """Source, options, compiler, its version, processor, sizes of chunk and block, dtype."""
     monkeypatch.setenv("CC", script(tmp_path / "cc", "echo version 1"))
 
-    def key(dtype=torch.float32):
-        return build.key_of(build.find_compiler(), dtype)
+    def key(dtype=torch.float32, of=cpu.LOOP):
+        return c_loop.key_of(c_loop.find_compiler(), dtype, of)
 
     first = key()
     assert key() == first
     keys = {"dtype": key(torch.float64)}
     other = tmp_path / "other.c"
-    other.write_text(cpu.SOURCE.read_text() + "\n")
+    other.write_text(cpu.LOOP.source.read_text() + "\n")
+    keys["source"] = key(of=cpu.LOOP._replace(source=other))
+    for size in cpu.LOOP.sizes:
+        keys[size] = key(of=cpu.LOOP._replace(sizes=cpu.LOOP.sizes | {size: 32}))
     for name, value in {
-        "SOURCE": other, "FLAGS": (*build.FLAGS, "-g"), "NATIVE": ("",), "CHUNK": 32, "BLOCK": 32,
-        "processor": lambda: "another",
+        "FLAGS": (*c_loop.FLAGS, "-g"), "NATIVE": ("",), "processor": lambda: "another",
     }.items():  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(build, name, value)
+            patch.setattr(c_loop, name, value)
             keys[name] = key()
     monkeypatch.setenv("CC", str(tmp_path / "cc") + " -mtune=generic")
     keys["compiler's options"] = key()
@@ -339,7 +342,7 @@ def test_the_processor_is_told_by_its_name_and_its_instruction_sets(monkeypatch)
     for text in (said, said.replace("A", "B"), said.replace("avx", "avx2"), said.replace(": 1", ": 2")):
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_text", lambda self, text=text, **_: text)
-            names.append(build.processor())
+            names.append(c_loop.processor())
     assert len(set(names[:3])) == 3 and names[3] == names[0]
 
 
@@ -350,7 +353,7 @@ def test_the_two_dtypes_have_loops_of_their_own(cache, dtype):
 
 
 def test_the_source_travels_with_the_package_and_its_struct_is_ours():
-    text = cpu.SOURCE.read_text(encoding="utf-8")
+    text = cpu.LOOP.source.read_text(encoding="utf-8")
     struct = text[text.index("struct scan {") : text.index("\n};", text.index("struct scan {"))]
     words = re.sub(r"/\*.*?\*/|\b(const|int64_t|real|uint8_t)\b|[*]", "", struct.split("\n", 1)[1], flags=re.DOTALL)
     declared = [name.strip() for name in re.split("[,;]", words)]

@@ -7,7 +7,7 @@ import torch
 from harness import check as check_errors
 from harness import errors, incoming
 
-from nondual.ops import masks
+from nondual.ops import c_loop, masks
 from nondual.ops.sparse_attention import BlockMask, compiled, sparse_attention
 
 

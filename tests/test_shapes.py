@@ -25,7 +25,8 @@ with install_import_hook("nondual", "beartype.beartype"):
     from nondual.ops.causal_conv1d import causal_conv1d
     from nondual.efficient_attention import hippo, s4d, state_space
     from nondual.analysis import modality_gap
-    from nondual.multimodal import clip, contrastive, retrieval, towers
+    from nondual.language_models.gpt import GPT
+    from nondual.multimodal import clip, contrastive, flamingo, image_marks, llava, perceiver, retrieval, towers
     from nondual.ops.flash_attention import flash_attention
     from nondual.ops.linear_recurrence import linear_recurrence
     from nondual.ops.selective_scan import selective_scan, selective_scan_matrix, selective_scan_step
@@ -123,6 +124,22 @@ for kind in (clip.CLIP, clip.SigLIP):
     both = kind(seen, towers.TextTower(31, 5, 12, 3, 19, 1), 7, d_image=12, d_text=12)
     both(pixels, ids[:1]), both.loss(pixels, ids), both.scale, both.shift
     clip.zero_shot_weights(both, [ids, ids[:1]]), clip.zero_shot_classifier(both, [ids])
+marks = torch.tensor([[1, 3, 1, 5], [2, 1, 4, 6]])
+resampler = perceiver.PerceiverResampler(10, 3, n_layers=1, n_heads=2, d_head=4, n_frames=2)
+with_images = flamingo.Flamingo(
+    torch.nn.Identity(), GPT(31, 12, 2, 3, max_len=20), resampler, mark=1, d_vision=10, n_heads=2, d_head=4
+)
+projected = llava.Llava(
+    torch.nn.Identity(), GPT(31, 12, 2, 3, max_len=20), llava.Projector(10, 12), mark=1, d_vision=10
+)
+for model, shown in ((with_images, torch.randn(3, 2, 7, 10)), (projected, torch.randn(3, 4, 10))):
+    model(marks, shown), model.loss(marks, shown, reset=marks == 5), model.generate(marks, 2, shown, reset=marks == 2)
+    with torch.no_grad():
+        model(marks, shown, cache=model.new_cache(2))
+    model.tokens(shown), model.language_model.loss_at(torch.randn(2, 4, 12), marks)
+with_images.gated_layers[0].openness(), flamingo.last_image(marks == 1, marks == 5)
+llava.PatchFeatures(towers.VisionTower(10, 5, 12, 3, 19, 2))(torch.randn(2, 3, 10, 10))
+
 z, t = contrastive.unit_vectors(torch.randn(5, 7)), contrastive.unit_vectors(torch.randn(5, 7))
 contrastive.softmax_loss(z, t, 9.0), contrastive.sigmoid_loss(z, t, 9.0, -1.0, chunk=2)
 retrieval.recall(z @ t.T), retrieval.found(z @ t[:3].T, 2, relevant=torch.ones(5, 3, dtype=torch.bool))

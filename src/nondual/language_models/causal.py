@@ -363,7 +363,7 @@ class CausalLM(nn.Module):
         """The vector of each position after the last norm (B, N, E)."""
         caches = list(cache or ())
         if self.positions is not None:
-            places = x[:, :, 0]  # of which the shape counts and the device
+            places = x.new_zeros(x.shape[:2], dtype=torch.int64)  # of which the shape counts and the device
             where = self.positions.of_sequences(places, cache=caches.pop(0) if caches else None, reset=reset)
             x = x + where if self.residual_in_fp32 else (x + where).to(x.dtype)  # a fixed code is in float32
         if self.residual_in_fp32:

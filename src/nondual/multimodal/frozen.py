@@ -5,9 +5,11 @@ model.train()                                # the frozen parts stay in evaluati
 optimiser(model, 1e-3)                       # nondual.training: of what requires a gradient alone
 """
 
-from typing import Self
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound="FrozenParts")
 
 
 class FrozenParts(nn.Module):
@@ -23,7 +25,7 @@ class FrozenParts(nn.Module):
         super().__init__()
         self.frozen = ()
 
-    def freeze(self, *names: str) -> Self:
+    def freeze(self: Model, *names: str) -> Model:
         """Freeze the children of these names, and no others: what is not named is trained.
 
         Whatever is part of a frozen child is frozen, even where it is part of another child too.
@@ -44,7 +46,7 @@ class FrozenParts(nn.Module):
         return self.train(self.training)
 
     # --8<-- [start:train]
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Model, mode: bool = True) -> Model:
         """Training mode, or evaluation mode, for all but the frozen parts: those are in evaluation mode always."""
         super().train(mode)
         for name in self.frozen:

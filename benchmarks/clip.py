@@ -4,7 +4,8 @@ benchmarks/clip_data.py says which pictures there are and what is held out, benc
 how it is trained, benchmarks/clip_judge.py what is asked of it. The trainings:
 
     losses      softmax and sigmoid, each at three rates with one seed, and at the best with three seeds that had no
-                part in the choice. A seed fixes the first weights and the batches of both
+                part in the choice. A seed fixes the first weights, the batches and the
+                patches that are kept, of both
     one style   as softmax, of the pictures of one style alone
     shuffled    as softmax, each concept with the captions of another
     scales      as softmax, exp(τ) fixed at 5 and at 50, one seed
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.clip_judge import differences, gap, gap_untrained, near_names, recalls, zero_shot
-from benchmarks.clip_run import BATCH, Run, carry_out, pairs_of
+from benchmarks.clip_run import BATCH, KEPT, Run, carry_out, pairs_of
 from benchmarks.clip_ship import MODEL, ship
 from benchmarks.record import write
 from nondual.store import cache_folder
@@ -178,7 +179,7 @@ def record(figures: dict[str, Any], trainings: Trainings) -> None:
         for name, each in (("emoji", pairs), ("clip art", art))
     }
     write(
-        "clip", "nox -s bench -- clip", figures, threads=1, data=setup, batch=BATCH,
+        "clip", "nox -s bench -- clip", figures, threads=1, data=setup, batch=BATCH, kept_patches=KEPT,
         steps=trainings.steps, chance={"1": round(1 / len(pairs.test), 4), "5": round(5 / len(pairs.test), 4)},
         seeds={"rate": SWEEP_SEED, "compared": list(SEEDS)}, bytes=MODEL.stat().st_size,
     )  # fmt: skip

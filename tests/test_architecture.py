@@ -27,6 +27,7 @@ RANKS = {
     "recurrent": 1,
     "efficient_attention": 1,
     "feed_forward": 1,
+    "residual": 1,
     "transformer_layer": 2,
     "transformer": 2,
     "decoder": 2,

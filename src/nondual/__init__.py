@@ -12,6 +12,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.positional_encoding   positions added to embeddings: sinusoidal, learned
     nondual.relative_positions    positions inside attention: rotary, ALiBi, T5's learned bias
     nondual.feed_forward          what a layer does at each position by itself, plain or gated
+    nondual.residual              layer scale and stochastic depth, on the way back to the residual path
     nondual.transformer_layer     a mixer and a feed-forward network with residual paths and norms; a mixer alone
     nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
     nondual.decoder               the decoder that reads a memory
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         pretrained,
         recurrent,
         relative_positions,
+        residual,
         search,
         self_attention,
         tasks,
@@ -199,6 +201,7 @@ __all__ = [
     "recurrent",
     "register_with_transformers",
     "relative_positions",
+    "residual",
     "sample",
     "search",
     "selective_scan",

@@ -5,13 +5,15 @@ from typing import assert_type
 import torch
 from torch import Tensor, nn
 
-from nondual import CLIP, SigLIP
+from nondual import CLIP, CausalLM, Flamingo, Llava, SigLIP
 from nondual.analysis import ModalityGap, close_gap, modality_gap, probe_modality
 from nondual.multimodal.clip import SentenceTower, zero_shot_classifier, zero_shot_weights
 from nondual.multimodal.contrastive import sigmoid_loss, similarities, softmax_loss, unit_vectors
+from nondual.multimodal.llava import PatchFeatures, Projector
+from nondual.multimodal.perceiver import PerceiverResampler
 from nondual.multimodal.retrieval import Recall, found, recall
 from nondual.multimodal.towers import AttentionPool, FirstOf, TextTower, VisionTower, at_highest_id
-from nondual.pretrained import load_clip, load_siglip, minilm
+from nondual.pretrained import load_clip, load_llava, load_siglip, minilm
 
 
 def models(x: Tensor, ids: Tensor) -> None:
@@ -61,3 +63,21 @@ def measures(x: Tensor, y: Tensor, model: CLIP) -> None:
 def checkpoints() -> None:
     assert_type(load_clip("folder", dtype=torch.float32), CLIP)
     assert_type(load_siglip("folder"), SigLIP)
+    assert_type(load_llava("folder", dtype=torch.float32), Llava)
+
+
+def images_in_texts(language_model: CausalLM, tower: VisionTower, ids: Tensor, images: Tensor) -> None:
+    resampler = PerceiverResampler(64, 4, n_frames=8)
+    flamingo = Flamingo(tower, language_model, resampler, mark=0, d_vision=64, before=[0, 4], gated=False)
+    llava = Llava(
+        PatchFeatures(tower, [-2, -1], select="full"), language_model, Projector(128, 64), mark=0, d_vision=128
+    )
+    assert_type(llava.freeze("vision").train(), Llava)
+    assert_type(flamingo.freeze(), Flamingo)
+    assert_type(flamingo(ids, images, cache=flamingo.new_cache(2, 9)), Tensor)
+    assert_type(flamingo.loss(ids, images, ids, reset=ids == 0), Tensor)
+    assert_type(llava.generate(ids, 5, images, temperature=0.7, eos=1), Tensor)
+    assert_type(llava.trained_state_dict(), dict[str, Tensor])
+    hidden = language_model.hidden(language_model.embeddings(ids), before=lambda i, x: x * i)
+    assert_type(language_model.loss_at(hidden, ids), Tensor)
+    assert_type(language_model.scores(hidden), Tensor)

@@ -8,8 +8,8 @@ Pictures, models and augmentation are those of benchmarks/vit_run.py. The plan, 
               pictures serves 2,000 too, that of 55,000 serves 12,000, and both serve augmented pictures.
     sizes     fashion with 300, 2,000, 12,000 and 55,000 pictures, plain and augmented: five seeds at the ends, three
               between. Always 500 steps of 64 pictures, so that only the number of different pictures varies.
-    longer    55,000 pictures, augmented and (added later) plain, 2,000 steps, three seeds: whether the order is that of a
-              short training.
+    longer    55,000 pictures, augmented and (added later) plain, 2,000 steps, three seeds: whether the order is that
+              of a short training.
     shuffled  55,000 pictures, plain, the patches of all pictures in one other order, five seeds. The one difference is
               the place of the patches: a Vision Transformer is told of none beforehand, a convolution builds on it.
     pixels    the same, and the pixels inside every patch in one other order too. For a Vision Transformer this only

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
+from nondual.language_models.gpt import GPT
 from nondual.ops.attention import attention
 from nondual.self_attention import MultiHeadAttention
 
@@ -35,6 +36,12 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
         torch.randn(1, 3, 4, 4)
     ),
     "multimodal/clip": lambda room: room.CLIP(*[torch.nn.Identity()] * 2, 4, d_image=8, d_text=8).loss(X[0], X[0] ** 2),
+    "multimodal/flamingo": lambda room: room.Flamingo(
+        torch.nn.Identity(), GPT(9, 8, 1, 2), room.PerceiverResampler(8, 2), mark=8, d_vision=8
+    ).loss(torch.tensor([[8, 1, 2]]), X),
+    "multimodal/llava": lambda room: room.Llava(
+        torch.nn.Identity(), GPT(9, 8, 1, 2), room.Projector(8, 8), mark=8, d_vision=8
+    ).loss(torch.tensor([[8, 1, 2]]), X),
 }
 
 

@@ -38,7 +38,7 @@ def test_a_process_that_is_gone_is_one_bad_drawing():
     with Painter(16) as painter:
         painter.draw(SQUARE)
         painter._process.kill()
-        painter._process.wait()
+        painter._process.wait(10)
         with pytest.raises(ValueError, match="the drawing ended the process that drew it"):
             painter.draw(SQUARE)
         assert painter.draw(SQUARE) == rgb(SQUARE, 16, crop=True)

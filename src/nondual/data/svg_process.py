@@ -49,7 +49,7 @@ class Painter:
                 with contextlib.suppress(OSError):
                     if pipe is not None:
                         pipe.close()
-            self._process.wait()
+            self._process.wait(10)
             self._process = None
 
     def draw(self, svg: str) -> bytes:

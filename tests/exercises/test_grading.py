@@ -2,13 +2,13 @@
 
 import math
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from grading import CHECKS, grade, verdict
 
 from nondual.analysis import attention_distance
 from nondual.efficient_attention.sparse_attention import blocks, fixed, local, strided
@@ -18,8 +18,6 @@ from nondual.ops.selective_scan import selective_scan
 
 ROOT = Path(__file__).parent.parent.parent
 FILE = ROOT / "tests" / "exercises" / "grading.py"
-GRADING = runpy.run_path(str(FILE), run_name="grading")
-CHECKS, verdict, grade = GRADING["CHECKS"], GRADING["verdict"], GRADING["grade"]
 
 
 # --- what readers write --------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
 of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
-without attention, `whisper()` a transformer that hears speech and `dinov2()` one that sees, in ours too. `load_mamba()`
-and `load_mamba2()` read checkpoints of Mamba models from a folder of yours, `load_clip()`, `load_siglip()` and
-`load_llava()` those of models of images and texts, `load_vit()` those of Vision Transformers; `from_llama()`,
-`from_clip()`, `from_siglip()`, `from_llava()` and `from_vit()` copy a model of transformers into our classes.
+without attention, `whisper()` a transformer that hears speech and `dinov2()` one that sees, in ours too.
+`emoji_clip()`, a small CLIP, was trained for this library and is a part of it. `load_mamba()` and `load_mamba2()` read
+checkpoints of Mamba models from a folder of yours, `load_clip()`, `load_siglip()` and `load_llava()` those of models of
+images and texts, `load_vit()` those of Vision Transformers; `from_llama()`, `from_clip()`, `from_siglip()`,
+`from_llava()` and `from_vit()` copy a model of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -17,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from nondual.pretrained.dinov2 import DINOV2, dinov2
+from nondual.pretrained.emoji_clip import emoji_clip
 from nondual.pretrained.g2p_en import G2P_EN, g2p_en
 from nondual.pretrained.hama import HAMA, hama
 from nondual.pretrained.minilm import MINILM, minilm
@@ -46,6 +48,7 @@ __all__ = [
     "Package",
     "SentenceEncoder",
     "WeightsMissing",
+    "emoji_clip",
     "dinov2",
     "fetch",
     "from_bert",

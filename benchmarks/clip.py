@@ -9,7 +9,8 @@ how it is trained, benchmarks/clip_judge.py what is asked of it. The trainings:
     one style   as softmax, of the pictures of one style alone
     shuffled    as softmax, each concept with the captions of another
     scales      as softmax, exp(τ) fixed at 5 and at 50, one seed
-    longest     softmax for LONGER times as many steps: the model of the page, stored beside nondual.pretrained
+    longest     softmax for LONGER times as many steps: the model of the page, stored beside nondual.pretrained; and the
+                same with one style alone
     clip art    the same model, of pictures from openclipart with their titles
 
     nox -s bench -- clip            some 40 minutes of one core
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clip_judge import differences, gap, gap_untrained, near_names, recalls, zero_shot
+from benchmarks.clip_judge import differences, gap, gap_untrained, near_names, parts_of, recalls, zero_shot
 from benchmarks.clip_run import BATCH, KEPT, Run, carry_out, pairs_of
 from benchmarks.clip_ship import MODEL, ship
 from benchmarks.record import write
@@ -79,9 +80,9 @@ class Trainings:
         """A run with a scale that is not learnt."""
         return self.run("softmax", f"scale {scale}", self.best("softmax"), self.seeds[0])
 
-    def longest(self) -> Run:
-        """The model of the page."""
-        return self.run("softmax", "all", self.best("softmax"), self.seeds[0], LONGER)
+    def longest(self, arm: str = "all") -> Run:
+        """The model of the page; or what one style alone makes of as many steps."""
+        return self.run("softmax", arm, self.best("softmax"), self.seeds[0], LONGER)
 
     def clip_art(self) -> Run:
         """The model of openclipart's pictures."""
@@ -121,6 +122,11 @@ def controls_of(trainings: Trainings) -> dict[str, Any]:
                 part: differences(usual, results, part) for part in (UNSEEN, "unseen style, unseen concept")
             },
         }
+    usual, one = trainings.longest().result(), trainings.longest("one style").result()
+    found["one style, longest"] = {
+        "recall": recalls([one]),
+        "all less this": {part: differences([usual], [one], part) for part in parts_of(usual)},
+    }
     return found
 
 

@@ -108,6 +108,7 @@ def test_the_sizes_of_the_papers_table_1(options, millions):
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 / millions - 1) < 0.01
 
 
+@pytest.mark.claim("A2.2", "holds")
 def test_vit_base_tensor_by_tensor():
     """Layer, width, feed-forward and heads of table 1; N = 224² / 16² patches and a class token."""
     with torch.device("meta"):
@@ -123,6 +124,7 @@ def test_vit_base_tensor_by_tensor():
     assert (model.n_patches, model.n_special, model.grid) == (196, 1, (14, 14))
 
 
+@pytest.mark.claim("A5.1", "holds")
 def test_an_image_is_n_tokens_for_the_same_layers_that_read_a_text():
     """N = HW/P²; and one Encoder object, with the same weights, reads words and patches, and learns from both."""
     model = vit()

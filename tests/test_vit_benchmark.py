@@ -10,7 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import vit, vit_inside, vit_run
+from benchmarks import vit, vit_dinov2, vit_inside, vit_run
 from benchmarks.vit import ARMS, BETWEEN, SEEDS, SIZES, SWEEP_SEED, Plan, best_of, cells, multiply_adds, sweep
 from benchmarks.vit_inside import Moves, mirrored, nearest_is, next_to, of_moves, rank_correlation, states_of
 from benchmarks.vit_run import (
@@ -266,3 +266,20 @@ def test_weights_are_stored_in_half_precision_and_read_again(tmp_path):
     x = torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(again(x), model(x), atol=5e-3, rtol=0)
     assert (tmp_path / "vit.safetensors").stat().st_size < 300_000
+
+
+# --- photographs ---------------------------------------------------------------------------------------------------
+
+
+def test_the_middle_of_a_photograph_is_square_whichever_way_it_stands():
+    bright = torch.zeros(3, 60, 100, dtype=torch.uint8)
+    bright[:, :, 40:60] = 200  # the middle fifth
+    lying, standing = vit_dinov2.middle(bright, 30), vit_dinov2.middle(bright.mT, 30)
+    assert lying.shape == standing.shape == (3, 30, 30) and torch.equal(lying, standing.mT)
+    assert lying[0, 15, 15] == 200 and lying[0, 15, 0] == 0 and lying.dtype == torch.uint8
+
+
+def test_it_looks_inside_a_trained_network_and_writes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(vit_dinov2, "write", None)
+    vit_dinov2.main(["--tiny"])
+    assert capsys.readouterr().out == "trained measured\nuntrained measured\n"

@@ -19,7 +19,7 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import OPEN, load, published
 from mkdocs.exceptions import PluginError
-from pages import downloads, feed, fonts, links, llms, search, social
+from pages import downloads, feed, fonts, links, llms, search, social, styles
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -111,7 +111,7 @@ def on_nav(nav, config, files):
 
 
 def on_post_build(config):
-    """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts."""
+    """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts, join the styles."""
     site, root = Path(config.site_dir), root_of(config)
     (site / "claims.json").write_text(published(root), encoding="utf-8")
     for path, text in _taken.items():
@@ -122,6 +122,7 @@ def on_post_build(config):
             log.info(f"{name} was written anew: commit it")
     if not _serving:
         fonts.cut(site, None if ANEW else root / ".cache" / "fonts")
+        styles.join(site)
     rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root)]
     search.complete(site / "search" / "search_index.json", rows)
     entries = [

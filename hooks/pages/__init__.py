@@ -14,4 +14,5 @@ notebooks.py   a notebook's cells in the site's own blocks
 security.py    the policy by which a browser loads nothing from elsewhere
 search.py      what the search finds, and what comes first
 social.py      the picture that is shown beside a link to a page
+styles.py      the style sheets of a built site, joined and cut to what its pages can use
 """

@@ -7,6 +7,7 @@ site needs another file like this one and no more.
 import functools
 import logging
 import os
+import posixpath
 from pathlib import Path
 
 # What the pages run is small: more threads only wait for each other. This is read when torch is imported.
@@ -19,7 +20,7 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import OPEN, load, published
 from mkdocs.exceptions import PluginError
-from pages import downloads, feed, fonts, links, llms, search, social, styles
+from pages import downloads, feed, figures, fonts, links, llms, search, social, styles
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -70,12 +71,15 @@ def on_page_markdown(markdown, page, config, files):
 
 
 _taken = {}  # what a page lets its reader take away, by its path in the site
+_apart = {}  # what its script fetches, likewise
 
 
 def on_page_content(html, page, config, files):
     uri, root = page.file.src_uri, root_of(config)
     html, taken = downloads.taken_away(finish(html, uri, root), page.file.content_string, uri, root)
+    html, apart = figures.with_data_apart(figures.lighter(html))
     _taken.update(taken)
+    _apart.update((posixpath.join(links.folder_of(uri), name), text) for name, text in apart.items())
     first = llms.first_paragraph(html)
     page.meta["description"] = page.meta.get("description") or first or config.site_description
     page.meta["thesis"] = first or page.meta["description"]
@@ -114,7 +118,7 @@ def on_post_build(config):
     """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts, join the styles."""
     site, root = Path(config.site_dir), root_of(config)
     (site / "claims.json").write_text(published(root), encoding="utf-8")
-    for path, text in _taken.items():
+    for path, text in {**_taken, **_apart}.items():
         (site / path).parent.mkdir(parents=True, exist_ok=True)
         (site / path).write_text(text, encoding="utf-8")
     if not os.environ.get("CI"):

@@ -5,6 +5,7 @@ blocks.py      boxes, folds, and the heading of a block of code
 downloads.py   a page as a program and a notebook, and a figure as a file
 engines.py     the tables of engines in the reference, from the library itself
 feed.py        the changelog as an Atom feed, and robots.txt
+figures.py     figures in fewer characters, and the data of large ones in files
 fonts.py       the fonts of a built site, cut to the characters in use
 glossary.py    the terms: tooltips on every page, and the glossary's own page
 links.py       the address of a page as seen from another, and of a file in the repository

@@ -24,6 +24,7 @@ HELPERS += (
 HELPERS += ("spellers_words", "spellers_looks", "spellers_gates", "whisper_speech")
 HELPERS += ("sparse_stream", "vit_run")
 HELPERS += ("clip_data", "clip_run", "clip_judge", "clip_ship")
+HELPERS += ("captions",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -11,6 +11,8 @@ Only the projector is trained. benchmarks/captions.py has pictures, training and
 The rate of each of the first two is chosen of RATES by the loss on 100 other concepts, with one seed and SWEEP_STEPS
 steps; deaf takes that of linear. Then SEEDS, which fix first weights and batches alike for all arms.
 
+The first seed's linear layer goes to docs/assets/models/llava.safetensors in float16, for the chapter and its tests.
+
     nox -s bench -- llava           some ten minutes of one core
     nox -s bench -- llava --tiny    two steps of two runs, which writes nothing
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from benchmarks.captions import (
@@ -36,13 +39,14 @@ from benchmarks.captions import (
     shares,
     summed_up,
 )
-from benchmarks.record import write
+from benchmarks.record import MEASURED, write
 from nondual.multimodal.llava import Llava, Projector
 from nondual.store import cache_folder
 
 STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 150, 40, 0, (1, 2)
 RATES = (3e-3, 1e-2)
 MARK, BEGIN, D_IMAGE = -200, 1, 128
+MODEL = MEASURED.parent / "assets" / "models" / "llava.safetensors"
 
 
 def made(arm: str) -> Llava:
@@ -80,6 +84,14 @@ class Plan:
         return carry_out(Run("llava", "untrained", 0.0, self.seeds[0], 0, self.folder, True), TASK)
 
 
+def ship(plan: Plan) -> None:
+    """Store the linear layer of the first seed."""
+    rate = plan.best("linear")
+    trained = Run("llava", "linear", rate, plan.seeds[0], plan.steps, plan.folder, True).file.with_suffix(".pt")
+    weights = torch.load(trained, weights_only=True)
+    MODEL.write_bytes(save({name.removeprefix("projector.linear1."): w.half() for name, w in weights.items()}))
+
+
 def main(options: list[str]) -> None:
     tiny = "--tiny" in options
     folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
@@ -96,6 +108,7 @@ def main(options: list[str]) -> None:
             results[arm].append(plan.run(arm, plan.best(arm), seed))
     untrained, data = plan.untrained(), captions(folder)
     if not tiny:
+        ship(plan)
         record(plan, results, untrained, data)
 
 

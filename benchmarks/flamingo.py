@@ -115,8 +115,8 @@ class Plan:
         self.rates, self.seeds = (RATES[:1], SEEDS[:1]) if tiny else (RATES, SEEDS)
 
     def run(self, arm: str, rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
-        full = steps is None and seed == self.seeds[0]
-        return carry_out(Run("flamingo", arm, rate, seed, steps or self.steps, self.folder, full), TASK)
+        asked = "tune" if steps else "all" if seed == self.seeds[0] else "losses"
+        return carry_out(Run("flamingo", arm, rate, seed, steps or self.steps, self.folder, asked), TASK)
 
     def sweep(self, arm: str) -> dict[float, float]:
         """The loss on the concepts to choose on, at each rate."""

@@ -43,8 +43,8 @@ from benchmarks.record import MEASURED, write
 from nondual.multimodal.llava import Llava, Projector
 from nondual.store import cache_folder
 
-STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 150, 40, 0, (1, 2)
-RATES = (3e-3, 1e-2)
+STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 120, 40, 0, (1, 2)
+RATES = (3e-3, 1e-2, 3e-2)
 MARK, BEGIN, D_IMAGE = -200, 1, 128
 MODEL = MEASURED.parent / "assets" / "models" / "llava.safetensors"
 
@@ -67,8 +67,8 @@ class Plan:
         self.rates, self.seeds = (RATES[:1], SEEDS[:1]) if tiny else (RATES, SEEDS)
 
     def run(self, arm: str, rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
-        full = steps is None and seed == self.seeds[0]
-        return carry_out(Run("llava", arm, rate, seed, steps or self.steps, self.folder, full), TASK)
+        asked = "tune" if steps else "all" if seed == self.seeds[0] else "losses"
+        return carry_out(Run("llava", arm, rate, seed, steps or self.steps, self.folder, asked), TASK)
 
     def sweep(self, arm: str) -> dict[float, float]:
         """The loss on the concepts to choose on, at each rate."""
@@ -81,13 +81,13 @@ class Plan:
 
     def untrained(self) -> dict[str, Any]:
         """The linear layer as it starts."""
-        return carry_out(Run("llava", "untrained", 0.0, self.seeds[0], 0, self.folder, True), TASK)
+        return carry_out(Run("llava", "untrained", 0.0, self.seeds[0], 0, self.folder, "all"), TASK)
 
 
 def ship(plan: Plan) -> None:
     """Store the linear layer of the first seed."""
     rate = plan.best("linear")
-    trained = Run("llava", "linear", rate, plan.seeds[0], plan.steps, plan.folder, True).file.with_suffix(".pt")
+    trained = Run("llava", "linear", rate, plan.seeds[0], plan.steps, plan.folder, "all").file.with_suffix(".pt")
     weights = torch.load(trained, weights_only=True)
     MODEL.write_bytes(save({name.removeprefix("projector.linear1."): w.half() for name, w in weights.items()}))
 

@@ -43,8 +43,8 @@ from benchmarks.record import MEASURED, write
 from nondual.multimodal.llava import Llava, Projector
 from nondual.store import cache_folder
 
-STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 120, 40, 0, (1, 2)
-RATES = (3e-3, 1e-2, 3e-2)
+STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 100, 40, 0, (1, 2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 MARK, BEGIN, D_IMAGE = -200, 1, 128
 MODEL = MEASURED.parent / "assets" / "models" / "llava.safetensors"
 

@@ -58,7 +58,8 @@ def close_gap(
     A share of 1 puts both centroids on one point before the scaling; 0 changes nothing, and below 0 the gap grows.
 
     Args:
-        images, texts: as in `modality_gap`.
+        images: as in `modality_gap`.
+        texts: as in `modality_gap`.
         share: of the gap; in the paper 2λ.
 
     Returns:
@@ -81,7 +82,8 @@ def probe_modality(
     same fold, so that no pair is on both sides of the split. 0.5 is chance.
 
     Args:
-        images, texts: (N, D) each, in pairs.
+        images: (N, D).
+        texts: (N, D), text i of image i.
         folds: in how many parts the pairs are split, each left out once; 2 or more.
         ridge: the loss is the mean over the vectors plus ridge / 2 times the squared weights; above 0.
         seed: of the split.

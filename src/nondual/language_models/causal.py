@@ -247,7 +247,8 @@ class CausalLM(nn.Module):
 
         Args:
             x: (B, N, E), floating point; the positions, if there are any, are added to it here.
-            cache, reset: as in `forward`.
+            cache: as in `forward`.
+            reset: as in `forward`.
             before: called with i and the vectors (B, N, E) that layer i is about to read, in order; what it returns is
                 read in their place.
 

@@ -181,7 +181,11 @@ class SigLIP(CLIP):
     """CLIP with a bias and a loss by the sigmoid: each of the B² is asked by itself whether it is a pair.
 
     Args:
-        image_tower, text_tower, d_joint, d_image, d_text: as in `CLIP`.
+        image_tower: as in `CLIP`.
+        text_tower: as in `CLIP`.
+        d_joint: as in `CLIP`.
+        d_image: as in `CLIP`.
+        d_text: as in `CLIP`.
         scale: exp(τ) at the start; 10 in the paper.
         bias: b at the start; -10 in the paper, for all but B of the B² are no pairs.
         largest_scale: what `clamp_scale` keeps exp(τ) to, if it is called; the paper has no limit.
@@ -292,7 +296,8 @@ def zero_shot_classifier(model: CLIP, prompts: Sequence[Any]) -> nn.Linear:
         probabilities = classifier(model.encode_images(images)).softmax(-1)
 
     Args:
-        model, prompts: as in `zero_shot_weights`.
+        model: as in `zero_shot_weights`.
+        prompts: as in `zero_shot_weights`.
 
     Raises:
         TypeError, ValueError: as `zero_shot_weights`.

@@ -189,7 +189,10 @@ class Flamingo(ImageTextModel):
             every-th after it. In the paper 1 for the smallest model, and 4 or 7.
         before: in place of every, the numbers of those layers, from 0. The later the first is, the less a training
             step costs: no gradient goes further down.
-        n_heads, d_head, d_ff, gated: of the gated layers, as in `GatedCrossAttention`.
+        n_heads: of the gated layers, as in `GatedCrossAttention`.
+        d_head: of the gated layers, as in `GatedCrossAttention`.
+        d_ff: of the gated layers, as in `GatedCrossAttention`.
+        gated: of the gated layers, as in `GatedCrossAttention`.
 
     Raises:
         TypeError: a language_model that is not a CausalLM.

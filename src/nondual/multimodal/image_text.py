@@ -88,7 +88,9 @@ class ImageTextModel(FrozenParts):
         Scores are computed at the positions before labelled tokens alone.
 
         Args:
-            ids, images, reset: as in `forward`; N of 2 or more.
+            ids: as in `forward`; N of 2 or more.
+            images: as in `forward`.
+            reset: as in `forward`.
             labels: (B, N) int64: the token itself where it is to be predicted (in the answer), else -100 (in the
                 question, at padding, at images). All tokens but the marks where left out. The first of a row or a
                 packed sequence is never predicted.
@@ -121,8 +123,16 @@ class ImageTextModel(FrozenParts):
         """The prompt and up to n_new tokens after it. A mark is never among the new ones: no image would stand there.
 
         Args:
-            ids, images, reset: as in `forward`; prompts of different lengths are padded on the left.
-            n_new, temperature, top_k, top_p, generator, eos, cached: as in `CausalLM.generate`.
+            ids: as in `forward`; prompts of different lengths are padded on the left.
+            n_new: as in `CausalLM.generate`.
+            images: as in `forward`.
+            temperature: as in `CausalLM.generate`.
+            top_k: as in `CausalLM.generate`.
+            top_p: as in `CausalLM.generate`.
+            generator: as in `CausalLM.generate`.
+            eos: as in `CausalLM.generate`.
+            reset: as in `forward`.
+            cached: as in `CausalLM.generate`.
 
         Returns:
             (B, N + n_new), or shorter where every row met eos before; in the dtype of ids, or in int64 where that of

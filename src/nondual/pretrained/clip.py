@@ -53,7 +53,8 @@ def load_siglip(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = N
     The SigLIP 2 models of one fixed size are of this kind too; those of any size ("naflex") are not.
 
     Args:
-        folder, dtype: as in `load_clip`.
+        folder: as in `load_clip`.
+        dtype: as in `load_clip`.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ImportError: as `load_clip`.

@@ -92,7 +92,10 @@ def extend(
         scores_after: called with what it has not read yet, (B, M), and with how many tokens were added so far; it gives
             the scores (B, V) of the next one. It is given the prompt first, and then each token by itself (B, 1) if
             cached, else all from the beginning.
-        temperature, top_k, top_p, generator: as in `choose`.
+        temperature: as in `choose`.
+        top_k: as in `choose`.
+        top_p: as in `choose`.
+        generator: as in `choose`.
         eos: the token after which a row is finished; it then repeats it until all are.
         cached: whether scores_after remembers what it has read.
 

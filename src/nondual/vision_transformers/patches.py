@@ -178,7 +178,8 @@ def grid_code(rows: int, columns: int, d_model: int) -> Float[Tensor, "n e"]:
     As in Chen et al. 2021 (2104.02057): the code of `positional_encoding.Sinusoidal` in two dimensions.
 
     Args:
-        rows, columns: of the grid.
+        rows: of the grid.
+        columns: of the grid.
         d_model: width E, a multiple of 4.
 
     Raises:

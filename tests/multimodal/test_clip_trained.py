@@ -11,11 +11,10 @@ from torch import nn
 
 from nondual.analysis import close_gap, modality_gap, probe_modality
 from nondual.data import emoji
-from nondual.multimodal.clip import SentenceTower, zero_shot_classifier
+from nondual.multimodal.clip import zero_shot_classifier
 from nondual.multimodal.retrieval import found, recall
 from nondual.pretrained import emoji_clip, from_clip
-from nondual.pretrained.emoji_clip import STYLE_NOT_MET, STYLES_MET, unseen_concepts
-from nondual.pretrained.emoji_clip_network import PictureTower
+from nondual.pretrained.emoji_clip import STYLE_NOT_MET, unseen_concepts
 from nondual.training import optimiser
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,59 +44,6 @@ def unseen(model):
     with torch.no_grad():
         z = {style: model.encode_images(pictures.pictures[style][rows]) for style in pictures.pictures}
         return z, model.encode_texts(names), names
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def test_it_is_small_ready_and_in_float32(model):
-    file = ROOT / "src" / "nondual" / "pretrained" / "emoji_clip.safetensors"
-    assert file.stat().st_size == MEASURED["bytes"] < 2_000_000
-    assert sum(parameter.numel() for parameter in model.parameters()) == FOUND["longest"]["parameters"] == 572_289
-    assert not model.training and {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert isinstance(model.text_tower, SentenceTower) and 1 < model.scale.item() <= 100
-
-
-def test_what_was_held_out_is_told():
-    codes = unseen_concepts()
-    assert len(codes) == len(set(codes)) == 150 and "1F353" in codes  # a strawberry
-    assert STYLE_NOT_MET not in STYLES_MET and sorted([*STYLES_MET, STYLE_NOT_MET]) == sorted(
-        MEASURED["data"]["emoji"]["styles"]
-    )
-
-
-def test_both_towers_give_unit_vectors_of_one_width(model, unseen):
-    z, w, names = unseen
-    for vectors in (*z.values(), w):
-        assert vectors.shape == (150, 96)
-        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(150))
-    with torch.no_grad():
-        again = model.encode_texts(model.text_tower(names[:7]))
-    torch.testing.assert_close(again, w[:7], atol=1e-5, rtol=0)
-
-
-def test_pictures_may_be_bytes_or_floats(model):
-    pictures = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(model.encode_images(pictures), model.encode_images(pictures.float()))
-        assert model.encode_images(pictures[:0]).shape == (0, 96)
-    doubles = PictureTower().double()
-    assert doubles(pictures).dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    "pictures, error, says",
-    [
-        ([[0.0]], TypeError, "pictures must be a Tensor"),
-        (torch.zeros(3, 32, 32), ValueError, r"RGB from 0 to 255, uint8 or floating point, got torch.float32 \(3, 32"),
-        (torch.zeros(1, 1, 32, 32), ValueError, r"pictures must be \(B, 3, 32, 32\)"),
-        (torch.zeros(1, 3, 64, 64), ValueError, r"pictures must be \(B, 3, 32, 32\)"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), ValueError, "uint8 or floating point, got torch.int64"),
-    ],
-)
-def test_what_is_no_small_picture_is_refused(pictures, error, says):
-    with pytest.raises(error, match=says):
-        PictureTower()(pictures)
 
 
 # --- A6.1 ------------------------------------------------------------------------------------------------------------

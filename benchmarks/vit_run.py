@@ -94,9 +94,11 @@ def task_of(name: str) -> Task:
     seen = train_on[0][:-held].float()
     mean, std = seen.mean(), seen.std()
     scaled = [Pictures((images.float() - mean) / std, labels) for images, labels in (train_on, test_on)]
-    parts = [Pictures(scaled[0].x[part], scaled[0].y[part]) for part in (slice(-held), slice(-held, None))]
-    patch, shift = (7, 2) if name == "fashion" else (2, 1)
-    return Task(*parts, scaled[1], patch, shift, name == "fashion", name == "fashion")
+    (x, y), test = scaled
+    train_part, tune_part = Pictures(x[:-held], y[:-held]), Pictures(x[-held:], y[-held:])
+    if name == "fashion":
+        return Task(train_part, tune_part, test, patch=7, shift=2, flip=True, hide=True)
+    return Task(train_part, tune_part, test, patch=2, shift=1, flip=False, hide=False)
 
 
 def shuffled(task: Task, *, pixels: bool = False) -> Task:
@@ -235,8 +237,8 @@ class Run(NamedTuple):
     arm: str
     """"ViT" or "CNN", with ", shuffled" where the patches stand in another order, or ", shuffled pixels" where those do
     too."""
-    count: int
-    """How many pictures there are to train on."""
+    pictures: int
+    """How many there are to train on."""
     augmented: bool
     rate: float
     seed: int
@@ -248,7 +250,7 @@ class Run(NamedTuple):
     @property
     def file(self) -> Path:
         arm, how = self.arm.replace(", ", "-").replace(" ", "-"), "augmented" if self.augmented else "plain"
-        return self.folder / f"{self.task}_{arm}_{self.count}_{how}_{self.rate:g}_{self.seed}_{self.steps}.json"
+        return self.folder / f"{self.task}_{arm}_{self.pictures}_{how}_{self.rate:g}_{self.seed}_{self.steps}.json"
 
     def result(self) -> dict[str, Any]:
         """What the run ended with."""
@@ -264,7 +266,7 @@ def carry_out(run: Run) -> dict[str, Any]:
     if "shuffled" in run.arm:
         task = shuffled(task, pixels=run.arm.endswith("pixels"))
     torch.manual_seed(run.seed)
-    model, chosen = model_of(run.arm, task), subset(task, run.count, run.seed)
+    model, chosen = model_of(run.arm, task), subset(task, run.pictures, run.seed)
     fit(model, task, chosen, run.augmented, run.rate, run.seed, run.steps)
     seen = Pictures(task.train.x[chosen[:2000]], task.train.y[chosen[:2000]])
     tested, tuned, seen = (Pictures(*(half[: run.scored] for half in part)) for part in (task.test, task.tune, seen))

@@ -55,10 +55,12 @@ def join(site: Path) -> None:
         site: the folder of the site; its pages are changed to load the joined sheet.
 
     Raises:
-        ValueError: If the pages have no style sheet in common, or a sheet cannot be read.
+        ValueError: If pages load style sheets of assets/ and have none in common, or a sheet cannot be read.
     """
     pages = {path: path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html"))}
     loaded = [sheets for page in pages.values() if (sheets := [link["path"] for link in _LINK.finditer(page)])]
+    if not loaded:  # a theme whose style sheets stand elsewhere
+        return
     common = [first for first, *others in zip(*loaded, strict=False) if set(others) <= {first}]
     if not common:
         raise ValueError("all pages must load the same style sheet first, got pages that do not.")

@@ -3,7 +3,12 @@
 A browser reads a page's drawings, and the numbers of its interactive figures, before it paints the first word.
 """
 
+import base64
+import io
 import re
+from functools import cache
+
+from PIL import Image
 
 LARGEST = 20_000  # characters of data that stay in the page
 _SVG = re.compile(r'<svg viewBox="[^>]*xmlns:xlink="[^>]*>.*?</svg>', re.S)
@@ -14,6 +19,8 @@ _ZEROS = re.compile(r"(?<=\d)\.0+(?!\d)|(?<=\.[1-9])0+(?!\d)")
 _UNTURNED = re.compile(r' transform="rotate\(-?0(?:\.0*)? [^)"]*\)"')
 _FAMILY = re.compile(r'(?<=[";])(\s*)font-family: [^;"]*;?\s*')
 _BETWEEN = re.compile(r"(?<=>)\s+(?=</?(?:clipPath|defs|g|image|path|rect|svg|text|use)\b)(?!</text)")
+_RASTER = re.compile(r"data:image/png;base64,\s*(?P<data>[A-Za-z0-9+/=\s]{4000,})")
+_COLOURS, _QUALITY = 4096, 88  # a picture of more colours than this is a photograph, and loses a little
 _UNSEEN = re.compile(r' d="[^"]*" style="fill: none"')
 _DATA = re.compile(
     r'(?P<opening><figure class="drawn[^>]* id="(?P<name>[^"]+)" data-live="\w+")>(?P<before>(?:(?!</figure>).)*?)'
@@ -26,9 +33,20 @@ def lighter(html: str) -> str:
     """The page with its drawings in fewer characters and elements; they look the same.
 
     A group without attributes, an empty list of definitions, a path with neither line nor ground, and a turn by nothing
-    have no effect; the face of words in a figure is for the page's style sheet to say.
+    have no effect; the face of words in a figure is for the page's style sheet to say. Pictures inside a drawing become
+    WebP where that is smaller: without loss, or as photographs are kept, by the number of their colours.
     """
-    return _SVG.sub(lambda drawing: _lighter(drawing[0]), html)
+    return _SVG.sub(lambda drawing: _RASTER.sub(lambda m: _smaller(m[0]), _lighter(drawing[0])), html)
+
+
+@cache
+def _smaller(png: str) -> str:
+    """A picture, as a data address, in WebP; as it was if that is no smaller."""
+    picture = Image.open(io.BytesIO(base64.b64decode(_RASTER.fullmatch(png)["data"])))
+    file, photograph = io.BytesIO(), picture.convert("RGB").getcolors(_COLOURS) is None
+    picture.save(file, "WEBP", quality=_QUALITY if photograph else 100, lossless=not photograph, method=6)
+    webp = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return webp if len(webp) < len(png) else png
 
 
 def _lighter(svg: str) -> str:

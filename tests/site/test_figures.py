@@ -1,11 +1,15 @@
 """Figures as the built pages carry them: the same to look at, and alive with data that lie in a file."""
 
+import base64
+import io
 import json
 import re
 
+import numpy as np
 import pytest
 from documents import SITE
 from pages import figures as carried
+from PIL import Image
 
 plt = pytest.importorskip("matplotlib.pyplot")
 
@@ -106,3 +110,21 @@ def test_without_its_file_the_drawing_stays(browser, site):
         page.goto(f"{site}essay/heads/")
     assert page.locator("figure[data-from] > .plate svg, figure[data-from] > .plates svg").count()
     page.close()
+
+
+def test_pictures_in_a_drawing_become_webp_without_loss_or_as_photographs_are_kept():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(noise[:8, :8]).resize((128, 128), Image.Resampling.BICUBIC))
+    flat = np.kron(noise[:16, :16], np.ones((8, 8, 1), dtype=np.uint8))
+    flat[:, :, 0] = noise[0, 0, 0]
+    for pixels, exact in ((np.tile(flat, (4, 4, 1)), True), (smooth, False)):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+        png = base64.b64encode(file.getvalue()).decode()
+        svg = f'<svg viewBox="0 0 9 9" xmlns:xlink="x"><image xlink:href="data:image/png;base64,{png}"/></svg>'
+        short = carried.lighter(svg)
+        webp = re.search(r"data:image/webp;base64,([^\"]+)", short)
+        assert webp and len(short) < len(svg) / 2
+        got = np.asarray(Image.open(io.BytesIO(base64.b64decode(webp[1]))).convert("RGB")).astype(int)
+        off = abs(got - pixels).mean()
+        assert off == 0 if exact else 0 < off < 6

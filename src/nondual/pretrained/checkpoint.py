@@ -8,11 +8,14 @@ names it.
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_JSON = 2**26  # bytes
@@ -142,6 +145,73 @@ def assign(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     if found := "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names):
         raise ValueError(f"the tensors of {folder} must be those that its config.json describes; {found}")
     model.load_state_dict(state, assign=True)
+
+
+def check_dtype(dtype: object) -> None:
+    """Refuse what weights cannot be loaded as; None stands for the dtypes of the files.
+
+    Raises:
+        TypeError: no torch.dtype.
+        ValueError: one that is not in DTYPES.
+    """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+
+
+def renamed_tensors(folder: Path, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a folder in our names.
+
+    Args:
+        folder: as in `read_tensors`.
+        rename: what gives them our names; its errors get the folder's name.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `read_tensors`, and a ValueError of rename.
+    """
+    state = read_tensors(folder)
+    try:
+        return rename(state)
+    except ValueError as why:
+        raise ValueError(f"{folder}: {why}") from None
+
+
+def check_layers(n_layers: tuple[int, ...], state: dict[str, Tensor], folder: Path) -> None:
+    """Refuse more layers than a folder has tensors: making a model of very many could take hours.
+
+    Args:
+        n_layers: how many config.json asks for, in each part of the model.
+        state: the folder's tensors.
+        folder: where they come from, for the message.
+
+    Raises:
+        ValueError: there are more.
+    """
+    if sum(n_layers) > len(state):
+        asked = f"num_hidden_layers {'is' if len(n_layers) == 1 else 'are'} {sum(n_layers)}"
+        raise ValueError(f"{asked} in {folder / 'config.json'}, and {folder} holds {len(state)} tensors in all")
+
+
+def filled(make: Callable[[], Model], state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None) -> Model:
+    """The model that config.json describes, with the folder's tensors in it, in evaluation mode.
+
+    Args:
+        make: the model; it is called on the meta device, since the numbers are the file's.
+        state: the folder's tensors, by the model's names.
+        folder: where they come from, for the messages.
+        dtype: of the weights; None for those of the file.
+
+    Raises:
+        ValueError: widths that no model can have, or what `assign` refuses.
+    """
+    try:
+        with torch.device("meta"):
+            model = make()
+    except (ValueError, RuntimeError) as why:  # widths that do not divide, or too large for torch
+        raise ValueError(f"{folder / 'config.json'} describes no model: {str(why).splitlines()[0]}") from None
+    assign(model, state, folder)
+    return (model if dtype is None else model.to(dtype)).eval()
 
 
 def _first(names: list[str], count: int = 4) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nondual.multimodal.clip import CLIP, SigLIP
 from nondual.multimodal.towers import AttentionPool, FirstOf, TextTower, VisionTower, at_highest_id, at_last
-from nondual.pretrained.checkpoint import DTYPES, assign, existing_folder, read_json, read_tensors
+from nondual.pretrained.checkpoint import check_dtype, check_layers, existing_folder, filled, read_json, renamed_tensors
 from nondual.pretrained.clip_config import ACTIVATIONS, OLD_EOS, Kind, read_settings
 
 if TYPE_CHECKING:
@@ -213,26 +213,12 @@ def _load(
     dtype: torch.dtype | None,
 ) -> Model:
     place = existing_folder(folder, function)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    check_dtype(dtype)
     file = place / "config.json"
     config = read_settings(read_json(file), kind, str(file))
-    try:
-        state = from_hugging_face(read_tensors(place))
-    except ValueError as why:
-        raise ValueError(f"{place}: {why}" if str(place) not in str(why) else str(why)) from None
-    layers = config["text"]["num_hidden_layers"] + config["vision"]["num_hidden_layers"]
-    if layers > len(state):  # making a model of that many layers could take hours
-        raise ValueError(f"num_hidden_layers are {layers} in {file}, and {place} holds {len(state)} tensors in all")
-    try:
-        with torch.device("meta"):  # shapes only: the numbers are the file's
-            model = make(config)
-    except RuntimeError as why:  # too large for torch
-        raise ValueError(f"{file} describes no model: {str(why).splitlines()[0]}") from None
-    assign(model, state, place)
-    return (model if dtype is None else model.to(dtype)).eval()
+    state = renamed_tensors(place, from_hugging_face)
+    check_layers((config["text"]["num_hidden_layers"], config["vision"]["num_hidden_layers"]), state, place)
+    return filled(lambda: make(config), state, place, dtype)
 
 
 def _copy(model: Any, name: str, kind: Kind, make: Callable[[dict[str, Any]], Model]) -> Model:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nondual.efficient_attention.mamba import Mamba
 from nondual.efficient_attention.mamba2 import Mamba2
 from nondual.language_models.mamba import MambaLM
-from nondual.pretrained.checkpoint import DTYPES, assign, existing_folder, read_tensors
+from nondual.pretrained.checkpoint import check_dtype, check_layers, existing_folder, filled, renamed_tensors
 from nondual.pretrained.mamba_config import read_config
 
 
@@ -99,11 +99,8 @@ def _load(
     folder: Path, config: dict[str, Any], mixer: Callable[[int], nn.Module], dtype: torch.dtype | None
 ) -> MambaLM:
     """The model that the configuration describes, with the folder's tensors in it."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    state = _in_our_names(read_tensors(folder), folder)
+    check_dtype(dtype)
+    state = renamed_tensors(folder, from_mamba)
     tied = config["tie_word_embeddings"]
     if tied and {"lm_head.weight", "embeddings.weight"} <= state.keys():  # the released code stores one tensor twice
         scores, embeddings = state.pop("lm_head.weight"), state["embeddings.weight"]
@@ -112,26 +109,18 @@ def _load(
                 f"lm_head.weight must be embeddings.weight where {folder / 'config.json'} says tie_word_embeddings, "
                 "and is not: set it to false there"
             )
-    if config["num_hidden_layers"] > len(state):  # making a model of that many layers could take hours
-        raise ValueError(
-            f"num_hidden_layers is {config['num_hidden_layers']} in {folder / 'config.json'}, and {folder} holds "
-            f"{len(state)} tensors in all"
-        )
-    try:
-        with torch.device("meta"):  # shapes only: the numbers are the file's
-            model = MambaLM(
-                config["vocab_size"],
-                config["hidden_size"],
-                config["num_hidden_layers"],
-                mixer=mixer,
-                tied=tied,
-                eps=config["layer_norm_epsilon"],
-                residual_in_fp32=config["residual_in_fp32"],
-            )
-    except (ValueError, RuntimeError) as why:  # widths that do not divide, or too large for torch
-        raise ValueError(f"{folder / 'config.json'} describes no model: {str(why).splitlines()[0]}") from None
-    assign(model, state, folder)
-    return (model if dtype is None else model.to(dtype)).eval()
+    check_layers((config["num_hidden_layers"],), state, folder)
+    make = partial(
+        MambaLM,
+        config["vocab_size"],
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        mixer=mixer,
+        tied=tied,
+        eps=config["layer_norm_epsilon"],
+        residual_in_fp32=config["residual_in_fp32"],
+    )
+    return filled(make, state, folder, dtype)
 
 
 def from_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,11 +136,3 @@ def from_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"there are two tensors for {ours}: one of them is named {name}")
         renamed[ours] = tensor
     return renamed
-
-
-def _in_our_names(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """`from_mamba`, with the folder named in its error."""
-    try:
-        return from_mamba(state)
-    except ValueError as why:
-        raise ValueError(f"{folder}: {why}") from None

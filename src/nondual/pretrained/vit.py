@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nondual.feed_forward import FeedForward, GatedFeedForward
-from nondual.pretrained.checkpoint import DTYPES, assign, existing_folder, read_json, read_tensors
+from nondual.pretrained.checkpoint import check_dtype, check_layers, existing_folder, filled, read_json, renamed_tensors
 from nondual.pretrained.clip_config import ACTIVATIONS
 from nondual.pretrained.vit_config import DEFAULTS, read_settings
 from nondual.vision_transformers.vit import Pool, VisionTransformer
@@ -58,26 +58,12 @@ def load_vit(folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
         ImportError: safetensors is not installed.
     """
     place = existing_folder(folder, "load_vit")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    check_dtype(dtype)
     file = place / "config.json"
     config = read_settings(read_json(file), str(file))
-    try:
-        state = from_hugging_face(read_tensors(place))
-    except ValueError as why:
-        raise ValueError(f"{place}: {why}" if str(place) not in str(why) else str(why)) from None
-    layers = config["num_hidden_layers"]
-    if layers > len(state):  # making a model of that many layers could take hours
-        raise ValueError(f"num_hidden_layers is {layers} in {file}, and {place} holds {len(state)} tensors in all")
-    try:
-        with torch.device("meta"):  # shapes only: the numbers are the file's
-            model = _made(config, state)
-    except RuntimeError as why:  # too large for torch
-        raise ValueError(f"{file} describes no model: {str(why).splitlines()[0]}") from None
-    assign(model, _with_biases(state, config), place)
-    return (model if dtype is None else model.to(dtype)).eval()
+    state = renamed_tensors(place, from_hugging_face)
+    check_layers((config["num_hidden_layers"],), state, place)
+    return filled(lambda: _made(config, state), _with_biases(state, config), place, dtype)
 
 
 def from_vit(model: "PreTrainedModel") -> VisionTransformer:

@@ -3,41 +3,22 @@
 Needs a C compiler with its sanitizers' runtime: on Debian the packages gcc and libc6-dev.
 """
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from sanitized import run, run_planted
 
-from nondual.ops import c_loop
 from nondual.ops.sparse_attention.compiled import LOOP
 
 DRIVER = Path(__file__).with_name("sparse_attention_guarded.c")
-OPTIONS = "-g -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread -Werror=incompatible-pointer-types"
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-
-
-def run(source: Path, folder: Path, *, dtype=torch.float32, native=True, level="-O1"):
-    """Compile the driver with this tiles.c, and run it."""
-    compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))))
-    program = folder / "guarded"
-    options = [level, *OPTIONS.split(), *SANITIZERS.split(), *(["-march=native"] if native else [])]
-    files = [f'-DSOURCE="{source}"', str(DRIVER), "-o", str(program), "-lm"]
-    command = [compiler, *options, *c_loop.defines(dtype, LOOP), *files]
-    compiled = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert compiled.returncode == 0, compiled.stderr[-4000:]
-    # Nothing is leaked, and looking for leaks needs a right (ptrace) that a container may not have.
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([program], capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.mark.timeout(650)  # seconds of a compiler, minutes of one on a busy machine
 @pytest.mark.parametrize("dtype, native", [(torch.float32, True), (torch.float64, True), (torch.float32, False)])
 def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, dtype, native):
     """Both passes; 1 to 131 queries and keys, tiles of 1 to 130, one to six vectors a row, one thread and three."""
-    ran = run(LOOP.source, tmp_path, dtype=dtype, native=native)
+    ran = run(DRIVER, LOOP, tmp_path, dtype=dtype, native=native)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
     assert ran.stdout == "108 cases\n"
 
@@ -52,9 +33,5 @@ def test_nothing_is_touched_beyond_a_tensor_and_everything_is_written(tmp_path, 
     ("if (k.count) forward_band(t, k, r);", "if (k.count > 1) forward_band(t, k, r);", "out was not written"),
 ], ids=["keys", "queries", "scratch", "out", "dq", "unwritten"])  # fmt: skip
 def test_a_planted_fault_is_found(tmp_path, was, planted, says):
-    text = LOOP.source.read_text(encoding="utf-8")
-    assert text.count(was) == 1
-    source = tmp_path / "planted.c"
-    source.write_text(text.replace(was, planted), encoding="utf-8")
-    ran = run(source, tmp_path, level="-O0")  # compiled sooner
-    assert ran.returncode != 0 and says in ran.stdout + ran.stderr, (ran.stdout + ran.stderr)[-6000:]
+    said = run_planted(DRIVER, LOOP, tmp_path, was, planted)
+    assert says in said, said[-6000:]

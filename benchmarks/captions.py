@@ -10,6 +10,7 @@ style. Training pictures come in six styles, as they are and in VIEWS - 1 variat
 """
 
 import json
+import tempfile
 import time
 from functools import cache
 from itertools import pairwise
@@ -29,6 +30,7 @@ from nondual.multimodal.flamingo import Flamingo
 from nondual.multimodal.llava import Llava
 from nondual.pretrained.emoji_clip import emoji_clip
 from nondual.pretrained.smollm2 import our_smollm2
+from nondual.store import cache_folder
 from nondual.training import optimiser, train
 
 BATCH, VIEWS, LONGEST, DECAY = 16, 4, 6, 0.01
@@ -240,6 +242,88 @@ def carry_out(run: Run, task: Task) -> dict[str, Any]:
     said = round(sum(result["test"]) / len(result["test"]), 4) if "test" in result else "not asked"
     print(run.file.stem, "tune", result["tune"], "test", said, result["seconds a step"], "s a step", flush=True)
     return result
+
+
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""The learning rates that can be chosen."""
+SWEEP_SEED = 0
+"""The seed of the trainings that choose a rate; none of them is compared."""
+
+
+class Plan:
+    """All trainings of a benchmark, each of `steps` steps, those that choose a rate too.
+
+    Args:
+        kind: of the runs; task: what they train; folder: where they are kept; seeds: of the runs to compare.
+        first: the rate that each arm tries first. An arm that is not named takes the rate of the arm `of`[it].
+    """
+
+    def __init__(
+        self, kind: str, task: Task, folder: Path, steps: int, seeds: tuple[int, ...], first: dict[str, float],
+        of: dict[str, str],
+    ):  # fmt: skip
+        self.kind, self.task, self.folder, self.steps, self.seeds = kind, task, folder, steps, seeds
+        self.first, self.of = first, of
+
+    def run(self, arm: str, rate: float, seed: int, asked: str = "losses", steps: int | None = None) -> dict[str, Any]:
+        asked = "all" if seed == self.seeds[0] else asked
+        steps = self.steps if steps is None else steps
+        return carry_out(Run(self.kind, arm, rate, seed, steps, self.folder, asked), self.task)
+
+    def sweep(self, arm: str) -> dict[float, float]:
+        """The loss on the concepts to choose on, at each rate tried.
+
+        The first rate and its neighbours on the LADDER are tried, then the neighbours of the best, until both
+        neighbours of the best have been.
+        """
+        found: dict[float, float] = {}
+        best = LADDER.index(self.first[arm])
+        while missing := [
+            LADDER[k] for k in (best, best - 1, best + 1) if 0 <= k < len(LADDER) and LADDER[k] not in found
+        ]:
+            found |= {rate: self.run(arm, rate, SWEEP_SEED, "tune")["tune"] for rate in missing}
+            best = LADDER.index(min(found, key=lambda rate: found[rate]))
+        return dict(sorted(found.items()))
+
+    def best(self, arm: str) -> float:
+        """The rate with the lowest."""
+        found = self.sweep(self.of.get(arm, arm))
+        return min(found, key=lambda rate: found[rate])
+
+    def results(self, arms: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+        """The runs of each arm, one for each seed; all arms of a seed first, so that an early stop leaves pairs."""
+        found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+        for seed in self.seeds:
+            for arm in arms:
+                found[arm].append(self.run(arm, self.best(arm), seed))
+        return found
+
+    def sweeps(self) -> dict[str, dict[str, float]]:
+        """Each sweep, for the record."""
+        return {arm: {str(rate): x for rate, x in self.sweep(arm).items()} for arm in self.first}
+
+    def settings(self, data: Captions) -> dict[str, Any]:
+        """What the record says of all runs."""
+        return {
+            "threads": 1, "batch": BATCH, "views": VIEWS, "shortlist": SHORTLIST, "pictures": len(data.train),
+            "test": len(data.test), "steps": self.steps, "seeds": {"rate": SWEEP_SEED, "compared": list(self.seeds)},
+        }  # fmt: skip
+
+
+def plan(options: list[str], kind: str, task: Task, steps: int, seeds: tuple[int, ...], **rates: Any) -> Plan:
+    """The plan that a command line asks for; --runs=FOLDER keeps its runs elsewhere."""
+    folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
+    folder = folder or cache_folder() / "runs" / "captions"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    return Plan(kind, task, folder, steps, seeds, **rates)
+
+
+def tiny(kind: str, task: Task, arms: tuple[str, ...], rate: float) -> None:
+    """Two steps of each arm, kept nowhere, to see that all parts run."""
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in arms:
+            carry_out(Run(kind, arm, rate, 0, 2, Path(folder), "all" if arm == arms[0] else "losses"), task)
 
 
 # --- what is asked -------------------------------------------------------------------------------------------------

@@ -7,43 +7,41 @@ to. Resampler and gated layers are trained. benchmarks/captions.py has pictures,
     ungated      the same without gates: both terms count in full from the first step
     gated deaf   as gated, but each caption is trained with the picture of another: what names alone teach
 
-The rate of gated and of ungated is chosen of RATES by the loss on 100 other concepts, with one seed and SWEEP_STEPS
-steps; deaf takes that of gated. Then SEEDS, which fix first weights and batches alike for all arms.
+The rate of gated and of ungated is chosen by the loss on 100 other concepts, by whole trainings with one more seed, of
+which the best has worse neighbours on both sides; deaf takes that of gated. Then SEEDS, which fix first weights and
+batches alike for all arms.
 
-    nox -s bench -- flamingo           some ten minutes of one core
-    nox -s bench -- flamingo --tiny    two steps of three runs, which writes nothing
+    nox -s bench -- flamingo           about an hour of one core
+    nox -s bench -- flamingo --tiny    two steps of each, which writes nothing
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.captions import (
-    BATCH,
     FULL_STOP,
-    SHORTLIST,
-    VIEWS,
     Captions,
-    Run,
+    Plan,
     Task,
     captions,
-    carry_out,
     difference,
     language_model,
     nats,
+    plan,
     shares,
     summed_up,
+    tiny,
 )
 from benchmarks.clip_judge import interval
 from benchmarks.record import write
 from nondual.multimodal.flamingo import Flamingo, PerceiverResampler
-from nondual.store import cache_folder
 
-STEPS, SWEEP_STEPS, SWEEP_SEED, SEEDS = 120, 40, 0, (1, 2)
-RATES = (1e-3, 3e-3)
+STEPS, SEEDS = 150, (1, 2, 3)
+ARMS = ("gated", "gated deaf", "ungated")
+FIRST = {"gated": 3e-3, "ungated": 1e-3}
+"""The rates that are tried first."""
 BEGIN, D_IMAGE, LATENTS = 1, 128, 4
 BEFORE = (15, 20, 25)
 """Layers of the language model, from 0, that a gated layer stands before; no gradient is needed below the first."""
@@ -107,56 +105,23 @@ def swapped(model: Flamingo, data: Captions) -> dict[str, Any]:
 TASK = Task(made, [BEGIN], False, opened, lambda model, data: {"swapped": swapped(model, data)})
 
 
-class Plan:
-    """The runs, in the order in which they are made."""
-
-    def __init__(self, folder: Path, steps: int = STEPS, sweep: int = SWEEP_STEPS, tiny: bool = False):
-        self.folder, self.steps, self.sweep_steps = folder, steps, sweep
-        self.rates, self.seeds = (RATES[:1], SEEDS[:1]) if tiny else (RATES, SEEDS)
-
-    def run(self, arm: str, rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
-        asked = "tune" if steps else "all" if seed == self.seeds[0] else "losses"
-        return carry_out(Run("flamingo", arm, rate, seed, steps or self.steps, self.folder, asked), TASK)
-
-    def sweep(self, arm: str) -> dict[float, float]:
-        """The loss on the concepts to choose on, at each rate."""
-        return {rate: self.run(arm, rate, SWEEP_SEED, self.sweep_steps)["tune"] for rate in self.rates}
-
-    def best(self, arm: str) -> float:
-        """The rate with the lowest."""
-        found = self.sweep(arm.removesuffix(" deaf"))
-        return min(found, key=lambda rate: found[rate])
-
-
 def main(options: list[str]) -> None:
-    tiny = "--tiny" in options
-    folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
-    if tiny and folder is None:
-        folder = Path(tempfile.mkdtemp())
-    folder = folder or cache_folder() / "runs" / "captions"
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    plan = Plan(folder, 2, 1, True) if tiny else Plan(folder)
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ("gated", "gated deaf", "ungated")}
-    for seed in plan.seeds:  # all arms of a seed first, so that what was stopped early has whole pairs
-        for arm, runs in results.items():
-            runs.append(plan.run(arm, plan.best(arm), seed))
-    if not tiny:
-        record(plan, results, captions(folder))
+    if "--tiny" in options:
+        return tiny("flamingo", TASK, ARMS, FIRST["gated"])
+    whole = plan(options, "flamingo", TASK, STEPS, SEEDS, first=FIRST, of={"gated deaf": "gated"})
+    record(whole, whole.results(ARMS), captions(whole.folder))
 
 
-def record(plan: Plan, results: dict[str, list[dict[str, Any]]], data: Captions) -> None:
+def record(whole: Plan, results: dict[str, list[dict[str, Any]]], data: Captions) -> None:
     """Write what was found to docs/measured."""
     figures = {
         "arms": {arm: summed_up(runs, data) for arm, runs in results.items()},
-        "sweep": {arm: {str(rate): x for rate, x in plan.sweep(arm).items()} for arm in ("gated", "ungated")},
+        "sweep": whole.sweeps(),
         "gated - deaf": difference(results["gated"], results["gated deaf"]),
         "gated - ungated": difference(results["gated"], results["ungated"]),
         "swapped": {arm: runs[0]["swapped"] for arm, runs in results.items()},
         "CLIP's nearest name": shares(data, data.clip.tolist()),
     }
     write(
-        "flamingo", "nox -s bench -- flamingo", figures, threads=1, batch=BATCH, views=VIEWS, shortlist=SHORTLIST,
-        pictures=len(data.train), test=len(data.test), steps=plan.steps, sweep_steps=plan.sweep_steps,
-        before=list(BEFORE), latents=LATENTS, seeds={"rate": SWEEP_SEED, "compared": list(SEEDS)},
+        "flamingo", "nox -s bench -- flamingo", figures, before=list(BEFORE), latents=LATENTS, **whole.settings(data)
     )  # fmt: skip

@@ -144,3 +144,18 @@ def test_a_swapped_picture_moves_no_caption_before_it(modules, data):
     assert found["second picture swapped"]["first caption"]["largest"] == 0
     assert found["second picture swapped"]["second caption"]["largest"] > 1e-4
     assert found["first picture swapped"]["first caption"]["largest"] > 1e-4
+
+
+@pytest.mark.parametrize("least, tried", [(1e-2, 4), (3e-3, 3), (1.0, 8), (1e-4, 5)])
+def test_a_rate_is_chosen_whose_neighbours_are_worse(captions, monkeypatch, tmp_path, least, tried):
+    """Losses that rise on both sides of one rate: it is found from afar, and no rate is trained with twice."""
+    ladder, runs = captions.LADDER, []
+
+    def carry_out(run, task):
+        runs.append(run.rate)
+        assert run.seed == captions.SWEEP_SEED and run.asked == "tune" and run.steps == 7
+        return {"tune": abs(ladder.index(run.rate) - ladder.index(least))}
+
+    monkeypatch.setattr(captions, "carry_out", carry_out)
+    whole = captions.Plan("llava", None, tmp_path, 7, (1, 2), first={"linear": 3e-3}, of={"deaf": "linear"})
+    assert whole.best("deaf") == least and len(runs) == len(set(runs)) == tried

@@ -38,7 +38,7 @@ def flips(
             raise ValueError(f"{name} must be 1 or more, got {size}")
     _check_prior(a, b)
     shapes = torch.tensor([[a], [b]], dtype=torch.float64).expand(2, batch)
-    one, two = torch._standard_gamma(shapes.contiguous(), generator=generator)
+    one, two = torch.ops.aten._standard_gamma(shapes.contiguous(), generator)
     bias = one / (one + two)  # of two Gamma variables: Beta(a, b)
     drawn = torch.rand(batch, n, dtype=torch.float64, generator=generator) < bias[:, None]
     return torch.cat([torch.full((batch, 1), BEGIN), drawn.long()], 1)

@@ -1,7 +1,7 @@
 """One run of `in_context`: a small model, trained once, and what it says beside predictors in closed form.
 
-    functions 16       a transformer that reads examples of linear functions, trained on 16 tasks; with 0, on endless ones
-    layer 32           one layer of linear attention with all its matrices free, trained on 32 tasks; with 0, on endless
+    functions 16       a transformer that reads examples of linear functions, trained on 16 tasks; on endless ones with 0
+    layer 32           one layer of linear attention with all its matrices free, trained on 32 tasks; likewise
     coins 4            a transformer that reads flips of coins whose bias is drawn from Beta(4, 4)
 
 A task is a vector of weights. Each seed has its own table of tasks, its own first weights and its own batches.
@@ -245,7 +245,7 @@ def on_the_map(said: Tensor, given: Prompts, tasks: Tensor | None) -> dict[str, 
 
 
 def one_step(n: int, d: int = D, noise: float = NOISE) -> float:
-    """The rate with which one step from n examples has the least error: Γ of the layer that was trained on all tasks."""
+    """The rate with which one step from n examples has the least error, for w from N(0, I/D)."""
     return 1 / (1 + 1 / n + d * (1 + noise**2) / n)
 
 

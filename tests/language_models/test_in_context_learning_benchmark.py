@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks import in_context, in_context_run
 from benchmarks.in_context import SEEDS, SWEEP_SEED, index, interval, swept
-from benchmarks.in_context_run import MAPPED, NOISE, PENALTY, D, Run, carry_out, on_the_map, one_step, tested
+from benchmarks.in_context_run import MAPPED, NOISE, PENALTY, D, Run, carry_out, on_the_map, one_step
 from nondual.language_models.in_context_learning import gradient_descent, predict, ridge, stored_tasks
 from nondual.language_models.in_context_learning.functions import dense, linear
 
@@ -56,7 +56,7 @@ def test_a_rate_at_the_edge_is_not_taken_before_two_beyond_it_are_tried(tmp_path
 
 
 def test_the_corners_of_the_map_lie_at_the_corners():
-    given, tasks = tested(linear()), dense(16, D, torch.Generator().manual_seed(1000))
+    given, tasks = in_context_run.tested(linear()), dense(16, D, torch.Generator().manual_seed(1000))
     at = torch.arange(given.x.shape[1]) == MAPPED
     corners = (
         stored_tasks(given.x, given.y, tasks, NOISE),
@@ -73,7 +73,7 @@ def test_the_corners_of_the_map_lie_at_the_corners():
 
 
 def test_one_step_has_the_rate_with_the_least_error():
-    given = tested(linear())
+    given = in_context_run.tested(linear())
 
     def error(rate):
         said = predict(gradient_descent(given.x, given.y, steps=1, rate=rate), given.x)

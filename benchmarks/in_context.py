@@ -6,7 +6,7 @@ functions   A small transformer reads examples of a linear function, x and y wit
             examples, twice as many as in training. Beside it on the same prompts: least squares, ridge (the exact
             posterior mean for endless tasks), stored tasks (that for a finite set), and k steps of gradient descent at
             their best rate.
-map  map         Where a model lies between three corners: stored tasks, ridge, and one step of gradient descent; with one
+map         Where a model lies between three corners: stored tasks, ridge, and one step of gradient descent; with one
             layer of linear attention, trained on endless tasks with all its matrices free.
 layer       That layer in 16 dimensions, trained on 4 to 128 tasks, beside the exact errors of the best such layer.
 coins       A small GPT reads flips of coins whose bias is drawn from Beta(1, 1), or from Beta(4, 4), beside the exact

@@ -1,6 +1,6 @@
 """One run of `in_context`: a small model, trained once, and what it says beside predictors in closed form.
 
-    functions 16       a transformer that reads examples of linear functions, trained on 16 tasks; on endless ones with 0
+    functions 16       a transformer that reads examples of linear functions, trained on 16 tasks; with 0, on endless
     layer 32           one layer of linear attention with all its matrices free, trained on 32 tasks; likewise
     coins 4            a transformer that reads flips of coins whose bias is drawn from Beta(4, 4)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checks_of_contexts as contexts
 import checks_of_images as images
 import checks_of_sequences as sequences
 import torch
@@ -31,6 +32,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "recurrent": {"forget_bias": sequences.check_forget_bias},
     "evolution": {"effective_keys": sequences.check_effective_keys},
     "linear_attention": {"overwrite": sequences.check_overwrite},
+    "in_context_learning": {"matrices": contexts.check_matrices},
     "sparse_attention": {"two_layers": sequences.check_two_layers},
     "clip": {"symmetric_loss": images.check_symmetric_loss, "class_weights": images.check_class_weights},
     "flamingo": {"may_attend": images.check_may_attend},

@@ -160,6 +160,21 @@ def labelling(ignored=-100, words=None):
     return labels_of
 
 
+def descending(start=1, rate=1.0, sign=-1, wide=False, y_in_scores=False, divided=1.0):
+    """The four matrices of one step of descent, or with a mistake in them."""
+
+    def matrices(w0, eta):
+        d = len(w0)
+        x = torch.eye(d + 1) if y_in_scores else torch.diag(torch.tensor([1.0] * d + [0.0]))
+        v, o = torch.zeros(d + 1, d + 1), torch.zeros(d + 1, d + 1)
+        v[d] = torch.cat([-start * w0, torch.ones(1)])
+        o[: None if wide else d, d] = float(wide)
+        o[d, d] = sign * (eta if rate else 1.0) / divided
+        return x, x, v, o
+
+    return matrices
+
+
 def cutting(*order):
     """Patches by reshaping, their axes in an order."""
 
@@ -208,6 +223,7 @@ RIGHT = [
     ("heads", "added", lambda o, w: torch.stack([o[:, h] @ p.mT for h, p in enumerate(w.chunk(o.shape[1], 1))], 1)),
     ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1).exp()),
     ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
+    ("in_context_learning", "matrices", descending()),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)) / (k @ k)),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + b * k[:, None] * (v - k @ s) / k.norm() ** 2),
     ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n)).mask(n)),
@@ -258,6 +274,15 @@ WRONG = [
     ("llava", "expanded_labels", labelling(ignored=None), "the mark is predicted within the image"),
     ("llava", "expanded_labels", labelling(words=-100), "nothing is predicted at all"),
     ("llava", "expanded_labels", labelling(words=1), "they should be [-100, -100, -100, -100, 8], and are"),
+    ("in_context_learning", "matrices", descending(start=0), "this is the step from 0"),
+    ("in_context_learning", "matrices", descending(start=-1), "what w0 still misses"),
+    ("in_context_learning", "matrices", descending(sign=1), "the sign is turned"),
+    ("in_context_learning", "matrices", descending(rate=0), "the size of the step is missing"),
+    ("in_context_learning", "matrices", descending(divided=7.0), "divided by the number of examples"),
+    ("in_context_learning", "matrices", descending(wide=True), "the first D numbers change"),
+    ("in_context_learning", "matrices", descending(y_in_scores=True), "its y should not enter the scores"),
+    ("in_context_learning", "matrices", descending(sign=2), "the last number changes by"),
+    ("in_context_learning", "matrices", lambda w0, rate: w0, "it should return four matrices, and returns Tensor"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, v), "the value is added to what is there"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)), "one of length 3.0"),
     ("linear_attention", "overwrite", lambda s, k, v, b: s - torch.outer(k, b * (v - k @ s)) / (k @ k), "the sign is"),

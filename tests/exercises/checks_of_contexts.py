@@ -1,0 +1,53 @@
+"""Checks of the exercises on learning from examples in the context."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from checking import NotYetError, near, tensor
+from torch import Tensor
+
+# --- learning in context -------------------------------------------------------------------------------------------
+
+
+def check_matrices(matrices: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for d, n, rate in ((3, 7, 0.1), (1, 2, 0.5), (5, 4, 0.02)):
+        w0 = torch.randn(d)
+        given = matrices(w0.clone(), rate)
+        if not isinstance(given, tuple | list) or len(given) != 4:
+            raise NotYetError(f"it should return four matrices, and returns {type(given).__name__}")
+        names = ("W_q", "W_k", "W_v", "W_o")
+        w_q, w_k, w_v, w_o = (tensor(name, w, (d + 1, d + 1)) for name, w in zip(names, given))
+        x, y, question = torch.randn(n, d), torch.randn(n), torch.randn(d)
+        tokens = torch.cat([x, y[:, None]], 1)
+        asked = torch.cat([question, torch.zeros(1)])
+        changed = change(tokens, asked, w_q, w_k, w_v, w_o)
+        if not near(changed[:d], torch.zeros(d)):
+            raise NotYetError("the first D numbers change: let W_o write into the last alone")
+
+        def step(start: Tensor, x: Tensor = x, y: Tensor = y, rate: float = rate) -> Tensor:
+            return rate * (y - x @ start) @ x
+
+        right, found = -(step(w0) @ question), changed[d]
+        if near(found, right):
+            inside = change(tokens, tokens[0], w_q, w_k, w_v, w_o)[d]
+            if near(inside, -(step(w0) @ x[0])):
+                continue
+            raise NotYetError("a question is right, and an example is not: its y should not enter the scores")
+        if near(found, -right):
+            raise NotYetError("the sign is turned: the last number should change by -Δw · x")
+        if near(found, -(step(torch.zeros(d)) @ question)):
+            raise NotYetError("this is the step from 0: each value should be y_i - w0 · x_i")
+        if near(found, -(step(-w0) @ question)):
+            raise NotYetError("the values are y_i + w0 · x_i: they should be what w0 still misses")
+        if near(found * rate, right):
+            raise NotYetError("the size of the step is missing")
+        if near(found * n, right):
+            raise NotYetError("it is divided by the number of examples: the step is on the sum, not on the mean")
+        raise NotYetError(f"of {n} examples the last number changes by {found:.4g}, and should by {right:.4g}")
+
+
+def change(tokens: Tensor, asked: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor) -> Tensor:
+    """W_o Σ v_i (k_i · q): what linear attention adds to one token."""
+    return w_o @ ((tokens @ w_v.T).T @ (tokens @ w_k.T @ (w_q @ asked)))

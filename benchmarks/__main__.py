@@ -26,6 +26,7 @@ HELPERS += ("sparse_stream", "vit_run")
 HELPERS += ("clip_data", "clip_run", "clip_judge", "clip_ship")
 HELPERS += ("captions",)
 HELPERS += ("in_context_run",)
+HELPERS += ("depth_run",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

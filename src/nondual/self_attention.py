@@ -176,6 +176,7 @@ class MultiHeadAttention(nn.Module):
         causal: bool | None = None,
         cache: KVCache | None = None,
         reset: Bool[Tensor, "b n"] | None = None,
+        values: Callable[[Tensor], Tensor] | None = None,
         return_weights: bool = False,
     ) -> Float[Tensor, "b n e"] | tuple[Float[Tensor, "b n e"], Float[Tensor, "b h n m"]]:
         """x (B, N, E) attends to itself, to what the cache holds of its past, or to `memory` (B, M, d_memory).
@@ -190,6 +191,8 @@ class MultiHeadAttention(nn.Module):
             reset: True at the first position of each of several sequences packed along N: a position sees those of its
                 own sequence alone. A batch padded on the left has it at the first real token of each row. The op then
                 gets a mask, also in later calls with the same cache.
+            values: what is done to the values of x, (B, G, N, D) to the same shape, before the cache keeps them, such
+                as adding those of another layer (`nondual.recent.value_residual`).
             return_weights: also return the weights (B, H, N, M).
 
         Returns:
@@ -198,8 +201,8 @@ class MultiHeadAttention(nn.Module):
         Raises:
             TypeError: x, mask or reset is not a tensor, memory neither that nor a ProjectedMemory, or cache is not a
                 KVCache.
-            ValueError: a rank, width or batch that does not fit; a cache, a reset or positions together with a memory;
-                a full cache.
+            ValueError: a rank, width or batch that does not fit; a cache, a reset, values or positions together with a
+                memory; a full cache.
             RuntimeError: a cache while gradients are recorded.
         """
         _check_width("x", x, self.q_proj.in_features)
@@ -212,6 +215,8 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError("cache holds x's own past and cannot go with memory: give one of the two")
             if reset is not None:
                 raise ValueError("reset marks sequences within x and cannot go with memory: give a mask instead")
+            if values is not None:
+                raise ValueError("values changes those of x itself and cannot go with memory: change the memory's own")
             if self.positions is not None:
                 raise ValueError(f"memory must be None for a module with positions: {_ONE_X}")
         elif self.k_proj.in_features != self.q_proj.in_features:
@@ -225,6 +230,7 @@ class MultiHeadAttention(nn.Module):
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
         # --8<-- [end:queries]
         k, v = source if isinstance(source, ProjectedMemory) else self._keys_and_values(source)
+        v = v if values is None else values(v)
         causal = self.causal if causal is None else causal
         dropout = self.dropout if self.training else 0.0
         with as_before_if_raised(cache):
@@ -304,6 +310,7 @@ class MultiHeadAttention(nn.Module):
             causal: bool | None = None,
             cache: KVCache | None = None,
             reset: Tensor | None = None,
+            values: Callable[[Tensor], Tensor] | None = None,
             return_weights: Literal[False] = False,
         ) -> Tensor: ...
 
@@ -317,6 +324,7 @@ class MultiHeadAttention(nn.Module):
             causal: bool | None = None,
             cache: KVCache | None = None,
             reset: Tensor | None = None,
+            values: Callable[[Tensor], Tensor] | None = None,
             return_weights: Literal[True],
         ) -> tuple[Tensor, Tensor]: ...
 
@@ -330,6 +338,7 @@ class MultiHeadAttention(nn.Module):
             causal: bool | None = None,
             cache: KVCache | None = None,
             reset: Tensor | None = None,
+            values: Callable[[Tensor], Tensor] | None = None,
             return_weights: bool,
         ) -> Tensor | tuple[Tensor, Tensor]: ...
 

@@ -91,6 +91,27 @@ class TransformerLayer(nn.Module):
                 x = self.norm2(x)
         return (x, weights) if return_weights else x
 
+    def branches(self, **mixing: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What the layer adds to its residual path, as two functions of x (B, N, E): by its mixer, by its feed-forward
+        network. x = x + branch(x) for both, in this order, is the layer. See `nondual.connections`.
+
+        Args:
+            mixing: given to the mixer as it is.
+
+        Raises:
+            ValueError: a post-norm layer, whose norms stand on the residual path itself.
+        """
+        if not self.norm_first:
+            raise ValueError("norm_first must be True for a layer to be taken apart into branches, got False")
+
+        def mix(x: Tensor) -> Tensor:
+            return self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), **mixing))))
+
+        def think(x: Tensor) -> Tensor:
+            return self.drop_path(self.scale2(self.dropout(self.feed_forward(self.norm2(x)))))
+
+        return mix, think
+
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         @overload
@@ -129,6 +150,14 @@ class MixerBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b n e"], **mixing: Any) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E); what is given besides x goes to the mixer. x may be wider than the weights are."""
         return x + self.mixer(normed(self.norm, x), **mixing)
+
+    def branches(self, **mixing: Any) -> tuple[Callable[[Tensor], Tensor]]:
+        """What the block adds to its residual path, as a function of x (B, N, E). See `nondual.connections`.
+
+        Args:
+            mixing: given to the mixer as it is.
+        """
+        return (lambda x: self.mixer(normed(self.norm, x), **mixing),)
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

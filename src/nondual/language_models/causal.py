@@ -8,7 +8,8 @@ Unsupervised Multitask Learners", section 2, for the frame; tied scores: Press a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nondual.connections import Connection, LayerCall, stream
 from nondual.language_models.sampling import check_lengths, check_sampling, extend
 from nondual.mixers import as_before_if_raised, check_reset, check_takes, new_caches
 from nondual.ops.checks import check_tensors
@@ -56,6 +58,8 @@ class CausalLM(nn.Module):
         eps: what the last norm adds to the mean square or variance.
         residual_in_fp32: keep what the layers add up in float32 where the weights are narrower. The layers must take an
             x wider than their weights, as `MixerBlock` does.
+        connection: how the layers are joined, such as `DenseFormer(n_layers)` of `nondual.recent`; the plain residual
+            stream where left out. A module is trained and saved with the model. See `nondual.connections`.
 
     Raises:
         TypeError: positions that are not added to embeddings.
@@ -69,6 +73,7 @@ class CausalLM(nn.Module):
     layers: nn.ModuleList
     norm_f: nn.Module
     lm_head: nn.Linear | None
+    connection: Connection
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class CausalLM(nn.Module):
         tied: bool = True,
         eps: float = 1e-5,
         residual_in_fp32: bool = False,
+        connection: Connection = stream,
     ):
         super().__init__()
         if positions is not None:
@@ -95,6 +101,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(layer(i) for i in range(n_layers))
         self.norm_f = norm(d_model, eps=eps)
         self.lm_head = None if tied else nn.Linear(d_model, vocabulary, bias=False)
+        self.connection = connection
         self._initialise()
 
     @torch.no_grad()
@@ -237,6 +244,7 @@ class CausalLM(nn.Module):
         cache: list[Any] | None = None,
         reset: Bool[Tensor, "b n"] | None = None,
         before: Callable[[int, Tensor], Tensor] | None = None,
+        mixing: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "b n e"]:
         """Embeddings (B, N, E) -> the vector of each position after the last norm, (B, N, E).
 
@@ -251,18 +259,24 @@ class CausalLM(nn.Module):
             reset: as in `forward`.
             before: called with i and the vectors (B, N, E) that layer i is about to read, in order; what it returns is
                 read in their place.
+            mixing: what else every mixer is given by name, such as a mask, and causal=False where that mask decides
+                alone what is seen.
 
         Raises:
             TypeError: x that is not a Tensor, or as `forward`.
-            ValueError: x that is not floating point (B, N, E); a cache or a reset as in `forward`.
+            ValueError: x that is not floating point (B, N, E); a cache or a reset as in `forward`; in mixing, what a
+                layer's mixer does not take.
         """
         check_tensors({"x": x})
         width = self.embeddings.embedding_dim if isinstance(self.embeddings, nn.Embedding) else x.shape[-1]
         if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
             raise ValueError(f"x must be floating point (B, N, {width}), got {x.dtype} {tuple(x.shape)}")
         self._check(cache, reset)
+        for option in mixing or ():
+            for i, mixer in enumerate(self._mixers()):
+                check_takes(mixer, option, f"layer {i}")
         with as_before_if_raised(*(cache or ())):
-            return self._through_layers(x, cache, reset, before)
+            return self._through_layers(x, cache, reset, before, mixing)
 
     def scores(self, hidden: Float[Tensor, "*b e"]) -> Float[Tensor, "*b v"]:
         """What `hidden` gives, or any of its positions, (…, E) -> scores (…, V) for the token that follows each."""
@@ -360,6 +374,7 @@ class CausalLM(nn.Module):
         cache: list[Any] | None,
         reset: Tensor | None,
         before: Callable[[int, Tensor], Tensor] | None,
+        mixing: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The vector of each position after the last norm (B, N, E)."""
         caches = list(cache or ())
@@ -369,12 +384,16 @@ class CausalLM(nn.Module):
             x = x + where if self.residual_in_fp32 else (x + where).to(x.dtype)  # a fixed code is in float32
         if self.residual_in_fp32:
             x = at_least_float32(x)
-        given = {} if reset is None else {"reset": reset}
-        for i, layer in enumerate(self.layers):
-            if before is not None:
-                x = before(i, x)
-            x = layer(x, **given) if cache is None else layer(x, cache=caches[i], **given)
-        return normed(self.norm_f, x)
+        given = dict(mixing or {}) if reset is None else {**(mixing or {}), "reset": reset}
+        calls = [
+            LayerCall(
+                layer,
+                given if cache is None else given | {"cache": caches[i]},
+                None if before is None else partial(before, i),
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+        return normed(self.norm_f, self.connection(x, calls))
 
     def _scores(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:

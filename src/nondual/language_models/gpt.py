@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from nondual.connections import Connection, stream
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.causal import CausalLM
 from nondual.ops.attention import attention
@@ -43,6 +44,7 @@ class GPT(CausalLM):
         dropout: of both branches of a layer while training.
         tied: score a token by its own embedding; otherwise the scores have a matrix of their own, lm_head.
         eps: added to the variance in the norms.
+        connection: how the layers are joined, as in `CausalLM`; each has two branches.
 
     Raises:
         TypeError: positions of neither kind.
@@ -64,6 +66,7 @@ class GPT(CausalLM):
         dropout: float = 0.0,
         tied: bool = True,
         eps: float = 1e-5,
+        connection: Connection = stream,
     ):
         if max_len is not None and positions is not None:
             raise ValueError(
@@ -87,4 +90,5 @@ class GPT(CausalLM):
             norm=nn.LayerNorm,
             tied=tied,
             eps=eps,
+            connection=connection,
         )

@@ -34,6 +34,15 @@ def test_a_window_as_long_as_the_keys_is_causal():
     assert torch.equal(masks.sliding_window(7, 11, window=11), masks.causal(7, 11))
 
 
+def test_prefix_by_hand():
+    assert rows(masks.prefix(4, 2)) == ["1100", "1100", "1110", "1111"]
+    of_rows = masks.prefix(3, torch.tensor([0, 2, 9], dtype=torch.uint8))
+    assert of_rows.shape == (3, 1, 3, 3)
+    assert [rows(mask[0]) for mask in of_rows] == [["100", "110", "111"], ["110", "110", "111"], ["111"] * 3]
+    for length in (0, 1):
+        assert torch.equal(masks.prefix(5, length), masks.causal(5))
+
+
 def test_padding_by_hand():
     mask = masks.padding(torch.tensor([2, 0, 3]), 3)
     assert mask.shape == (3, 1, 1, 3)
@@ -51,6 +60,9 @@ def test_empty_lengths_give_empty_masks(n, m):
     [
         (lambda: masks.sliding_window(3, window=0), "window must be 1 or more"),
         (lambda: masks.causal(-1), "must be 0 or more"),
+        (lambda: masks.prefix(3, -1), "length must be an integer, 0 or more, or integers .*, got -1"),
+        (lambda: masks.prefix(3, 1.5), "length must be an integer, 0 or more, or integers .*, got 1.5"),
+        (lambda: masks.prefix(3, torch.tensor([1.5])), "length must be integers"),
         (lambda: masks.padding(torch.tensor([0.5]), 3), "lengths must be integers"),
         (lambda: masks.padding(torch.tensor(3), 3), "lengths must be integers"),
     ],

@@ -76,6 +76,40 @@ def sliding_window(
     return (key <= query) & (key > query - window)
 
 
+def prefix(
+    n: int, length: int | Integer[Tensor, " b"], *, device: torch.device | str | None = None
+) -> Bool[Tensor, "n n"] | Bool[Tensor, "b 1 n n"]:
+    """Each query sees the prefix whole, and after it what stands before the query: a causal mask with a square of ones.
+
+        prefix(4, 2)
+        1 1 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 1 1
+
+    Args:
+        n: number of queries and of keys.
+        length: how many positions the prefix has; or integers (B,), for each row of a batch.
+        device: where the mask is made; where `length` is if that is a tensor.
+
+    Returns:
+        Bool (N, N), or (B, 1, N, N) for a length of each row, True where attending is allowed.
+
+    Raises:
+        ValueError: a negative length, or one that is not an integer or integers (B,).
+
+    Source: Raffel et al. 2019 (1910.10683), section 3.2.1, "causal with prefix".
+    """
+    if isinstance(length, Tensor):
+        check_integers("length", length)
+        query, key = _positions(n, None, length.device)
+        return (key <= query) | (key < length.long()[:, None, None, None])
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise ValueError(f"length must be an integer, 0 or more, or integers (B,), got {length!r}")
+    query, key = _positions(n, None, device)
+    return (key <= query) | (key < length)
+
+
 def padding(lengths: Integer[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
     """Sequence b of a batch has `lengths[b]` real keys; what follows them is padding.
 
@@ -94,7 +128,17 @@ def padding(lengths: Integer[Tensor, " b"], m: int) -> Bool[Tensor, "b 1 1 m"]:
         TypeError: `lengths` is not a tensor.
         ValueError: `lengths` is not a vector of integers.
     """
-    check_tensors({"lengths": lengths})
-    if lengths.is_complex() or lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths must be integers (B,), got {lengths.dtype} {tuple(lengths.shape)}")
+    check_integers("lengths", lengths)
     return (torch.arange(m, device=lengths.device) < lengths.long()[:, None])[:, None, None]
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    """Refuse what is not a vector of integers, one for each row of a batch.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape or dtype.
+    """
+    check_tensors({name: x})
+    if x.is_complex() or x.ndim != 1 or x.is_floating_point() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers (B,), got {x.dtype} {tuple(x.shape)}")

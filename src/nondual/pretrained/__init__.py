@@ -2,12 +2,13 @@
 
 `python -m nondual.pretrained` brings them into the user's cache. `minilm()` is a sentence encoder in our own classes,
 `smollm2()` a causal language model in those of transformers, `our_smollm2()` the same in ours, `rxnmapper()` an encoder
-of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `g2p_en()` one
-without attention, `whisper()` a transformer that hears speech and `dinov2()` one that sees, in ours too.
-`emoji_clip()`, a small CLIP, was trained for this library and is a part of it. `load_mamba()` and `load_mamba2()` read
-checkpoints of Mamba models from a folder of yours, `load_clip()`, `load_siglip()` and `load_llava()` those of models of
-images and texts, `load_vit()` those of Vision Transformers; `from_llama()`, `from_clip()`, `from_siglip()`,
-`from_llava()` and `from_vit()` copy a model of transformers into our classes.
+of chemical reactions in those of transformers, `hama()` a speller with additive attention in ours, `hama_p2g()` a
+prefix language model that spells back, `g2p_en()` a speller without attention, `whisper()` a transformer that hears
+speech and `dinov2()` one that sees, in ours too. `emoji_clip()`, a small CLIP, was trained for this library and is a
+part of it. `load_mamba()` and `load_mamba2()` read checkpoints of Mamba models from a folder of yours, `load_gpt2()`
+those of GPT-2 and GPT-1, `load_clip()`, `load_siglip()` and `load_llava()` those of models of images and texts,
+`load_vit()` those of Vision Transformers; `from_llama()`, `from_gpt2()`, `from_clip()`, `from_siglip()`, `from_llava()`
+and `from_vit()` copy a model of transformers into our classes.
 
 To add a model, write its file, with the package and the function that reads it, and name both here. Such a file imports
 torch within the function, so that the command answers at once; for the same reason, what needs torch at its top is
@@ -21,6 +22,7 @@ from nondual.pretrained.dinov2 import DINOV2, dinov2
 from nondual.pretrained.emoji_clip import emoji_clip
 from nondual.pretrained.g2p_en import G2P_EN, g2p_en
 from nondual.pretrained.hama import HAMA, hama
+from nondual.pretrained.hama_p2g import hama_p2g
 from nondual.pretrained.minilm import MINILM, minilm
 from nondual.pretrained.rxnmapper import RXNMAPPER, rxnmapper
 from nondual.pretrained.smollm2 import SMOLLM2, our_smollm2, smollm2
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from nondual.pretrained.causal_lm import from_llama
     from nondual.pretrained.clip import from_clip, from_siglip, load_clip, load_siglip
     from nondual.pretrained.encoder import SentenceEncoder, from_bert
+    from nondual.pretrained.gpt2 import from_gpt2, load_gpt2
     from nondual.pretrained.llava import from_llava, load_llava
     from nondual.pretrained.mamba import load_mamba, load_mamba2
     from nondual.pretrained.vit import from_vit, load_vit
@@ -53,13 +56,16 @@ __all__ = [
     "fetch",
     "from_bert",
     "from_clip",
+    "from_gpt2",
     "from_llama",
     "from_llava",
     "from_siglip",
     "from_vit",
     "g2p_en",
     "hama",
+    "hama_p2g",
     "load_clip",
+    "load_gpt2",
     "load_llava",
     "load_mamba",
     "load_mamba2",
@@ -89,11 +95,13 @@ _HOME = {
     "SentenceEncoder": "encoder",
     "from_bert": "encoder",
     "from_clip": "clip",
+    "from_gpt2": "gpt2",
     "from_llama": "causal_lm",
     "from_llava": "llava",
     "from_siglip": "clip",
     "from_vit": "vit",
     "load_clip": "clip",
+    "load_gpt2": "gpt2",
     "load_llava": "llava",
     "load_mamba": "mamba",
     "load_mamba2": "mamba",

@@ -177,19 +177,22 @@ def renamed_tensors(folder: Path, rename: Callable[[dict[str, Tensor]], dict[str
         raise ValueError(f"{folder}: {why}") from None
 
 
-def check_layers(n_layers: tuple[int, ...], state: dict[str, Tensor], folder: Path) -> None:
+def check_layers(
+    n_layers: tuple[int, ...], state: dict[str, Tensor], folder: Path, setting: str = "num_hidden_layers"
+) -> None:
     """Refuse more layers than a folder has tensors: making a model of very many could take hours.
 
     Args:
         n_layers: how many config.json asks for, in each part of the model.
         state: the folder's tensors.
         folder: where they come from, for the message.
+        setting: what config.json calls it.
 
     Raises:
         ValueError: there are more.
     """
     if sum(n_layers) > len(state):
-        asked = f"num_hidden_layers {'is' if len(n_layers) == 1 else 'are'} {sum(n_layers)}"
+        asked = f"{setting} {'is' if len(n_layers) == 1 else 'are'} {sum(n_layers)}"
         raise ValueError(f"{asked} in {folder / 'config.json'}, and {folder} holds {len(state)} tensors in all")
 
 

@@ -47,6 +47,8 @@ The package keeps its weights as float16 in a format of its own, read here in a 
 with float16 numbers, we with float32: the encoder's states differ by at most 0.004. On 1,000 words of all lengths the
 two write the same phonemes for all but two, where two phonemes are nearly tied (tests/pretrained/test_hama.py).
 
+The package's other model, from phonemes to spelling, is in `nondual.pretrained.hama_p2g`.
+
 torch is imported by the function: `python -m nondual.pretrained` reads the package's hashes here without it.
 """
 
@@ -72,6 +74,8 @@ HAMA = Package(
         "encoder.hama": "ae527c1aa758cd1b038c63d4d768d05313adce7c50706c5366600ab4f4ef8d75",
         "decoder_step.hama": "9ac34717f88b7bed2ef84a779b6fda1ec24b0b88d37bb813631493116581369d",
         "g2p_vocab.json": "520d19e4e6ae58658eed53594e0feab8ea8e1b4b04a7746e25e50c16c29b91bf",
+        "p2g.hama": "b0e129709307f0f7edd4ce0f7a9e22c54026bfc9393b2c33aa7c0cac82dd58fb",
+        "p2g_vocab.json": "56756bb2fa0ab1b45f30ba03fe5c059353653a4c95e2a501d9d4614ffd5d7b9b",
     },
 )
 

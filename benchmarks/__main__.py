@@ -27,6 +27,7 @@ HELPERS += ("clip_data", "clip_run", "clip_judge", "clip_ship")
 HELPERS += ("captions",)
 HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
+HELPERS += ("ctm_run",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

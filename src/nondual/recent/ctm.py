@@ -54,8 +54,8 @@ class Stopped(NamedTuple):
     """
 
     predictions: Float[Tensor, "b *o"]
-    certainties: Float[Tensor, "b"]
-    ticks: Int[Tensor, "b"]
+    certainties: Float[Tensor, " b"]
+    ticks: Int[Tensor, " b"]
 
 
 class ThoughtState(NamedTuple):
@@ -97,7 +97,7 @@ class Tick(NamedTuple):
     """
 
     prediction: Float[Tensor, "b *o"]
-    certainty: Float[Tensor, "b"]
+    certainty: Float[Tensor, " b"]
     attention: Float[Tensor, "b h n"] | None
     state: ThoughtState
 
@@ -302,7 +302,7 @@ def _synchronisation(name: str, given: int | Synchronisation, d_model: int) -> S
     return Synchronisation(random_pairs(d_model, given), d_model)
 
 
-def certainty(predictions: Float[Tensor, "b *o"]) -> Float[Tensor, "b"]:
+def certainty(predictions: Float[Tensor, "b *o"]) -> Float[Tensor, " b"]:
     """1 - entropy / log C of the softmax: 0 where all classes are alike, 1 where one has it all (section 3.5).
 
     Args:

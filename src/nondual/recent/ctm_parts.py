@@ -198,7 +198,7 @@ def random_pairs(
     return torch.cat([alone, every[:, torch.randperm(two, generator=generator)[: n_pairs - n_self]]], 1)
 
 
-def dense_pairs(left: Int[Tensor, "j"], right: Int[Tensor, "j"] | None = None) -> Int[Tensor, "2 p"]:
+def dense_pairs(left: Int[Tensor, " j"], right: Int[Tensor, " j"] | None = None) -> Int[Tensor, "2 p"]:
     """Every pair among the chosen neurons, each once: P = J (J + 1) / 2.
 
     With `right`, a second choice of J neurons, the pairs are semi-dense: neuron i of the first with neuron j of the
@@ -238,7 +238,7 @@ class Sums(NamedTuple):
     """
 
     products: Float[Tensor, "b p"]
-    weights: Float[Tensor, "p"]
+    weights: Float[Tensor, " p"]
 
 
 class Synchronisation(nn.Module):
@@ -299,10 +299,15 @@ class Synchronisation(nn.Module):
             (the synchronisation (B, P) in z's dtype, the sums over all ticks).
         """
         # --8<-- [start:synchronise]
-        r = at_least_float32(self.decay)
-        r = r + (r.clamp(0, self.MOST) - r).detach()
         left, right = at_least_float32(z)[:, self.pairs].unbind(1)  # (B, P) each
-        products = state.products * torch.exp(-r) + left * right
-        weights = state.weights * torch.exp(-r) + 1
+        kept = self.kept()  # (P,), e^-r
+        products = state.products * kept + left * right
+        weights = state.weights * kept + 1
+        found = products / weights.sqrt()
         # --8<-- [end:synchronise]
-        return (products / weights.sqrt()).to(z.dtype), Sums(products, weights)
+        return found.to(z.dtype), Sums(products, weights)
+
+    def kept(self) -> Float[Tensor, " p"]:
+        """(P,), e^-r: the share of a sum that is left one tick later."""
+        r = at_least_float32(self.decay)
+        return torch.exp(-(r + (r.clamp(0, self.MOST) - r).detach()))

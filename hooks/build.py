@@ -20,7 +20,7 @@ from drawing.pages import draw_pages, normal
 from ledger.agreement import faults
 from ledger.claims import OPEN, load, published
 from mkdocs.exceptions import PluginError
-from pages import downloads, feed, figures, fonts, links, llms, search, social, styles
+from pages import downloads, faces, feed, figures, fonts, links, llms, search, social, styles
 from pages.page import finish, prepare, publish
 
 log = logging.getLogger("mkdocs.hooks.nondual")
@@ -115,7 +115,8 @@ def on_nav(nav, config, files):
 
 
 def on_post_build(config):
-    """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts, join the styles."""
+    """Write claims.json, the search index, llms.txt and what other programs ask for; cut the fonts, name those of each
+    page's first screen in its head, join the styles."""
     site, root = Path(config.site_dir), root_of(config)
     (site / "claims.json").write_text(published(root), encoding="utf-8")
     for path, text in {**_taken, **_apart}.items():
@@ -126,6 +127,7 @@ def on_post_build(config):
             log.info(f"{name} was written anew: commit it")
     if not _serving:
         fonts.cut(site, None if ANEW else root / ".cache" / "fonts")
+        faces.ask_early(site)
         styles.join(site)
     rows = [search.Row(one.id, one.gist, one.verdict or OPEN, one.finding or "") for one in load(root)]
     search.complete(site / "search" / "search_index.json", rows)

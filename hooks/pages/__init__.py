@@ -4,6 +4,7 @@ page.py        all of it, in order: before the conversion and after it
 blocks.py      boxes, folds, and the heading of a block of code
 downloads.py   a page as a program and a notebook, and a figure as a file
 engines.py     the tables of engines in the reference, from the library itself
+faces.py       the faces of a page's first screen, asked for before it is laid out
 feed.py        the changelog as an Atom feed, and robots.txt
 figures.py     figures in fewer characters, and the data of large ones in files
 fonts.py       the fonts of a built site, cut to the characters in use

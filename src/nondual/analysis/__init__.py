@@ -4,6 +4,8 @@
     interventions      record what heads give out; put something else in its place
     heads              maps and their profiles; what a head adds
     circuits           what a head reads and writes, from its parameters
+    few_shot           prompts of examples, with right or wrong answers, and what a model answers
+    task_vectors       the vector that examples leave at one layer, put into a prompt without examples
     critical_path      the longest chain of operations that wait for one another
     modality_gap       how far apart images and texts lie in one space, and whether a plane tells them apart
     rollout            how much of each input is in each output, by the weights of all layers
@@ -37,6 +39,18 @@ from nondual.analysis.attention_distance import attention_distance, patch_distan
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
 from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
 from nondual.analysis.critical_path import is_arithmetic, longest_chain, products
+from nondual.analysis.few_shot import (
+    Answers,
+    Example,
+    Prompts,
+    ask,
+    drawn_answers,
+    examples,
+    first_tokens,
+    prompts,
+    right_answers,
+    shuffled_answers,
+)
 from nondual.analysis.heads import head_contributions, overlap, profile, weights_of
 from nondual.analysis.interventions import (
     HeadRecord,
@@ -48,18 +62,26 @@ from nondual.analysis.interventions import (
 )
 from nondual.analysis.modality_gap import ModalityGap, close_gap, modality_gap, probe_modality
 from nondual.analysis.rollout import attention_rollout
+from nondual.analysis.task_vectors import scores_with, states_at
 
 __all__ = [
+    "Answers",
     "AttentionLayer",
+    "Example",
     "HeadRecord",
     "ModalityGap",
+    "Prompts",
     "all_heads",
+    "ask",
     "attention_distance",
     "attention_layer",
     "attention_layers",
     "attention_rollout",
     "close_gap",
     "composition_score",
+    "drawn_answers",
+    "examples",
+    "first_tokens",
     "head_contributions",
     "is_arithmetic",
     "longest_chain",
@@ -72,9 +94,14 @@ __all__ = [
     "probe_modality",
     "products",
     "profile",
+    "prompts",
     "qk_circuit",
     "record_heads",
     "replace_heads",
     "resample_values",
+    "right_answers",
+    "scores_with",
+    "shuffled_answers",
+    "states_at",
     "weights_of",
 ]

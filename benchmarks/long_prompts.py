@@ -1,0 +1,340 @@
+"""Long prompts: does an instruction lose its hold, is generating to blame, and do summary, repetition and form help.
+
+The model is SmolLM2-135M-Instruct in our own classes. Four parts:
+
+    instruction   "Answer every question with the single word ...", then filler, then a question: the attention of the
+                  last position on the instruction, and how likely the word is. The filler is a play, one sentence
+                  again and again, or words in random order. As a control the same filler stands before the instruction.
+    generating    the same prompts read at once, as in training, and token by token with a cache
+    repetition    the instruction once, twice or four times, or once with other sentences that make up the length
+    form          six persons with their cities, as a list, as six sentences, or each within a paragraph of talk; and
+                  list and sentences with the talk after them, or before, which makes all as long
+
+Intervals are bootstraps over rows (eight words, or persons' sets); differences are taken within a row.
+
+    nox -s bench -- long_prompts
+
+Some ten minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on a few short rows
+and keeps nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.in_context_real import interval
+from benchmarks.record import keep, write
+from nondual.analysis.attention_layers import attention_layers
+from nondual.data import RELATIONS, WORD_PAIRS, shakespeare
+from nondual.store import cache_folder
+
+WORDS = ("apple", "river", "seven", "purple", "music", "table", "winter", "tiger", "garden", "silver", "bread", "moon")
+INSTRUCTION = 'Answer every question with the single word "{}".'
+NEUTRAL = ("The weather was mild on most days.", "A train left at nine.", "The shop sells paper and pens.")
+QUESTION = "What is your answer?"
+SYSTEM, END = "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+DISTANCES = (0, 32, 128, 512, 1024)
+FILLERS = ("play", "one sentence", "random words")
+SIZES = {"words": len(WORDS), "cached": 4, "sets": 48, "distances": DISTANCES, "after": 512}
+TINY = {"words": 2, "cached": 2, "sets": 2, "distances": (0, 32), "after": 32}
+
+
+class Bench:
+    """The model with its tokenizer, and how many rows each part has."""
+
+    def __init__(self, model: Any, tokenizer: Any, sizes: dict[str, Any]):
+        self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def filler(self, kind: str, count: int, row: int) -> list[int]:
+        """So many tokens, other ones for each row."""
+        if kind == "play":
+            whole = next(iter(shakespeare().values()))
+            return self.ids(whole[2000 + 6000 * row : 8000 + 6000 * row])[:count]
+        if kind == "one sentence":
+            sentence = self.ids(RELATIONS[row].text + " ")
+            return (sentence * (count // len(sentence) + 1))[:count]
+        words = sorted({word for sentence in RELATIONS for word in sentence.words})
+        order = torch.randint(len(words), (count,), generator=torch.Generator().manual_seed(row)).tolist()
+        return self.ids(" ".join(words[i] for i in order))[:count]
+
+    def last(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """The log-probabilities (B, V) after each row, some rows at a time."""
+        found = []
+        step = max(1, 2048 // max(len(row) for row in rows))
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True)
+            hidden = self.model.hidden(self.model.embeddings(ids))
+            ends = torch.tensor([len(row) - 1 for row in some])
+            found.append(self.model.scores(hidden[torch.arange(len(some)), ends]).log_softmax(-1))
+        return torch.cat(found)
+
+
+@contextlib.contextmanager
+def last_weights(model: Any) -> Iterator[list[Tensor]]:
+    """A list that a forward pass fills with the attention from the last position, (B, H, N) for each layer."""
+    mixers: list[Any] = [layer.module for layer in attention_layers(model)]
+    found: list[Tensor] = []
+    ops = [mixer.op for mixer in mixers]
+
+    def keeping(op: Callable) -> Callable:
+        def run(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
+            keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            found.append((q[:, :, -1:] @ keys.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0])
+            return op(q, k, v, **more)
+
+        return run
+
+    try:
+        for mixer in mixers:
+            mixer.op = keeping(mixer.op)
+        yield found
+    finally:
+        for mixer, op in zip(mixers, ops):
+            mixer.op = op
+
+
+# --- an instruction and its distance ---------------------------------------------------------------------------------
+
+
+def prompt(bench: Bench, word: str, filler: Sequence[int], place: str) -> tuple[list[int], slice]:
+    """A prompt with the instruction before or after the filler, and where in it the instruction stands."""
+    told = bench.ids(INSTRUCTION.format(word))
+    user, question = bench.ids("<|im_start|>user\n"), bench.ids(f"\n\n{QUESTION}<|im_end|>\n{END}")
+    if place == "before":
+        lead, between = bench.ids("<|im_start|>system\n"), bench.ids("<|im_end|>\n")
+        return [*lead, *told, *between, *user, *filler, *question], slice(len(lead), len(lead) + len(told))
+    lead = [*user, *filler, *bench.ids("\n\n")]  # the user's turn goes on: filler, instruction, question
+    return [*lead, *told, *question], slice(len(lead), len(lead) + len(told))
+
+
+def instruction(bench: Bench, kind: str) -> dict[str, Any]:
+    """Mass on the instruction and obedience, by distance, with the instruction before the filler and after it."""
+    words = WORDS[: bench.sizes["words"]]
+    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
+    small = torch.tensor([bench.ids(word)[0] for word in words])
+    found: dict[str, Any] = {"distances": list(bench.sizes["distances"])}
+    for place in ("before", "after"):
+        rows: dict[str, list[Any]] = {name: [] for name in ("mass", "share", "obeys", "nats", "length")}
+        each: dict[str, list[Tensor]] = {"mass": [], "share": [], "obeys": [], "nats": []}
+        for distance in bench.sizes["distances"]:
+            mass, even, scores, length = [], [], [], 0
+            for number, word in enumerate(words):
+                ids, where = prompt(bench, word, bench.filler(kind, distance, number), place)
+                with last_weights(bench.model) as weights:
+                    scores.append(bench.last([ids]))
+                whole = torch.stack(weights)[:, 0]  # (layers, H, N)
+                mass.append(whole[..., where].sum(-1).mean())
+                even.append((where.stop - where.start) / len(ids))
+                length += len(ids)
+            logs = torch.cat(scores)
+            picked = torch.stack([logs[torch.arange(len(words)), of] for of in (right, small)]).logsumexp(0)
+            top = logs.argmax(-1)
+            each["mass"].append(torch.stack(mass))
+            each["share"].append(torch.stack(mass) / torch.tensor(even))
+            each["obeys"].append(((top == right) | (top == small)).float())
+            each["nats"].append(-picked)
+            rows["length"].append(length / len(words))
+        for name, of in each.items():
+            rows[name] = [interval(x) for x in of]
+        found[place] = rows
+        for name in ("mass", "obeys", "nats"):
+            found[place][f"{name}, last less first"] = interval(each[name][-1] - each[name][0])
+        found[place]["each nats"] = [[round(float(x), 3) for x in of] for of in each["nats"]]
+    return found
+
+
+# --- read at once, and token by token --------------------------------------------------------------------------------
+
+
+def generating(bench: Bench, part: str) -> dict[str, Any]:
+    """The same prompts read at once and token by token: how far scores differ, and the decline in both."""
+    words = WORDS[: bench.sizes["cached"]]
+    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
+    rows = []
+    for distance in bench.sizes["distances"][:4:3] if len(bench.sizes["distances"]) > 3 else bench.sizes["distances"]:
+        each = [prompt(bench, word, bench.filler("play", distance, i), "before")[0] for i, word in enumerate(words)]
+        at_once = bench.last(each)
+        step_by_step = torch.cat([by_steps(bench.model, torch.tensor([ids])) for ids in each])
+        rows.append(
+            {
+                "distance": distance,
+                "tokens": sum(map(len, each)),
+                "greatest difference": float((at_once - step_by_step).abs().max()),
+                "same choice": bool(torch.equal(at_once.argmax(-1), step_by_step.argmax(-1))),
+                "nats at once": [round(float(-logs[of]), 5) for logs, of in zip(at_once, right)],
+                "nats by steps": [round(float(-logs[of]), 5) for logs, of in zip(step_by_step, right)],
+            }
+        )
+    return {"rows": rows}
+
+
+def by_steps(model: Any, ids: Tensor) -> Tensor:
+    """The log-probabilities (B, V) after ids (B, N), each token read alone, with a cache."""
+    cache, scores = model.new_cache(len(ids), ids.shape[1]), torch.empty(0)
+    for i in range(ids.shape[1]):
+        scores = model(ids[:, i : i + 1], cache=cache)
+    return scores[:, -1].log_softmax(-1)
+
+
+# --- said more than once ---------------------------------------------------------------------------------------------
+
+
+def repetition(bench: Bench, part: str) -> dict[str, Any]:
+    """The instruction once, twice and four times before filler, and once among sentences that say nothing of it."""
+    words, after = WORDS[: bench.sizes["words"]], bench.sizes["after"]
+    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
+    small = torch.tensor([bench.ids(word)[0] for word in words])
+    nats: dict[str, Tensor] = {}
+    found: dict[str, Any] = {"after": after}
+    for arm in ("once", "twice", "four times", "once among others"):
+        rows = []
+        for number, word in enumerate(words):
+            told = INSTRUCTION.format(word)
+            count = {"twice": 2, "four times": 4}.get(arm, 1)
+            text = " ".join([told] * count if "others" not in arm else [told, *NEUTRAL])
+            user = bench.ids("<|im_start|>user\n") + bench.filler("play", after, number)
+            rows.append(bench.ids(SYSTEM.format(text)) + user + bench.ids(f"\n\n{QUESTION}<|im_end|>\n{END}"))
+        logs = bench.last(rows)
+        picked = torch.stack([logs[torch.arange(len(words)), of] for of in (right, small)]).logsumexp(0)
+        top = logs.argmax(-1)
+        nats[arm] = -picked
+        found[arm] = {"obeys": interval(((top == right) | (top == small)).float()), "nats": interval(-picked)}
+    for arm, other in (("once", "twice"), ("once", "four times"), ("once among others", "four times")):
+        found[f"{arm} less {other}"] = interval(nats[arm] - nats[other])
+    return found
+
+
+# --- form and length -------------------------------------------------------------------------------------------------
+
+NAMES = "Anna Ben Clara David Emma Frank Grace Henry Irene Jack Kate Leo Maria Nina Oscar Paul".split()
+TALK = (
+    "Most mornings {name} is up before the alarm rings. {fact}The kitchen is small, but there is always coffee, and on "
+    "Sundays a neighbour comes by with fresh rolls and the news of the street.",
+    "Nobody in the choir laughs as loudly as {name}. {fact}After the rehearsal they walk to the bus together and talk "
+    "about everything that went wrong, and about the concert in spring.",
+    "It took {name} a long time to learn to drive. {fact}The first car broke down after a week, the second was stolen, "
+    "and since then a bicycle has had to do, in rain and in snow.",
+    "When {name} was a child, the summers seemed endless. {fact}There is still a box of shells under the bed, and a "
+    "photograph of a boat whose name has faded.",
+    "Everybody asks {name} for advice about plants. {fact}Too much water is what kills them, is the usual answer, and "
+    "then a place at the window, but not in the sun.",
+    "For years {name} has been writing a novel. {fact}The first chapter has been thrown away nine times, and friends "
+    "have stopped asking how it ends.",
+)
+CITIES = tuple(city for _, city in WORD_PAIRS["capital"] if " " not in city)
+FORMS = ("list", "sentences", "talk", "list, then talk", "sentences, then talk", "talk, then sentences")
+
+
+def form(bench: Bench, part: str) -> dict[str, Any]:
+    """In which city a person lives, asked of six forms of the same facts."""
+    draw = torch.Generator().manual_seed(11)
+    rows: dict[str, list[list[int]]] = {name: [] for name in FORMS}
+    right, among = [], []
+    for _ in range(bench.sizes["sets"]):
+        names = [NAMES[i] for i in torch.randperm(len(NAMES), generator=draw)[:6].tolist()]
+        cities = [CITIES[i] for i in torch.randperm(len(CITIES), generator=draw)[:6].tolist()]
+        talk = [TALK[i] for i in torch.randperm(6, generator=draw).tolist()]
+        asked = int(torch.randint(6, (), generator=draw))
+        facts = [f"{name} lives in {city}." for name, city in zip(names, cities)]
+        told = "\n".join(of.format(name=name, fact=fact + " ") for of, name, fact in zip(talk, names, facts))
+        empty = "\n".join(of.format(name=name, fact="") for of, name in zip(talk, names))
+        listed = "\n".join(f"- {name}: {city}" for name, city in zip(names, cities))
+        sentences = " ".join(facts)
+        texts = {
+            "list": listed,
+            "sentences": sentences,
+            "talk": told,
+            "list, then talk": f"{listed}\n\n{empty}",
+            "sentences, then talk": f"{sentences}\n\n{empty}",
+            "talk, then sentences": f"{empty}\n\n{sentences}",
+        }
+        question = f"\n\nQuestion: Which city is the home of {names[asked]}?\nAnswer:"
+        for name, text in texts.items():
+            rows[name].append(bench.ids("<|im_start|>" + text + question))
+        among.append([bench.ids(f" {city}")[0] for city in cities])
+        right.append(among[-1][asked])
+    goal, six = torch.tensor(right), torch.tensor(among)
+    nats: dict[str, Tensor] = {}
+    hits: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
+    for name, of in rows.items():
+        logs = bench.last(of)
+        nats[name] = -logs[torch.arange(len(goal)), goal]
+        hits[name] = (six.gather(1, logs.gather(1, six).argmax(-1, keepdim=True))[:, 0] == goal).float()
+        found[name] = {
+            "tokens": round(sum(map(len, of)) / len(of), 1),
+            "among six": interval(hits[name]),
+            "greedy": interval((logs.argmax(-1) == goal).float()),
+            "nats": interval(nats[name]),
+        }
+    for one, other in (
+        ("sentences", "talk"),
+        ("sentences, then talk", "talk"),
+        ("talk, then sentences", "talk"),
+        ("sentences", "sentences, then talk"),
+        ("list", "sentences"),
+        ("list", "list, then talk"),
+        ("list, then talk", "sentences, then talk"),
+        ("list", "talk"),
+        ("list, then talk", "talk"),
+    ):
+        found[f"{one} less {other}"] = {
+            "among six": interval(hits[one] - hits[other]),
+            "nats": interval(nats[one] - nats[other]),
+        }
+    return found
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+
+STAGES: dict[str, tuple[Callable[..., Any], Sequence[str]]] = {
+    "form": (form, ("all",)),
+    "repetition": (repetition, ("all",)),
+    "instruction": (instruction, FILLERS),
+    "generating": (generating, ("all",)),
+}
+
+
+@torch.inference_mode()
+def measured(bench: Bench, tiny: bool) -> dict[str, Any]:
+    """All figures; each part from the cache folder, if this version of the file has made it before."""
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / "runs" / f"long_prompts-{version}"
+    figures: dict[str, Any] = {}
+    for name, (stage, parts) in STAGES.items():
+        figures[name] = {}
+        for part in parts:
+            if tiny:
+                figures[name][part] = stage(bench, part)
+                continue
+            file = folder / f"{name}_{part}.json"
+            if not file.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                keep(file, stage(bench, part))
+                print(name, part, flush=True)
+            figures[name][part] = json.loads(file.read_text())
+    return figures
+
+
+def main(options: list[str]) -> None:
+    from nondual.pretrained import our_smollm2
+
+    torch.set_num_threads(1)
+    tiny = "--tiny" in options
+    bench = Bench(*our_smollm2(), TINY if tiny else SIZES)
+    figures = measured(bench, tiny)
+    if tiny:
+        print("tiny", list(figures))
+        return
+    setup = {"words": WORDS, "instruction": INSTRUCTION, "sizes": SIZES}
+    write("long_prompts", "nox -s bench -- long_prompts", figures, threads=1, setup=setup)

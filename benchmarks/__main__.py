@@ -25,6 +25,7 @@ HELPERS += ("spellers_words", "spellers_looks", "spellers_gates", "whisper_speec
 HELPERS += ("sparse_stream", "vit_run")
 HELPERS += ("clip_data", "clip_run", "clip_judge", "clip_ship")
 HELPERS += ("captions",)
+HELPERS += ("ttt_run",)
 HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
 HELPERS += ("ctm_run",)

@@ -23,13 +23,14 @@ A run is kept as it ends, in `runs/ttt` of the cache folder or in --runs=FOLDER:
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.heads_trained import difference
-from benchmarks.record import write
+from benchmarks.record import alternate, ratio, write
 from benchmarks.ttt_run import (
     AFTER_BINS,
     ALPHABET,
@@ -42,6 +43,7 @@ from benchmarks.ttt_run import (
     LONG,
     MIXERS,
     TIMES,
+    WIDTH,
     Run,
     carry_out,
     model_of,
@@ -122,6 +124,15 @@ def compared(arms: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def times() -> dict[str, Any]:
+    """How many times as long each mixer takes as linear attention, forward and backward."""
+    x = torch.randn(BATCH, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(0))
+    mixers = {model: make() for model, (make, _) in MIXERS.items()}
+    runs = {name: partial(lambda mixer: mixer(x).sum().backward(), mixer) for name, mixer in mixers.items()}
+    seconds = alternate(runs, 9)
+    return {name: ratio(each, seconds["linear attention"]) for name, each in seconds.items()}
+
+
 def main(options: list[str]) -> None:
     tiny = "--tiny" in options
     folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
@@ -133,7 +144,7 @@ def main(options: list[str]) -> None:
     assert max(sizes) <= 1.01 * min(sizes), sizes
     steps, rates, seeds, windows = (2, RATES[:1], SEEDS[:1], 2) if tiny else (STEPS, RATES, SEEDS, 24)
     arms = {model: arm(model, rates, seeds, steps, folder, windows) for model in MIXERS}
-    figures = {"arms": arms, **compared(arms)}
+    figures = {"arms": arms, **compared(arms)} | ({} if tiny else {"time_over_linear_attention": times()})
     for model, found in arms.items():
         print(model, found["sweep"], [run["by_place"] for run in found["runs"]])
     for what in ("frozen less written", "less linear attention, after a change", "last bin less the one before"):

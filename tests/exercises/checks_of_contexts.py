@@ -51,3 +51,26 @@ def check_matrices(matrices: Callable[..., Any]) -> None:
 def change(tokens: Tensor, asked: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor) -> Tensor:
     """W_o Σ v_i (k_i · q): what linear attention adds to one token."""
     return w_o @ ((tokens @ w_v.T).T @ (tokens @ w_k.T @ (w_q @ asked)))
+
+
+# --- examples in the prompt ----------------------------------------------------------------------------------------
+
+
+def check_put(put: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for b, n, e in ((3, 5, 2), (1, 1, 4), (4, 4, 3)):
+        x, vectors, at = torch.randn(b, n, e), torch.randn(b, e), torch.randint(n, (b,))
+        before = x.clone()
+        found = tensor("the result", put(x, at, vectors), (b, n, e))
+        if not torch.equal(x, before):
+            raise NotYetError("x itself has changed: copy it first")
+        right = torch.stack([torch.cat([r[:i], v[None], r[i + 1 :]]) for r, i, v in zip(x, at.tolist(), vectors)])
+        if torch.equal(found, right):
+            continue
+        elsewhere = torch.ones(b, n, dtype=torch.bool)
+        elsewhere[torch.arange(b), at] = False
+        if not torch.equal(found[elsewhere], x[elsewhere]):
+            raise NotYetError("other positions change too: each row has one position of its own")
+        if torch.equal(found, x):
+            raise NotYetError("nothing has changed")
+        raise NotYetError("row i should have vectors[i] at its position, and has another vector there")

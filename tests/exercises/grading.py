@@ -33,6 +33,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "evolution": {"effective_keys": sequences.check_effective_keys},
     "linear_attention": {"overwrite": sequences.check_overwrite},
     "in_context_learning": {"matrices": contexts.check_matrices},
+    "in_context_real": {"put": contexts.check_put},
     "sparse_attention": {"two_layers": sequences.check_two_layers},
     "clip": {"symmetric_loss": images.check_symmetric_loss, "class_weights": images.check_class_weights},
     "flamingo": {"may_attend": images.check_may_attend},

@@ -160,6 +160,18 @@ def labelling(ignored=-100, words=None):
     return labels_of
 
 
+def putting(where, copy=True):
+    """Vectors written where an index says, which is made of the arguments."""
+
+    def put(x, at, vectors):
+        x = x.clone() if copy else x
+        index = where(x, at, vectors)
+        x[index] = vectors[:, None].expand(-1, len(at), -1) if isinstance(index[0], slice) else vectors
+        return x
+
+    return put
+
+
 def descending(start=1, rate=1.0, sign=-1, wide=False, y_in_scores=False, divided=1.0):
     """The four matrices of one step of descent, or with a mistake in them."""
 
@@ -224,12 +236,27 @@ RIGHT = [
     ("evolution", "effective_keys", lambda a: torch.special.entr(a).sum(-1).exp()),
     ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
     ("in_context_learning", "matrices", descending()),
+    ("in_context_real", "put", putting(lambda x, at, v: (torch.arange(len(x)), at))),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)) / (k @ k)),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + b * k[:, None] * (v - k @ s) / k.norm() ** 2),
     ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n)).mask(n)),
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("in_context_real", "put", putting(lambda x, at, v: (slice(None), at)), "other positions change too"),
+    (
+        "in_context_real",
+        "put",
+        putting(lambda x, at, v: (torch.arange(len(x)), at), copy=False),
+        "x itself has changed",
+    ),
+    ("in_context_real", "put", lambda x, at, v: x.clone(), "nothing has changed"),
+    (
+        "in_context_real",
+        "put",
+        lambda x, at, v: putting(lambda x, at, v: (torch.arange(len(x)), at))(x, at, v.roll(1, 0)),
+        "another vector there",
+    ),
     ("vit", "cut", lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p), "only gives the numbers another shape"),
     ("vit", "cut", cutting(0, 4, 2, 1, 3, 5), "the patches come column by column"),
     ("vit", "cut", cutting(0, 2, 4, 3, 5, 1), "within a patch the channels come last"),

@@ -208,7 +208,7 @@ class MultiHeadAttention(nn.Module):
         _check_width("x", x, self.q_proj.in_features)
         if memory is not None:
             if isinstance(memory, ProjectedMemory):
-                self._check_projected(memory, len(x))
+                self._check_projected(memory, x.shape[0])
             else:
                 _check_width("memory", memory, self.k_proj.in_features)
             if cache is not None:

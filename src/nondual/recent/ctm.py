@@ -186,7 +186,7 @@ class ContinuousThoughtMachine(nn.Module):
         check_tensors({name: features})
         if features.ndim != 3 or features.shape[-1] != self.d_features:
             raise ValueError(f"{name} must be (B, N, {self.d_features}), got {tuple(features.shape)}")
-        batch = len(features)
+        batch = features.shape[0]
         neurons = self.first_neurons.expand(batch, -1)
         _, output = self.output(neurons, self.output.new_state(batch))  # z^1 counts in both synchronisations
         return ThoughtState(

@@ -17,6 +17,7 @@ from typing import Any
 import checks_of_contexts as contexts
 import checks_of_images as images
 import checks_of_sequences as sequences
+import checks_of_ticks as ticks
 import torch
 from checking import NotYetError
 
@@ -34,6 +35,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "linear_attention": {"overwrite": sequences.check_overwrite},
     "in_context_learning": {"matrices": contexts.check_matrices},
     "in_context_real": {"put": contexts.check_put},
+    "ctm": {"one_tick": ticks.check_one_tick, "when_to_stop": ticks.check_when_to_stop},
     "sparse_attention": {"two_layers": sequences.check_two_layers},
     "clip": {"symmetric_loss": images.check_symmetric_loss, "class_weights": images.check_class_weights},
     "flamingo": {"may_attend": images.check_may_attend},

@@ -209,7 +209,33 @@ def looking(away, total=torch.mean, weigh=True):
     return distance
 
 
+def ticking(old=True, new=False, weights=True, divide=lambda a, b: a / b.sqrt()):
+    """One tick of a synchronisation, or with a mistake in it."""
+
+    def tick(alpha, beta, left, right, r):
+        kept = torch.exp(-r)
+        alpha = alpha * (kept if old else 1) + left * right * (kept if new else 1)
+        beta = beta * (kept if weights else 1) + 1
+        return divide(alpha, beta), alpha, beta
+
+    return tick
+
+
+def halting(unsure=True, first=1, enough=torch.ge):
+    """The first tick that is sure enough, or with a mistake in it."""
+
+    def halt(certainties, threshold):
+        found = enough(certainties, threshold)
+        ticks = found.int().argmax(1) + first
+        return torch.where(found.any(1), ticks, certainties.shape[1] - 1 + first) if unsure else ticks
+
+    return halt
+
+
 RIGHT = [
+    ("ctm", "one_tick", ticking()),
+    ("ctm", "when_to_stop", halting()),
+    ("ctm", "when_to_stop", lambda c, t: ((c >= t).cumsum(1) == 0).sum(1).clamp(max=c.shape[1] - 1) + 1),
     ("vit", "cut", cutting(0, 2, 4, 1, 3, 5)),
     ("vit", "cut", lambda x, p: torch.nn.functional.unfold(x, p, stride=p).mT),
     ("vit", "mean_distance", looking(lambda down, across, p, i: p * torch.hypot(down, across))),
@@ -243,6 +269,16 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("ctm", "one_tick", ticking(old=False), "nothing decays"),
+    ("ctm", "one_tick", ticking(new=True), "the new product has decayed too"),
+    ("ctm", "one_tick", ticking(weights=False), "beta counts ticks"),
+    ("ctm", "one_tick", ticking(divide=lambda a, b: a / b), "S is divided by beta: divide by its root"),
+    ("ctm", "one_tick", ticking(divide=lambda a, b: a), "S is alpha itself"),
+    ("ctm", "one_tick", lambda a, b, left, right, r: a, "it should return S, alpha and beta, and returns Tensor"),
+    ("ctm", "when_to_stop", halting(first=0), "ticks are counted from 0"),
+    ("ctm", "when_to_stop", halting(unsure=False), "one that is never sure takes 1, and should take 4"),
+    ("ctm", "when_to_stop", halting(enough=torch.gt), "reaches the threshold exactly takes 4, and should take 3"),
+    ("ctm", "when_to_stop", lambda c, t: c.argmax(1) + 1, "sure at tick 2, and then less takes 4, and should take 2"),
     ("in_context_real", "put", putting(lambda x, at, v: (slice(None), at)), "other positions change too"),
     (
         "in_context_real",

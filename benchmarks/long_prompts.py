@@ -14,11 +14,12 @@ Intervals are bootstraps over rows (eight words, or persons' sets); differences 
 
     nox -s bench -- long_prompts
 
-Some ten minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on a few short rows
+Some four minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on a few short rows
 and keeps nothing.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -34,15 +35,21 @@ from nondual.analysis.attention_layers import attention_layers
 from nondual.data import RELATIONS, WORD_PAIRS, shakespeare
 from nondual.store import cache_folder
 
-WORDS = ("apple", "river", "seven", "purple", "music", "table", "winter", "tiger", "garden", "silver", "bread", "moon")
+WORDS = ("apple", "river", "purple", "music", "table", "winter", "garden", "silver")
 INSTRUCTION = 'Answer every question with the single word "{}".'
 NEUTRAL = ("The weather was mild on most days.", "A train left at nine.", "The shop sells paper and pens.")
 QUESTION = "What is your answer?"
 SYSTEM, END = "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>assistant\n"
-DISTANCES = (0, 32, 128, 512, 1024)
+DISTANCES = (0, 32, 128, 512)
 FILLERS = ("play", "one sentence", "random words")
-SIZES = {"words": len(WORDS), "cached": 4, "sets": 48, "distances": DISTANCES, "after": 512}
-TINY = {"words": 2, "cached": 2, "sets": 2, "distances": (0, 32), "after": 32}
+SIZES = {"words": len(WORDS), "cached": 2, "sets": 20, "distances": DISTANCES, "cached at": (0, 128), "after": 256}
+TINY = {"words": 2, "cached": 2, "sets": 2, "distances": (0, 32), "cached at": (0, 16), "after": 32}
+
+
+@functools.cache
+def play() -> str:
+    """The first of the plays."""
+    return next(iter(shakespeare().values()))
 
 
 class Bench:
@@ -57,8 +64,8 @@ class Bench:
     def filler(self, kind: str, count: int, row: int) -> list[int]:
         """So many tokens, other ones for each row."""
         if kind == "play":
-            whole = next(iter(shakespeare().values()))
-            return self.ids(whole[2000 + 6000 * row : 8000 + 6000 * row])[:count]
+            start = 2000 + 6000 * row
+            return self.ids(play()[start : start + 6 * count])[:count]
         if kind == "one sentence":
             sentence = self.ids(RELATIONS[row].text + " ")
             return (sentence * (count // len(sentence) + 1))[:count]
@@ -161,7 +168,7 @@ def generating(bench: Bench, part: str) -> dict[str, Any]:
     words = WORDS[: bench.sizes["cached"]]
     right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
     rows = []
-    for distance in bench.sizes["distances"][:4:3] if len(bench.sizes["distances"]) > 3 else bench.sizes["distances"]:
+    for distance in bench.sizes["cached at"]:
         each = [prompt(bench, word, bench.filler("play", distance, i), "before")[0] for i, word in enumerate(words)]
         at_once = bench.last(each)
         step_by_step = torch.cat([by_steps(bench.model, torch.tensor([ids])) for ids in each])

@@ -1,4 +1,4 @@
-"""The benchmarks gpt_family and decode_smollm2: that they run, that every k predicts the same tokens, what is counted."""
+"""The benchmarks gpt_family and decode_smollm2: they run, every k predicts the same tokens, what counts as what."""
 
 import sys
 from pathlib import Path

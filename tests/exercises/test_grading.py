@@ -209,6 +209,23 @@ def looking(away, total=torch.mean, weigh=True):
     return distance
 
 
+def decoding(first=False, itself=True, divide=True, keep=True, weigh=lambda s: s.softmax(0)):
+    """One step with a cache, or with a mistake in it."""
+
+    def step(q, k, v, keys, values):
+        joined = [torch.cat([x[None], old] if first else [old, x[None]]) for x, old in ((k, keys), (v, values))]
+        scores = (joined[0] if itself or not len(keys) else keys) @ q / (math.sqrt(len(q)) if divide else 1)
+        out = weigh(scores) @ (joined[1] if itself or not len(keys) else values)
+        return (out, *joined) if keep else (out, keys, values)
+
+    return step
+
+
+def prefixed(allowed):
+    """A mask of n tokens, `allowed` made of queries, keys and the prefix."""
+    return lambda n, prefix: allowed(torch.arange(n)[:, None], torch.arange(n)[None], prefix)
+
+
 def ticking(old=True, new=False, weights=True, divide=lambda a, b: a / b.sqrt()):
     """One tick of a synchronisation, or with a mistake in it."""
 
@@ -233,6 +250,9 @@ def halting(unsure=True, first=1, enough=torch.ge):
 
 
 RIGHT = [
+    ("gpt_family", "step", decoding()),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j <= i) | (j < p))),
+    ("gpt_family", "prefix_mask", masks.prefix),
     ("ctm", "one_tick", ticking()),
     ("ctm", "when_to_stop", halting()),
     ("ctm", "when_to_stop", lambda c, t: ((c >= t).cumsum(1) == 0).sum(1).clamp(max=c.shape[1] - 1) + 1),
@@ -269,6 +289,18 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("gpt_family", "step", decoding(keep=False), "the new key and value are not kept"),
+    ("gpt_family", "step", decoding(first=True), "the new key comes first"),
+    ("gpt_family", "step", decoding(itself=False), "the token does not see itself"),
+    ("gpt_family", "step", decoding(divide=False), "not divided by the root of D"),
+    ("gpt_family", "step", decoding(weigh=lambda s: s), "take their softmax"),
+    ("gpt_family", "step", lambda q, *_: q, "three things should come back"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: j <= i), "it is only causal"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j > i) & (j >= p)), "the wrong way round"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j < i) | (j < p)), "no token sees itself"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j <= i) | (j <= p)), "one token too long"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j <= i) | (i < p)), "see what comes after it"),
+    ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j <= i).int()), "the mask should be of bool"),
     ("ctm", "one_tick", ticking(old=False), "nothing decays"),
     ("ctm", "one_tick", ticking(new=True), "the new product has decayed too"),
     ("ctm", "one_tick", ticking(weights=False), "beta counts ticks"),

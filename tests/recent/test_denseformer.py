@@ -1,0 +1,162 @@
+"""DenseFormer: by hand, the start, the number of weights, a judge that keeps every output, what it refuses; A8.4."""
+
+import pytest
+import torch
+from torch import nn
+
+from nondual.analysis.critical_path import longest_chain
+from nondual.connections import LayerCall
+from nondual.language_models.gpt import GPT
+from nondual.recent.attention_residuals import AttentionResiduals, keys_of
+from nondual.recent.denseformer import DenseFormer, n_weights, weighted_sum
+
+B, N, V, E, L = 2, 5, 11, 12, 7
+
+
+class Add(nn.Module):
+    """A layer that adds a number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x + self.number
+
+
+def calls(*numbers):
+    return [LayerCall(Add(number), {}) for number in numbers]
+
+
+def moved(connection, seed=3):
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for x in connection.parameters():
+            x += torch.randn(x.shape, generator=draw).to(x)
+    return connection
+
+
+def gpt(connection):
+    torch.manual_seed(0)
+    model = GPT(V, E, L, 3, max_len=N)
+    model.connection = connection
+    with torch.no_grad():
+        model.embeddings.weight *= 40
+    return model.double()
+
+
+def ids(seed=1):
+    return torch.randint(V, (B, N), generator=torch.Generator().manual_seed(seed))
+
+
+def test_two_layers_by_hand():
+    dense, x = DenseFormer(2), torch.zeros(1, 1, 1)
+    with torch.no_grad():
+        dense.weights[0].copy_(torch.tensor([5.0, 2.0]))
+        dense.weights[1].copy_(torch.tensor([1.0, -1.0, 3.0]))
+    # X_0 = 10. X_1 = 10 + 1 = 11, Y_1 = 5 · 10 + 2 · 11 = 72. X_2 = 72 + 4 = 76, Y_2 = 10 - 11 + 3 · 76 = 227.
+    assert dense(x + 10, calls(1, 4)).item() == 227
+    assert dense.matrix().tolist() == [[5, 2, 0], [1, -1, 3]]
+
+
+@pytest.mark.parametrize("dilation, period", [(1, 1), (2, 1), (3, 2), (2, 3), (9, 1), (1, 8)])
+def test_it_starts_as_the_plain_stream_to_the_bit_and_has_as_many_weights_as_the_formula_says(dilation, period):
+    dense = DenseFormer(L, dilation=dilation, period=period)
+    plain, joined = GPT(V, E, L, 3, max_len=N), GPT(V, E, L, 3, max_len=N, connection=dense)
+    joined.load_state_dict(plain.state_dict() | {f"connection.{name}": x for name, x in dense.state_dict().items()})
+    assert torch.equal(joined(ids()), plain(ids()))
+    found = sum(x.numel() for x in dense.parameters())
+    assert found == n_weights(L, dilation, period) == sum(1 + i // dilation for i in range(1, L + 1) if i % period == 0)
+    if (dilation, period) == (1, 1):
+        assert found == L * (L + 3) / 2
+    assert (dense.matrix() != 0).sum() == len(dense.weights)  # a single 1 a row
+
+
+@pytest.mark.parametrize("dilation, period", [(1, 1), (3, 2)])
+def test_output_and_gradients_are_those_of_a_sum_over_all_that_was_kept(dilation, period):
+    dense = moved(DenseFormer(L, dilation=dilation, period=period))
+    model = gpt(dense)
+    rows = {(i + 1) * period: i for i in range(len(dense.weights))}
+    hidden = model.embeddings(ids()) + model.positions(N)
+    kept, matrix = [hidden], [x for x in dense.weights]
+    for i, layer in enumerate(model.layers, start=1):
+        kept.append(layer(hidden))
+        hidden = kept[-1]
+        if i in rows:
+            chosen = [j for j in range(i + 1) if (i - j) % dilation == 0]
+            hidden = sum(w * kept[j] for w, j in zip(matrix[rows[i]], chosen, strict=True))
+    right = model.scores(model.norm_f(hidden))
+    torch.testing.assert_close(model(ids()), right, atol=1e-12, rtol=1e-12)
+    pull = torch.randn(right.shape, dtype=torch.float64)
+    given = list(model.parameters())
+    for name, ours, theirs in zip(
+        dict(model.named_parameters()),
+        torch.autograd.grad(model(ids()), given, pull),
+        torch.autograd.grad(right, given, pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-10, msg=name)
+
+
+def test_a_weighted_sum_keeps_the_vectors_dtype():
+    vectors = [torch.randn(3, 5), torch.randn(3, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighted_sum(torch.tensor([2.0, -1.0], dtype=torch.float64), vectors)
+    torch.testing.assert_close(found, 2 * vectors[0] - vectors[1])
+
+
+@pytest.mark.parametrize("name", ["n_layers", "dilation", "period"])
+def test_what_it_refuses(name):
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        DenseFormer(**({"n_layers": 2} | {name: 0}))
+    with pytest.raises(ValueError, match="connection must be made for the model's 2 layers, got one for 3"):
+        DenseFormer(3)(torch.zeros(1, 1, 1), calls(1, 1))
+
+
+# --- claims --------------------------------------------------------------------------------------------------------
+
+
+def carried(connection, k, other):
+    """How far the last output moves when all that was given before layer k's output changes, and that output does not.
+
+    The layers up to k give what they gave, whatever they read; the embeddings and the outputs below k are exchanged.
+    """
+    model = gpt(connection)
+    given = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, y: given.append(y.detach()))
+    right = model.hidden(model.embeddings(ids()))
+    for layer in model.layers:
+        layer._forward_hooks.clear()
+    for i, layer in enumerate(list(model.layers)[:k]):
+        changed = given[i] + (other if i + 1 < k else 0)
+        layer.register_forward_hook(lambda _, __, y, changed=changed: changed)
+    return (model.hidden(model.embeddings(ids()) + other) - right).abs().max().item()
+
+
+@pytest.mark.claim("A8.4", "holds if")
+def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_one_another_as_before():
+    torch.manual_seed(5)
+    other = torch.randn(B, N, E, dtype=torch.float64)
+    plain = gpt(DenseFormer(L))  # at its start: the plain stream
+    dense, attention = moved(DenseFormer(L)), moved(AttentionResiduals(E, 2 * L))
+    # In the plain stream all that reaches a later layer goes through the one vector before it. In a DenseFormer not.
+    assert carried(plain.connection, 3, other) < 1e-9 < 1e-3 < carried(dense, 3, other)
+
+    # What waits for what: as many products of matrices one after another as without it.
+    chains = [longest_chain(gpt(connection).loss(ids())) for connection in (DenseFormer(L), dense, attention)]
+    chain = longest_chain(gpt_of_plain_stream().loss(ids()))
+    assert chains[0] == chains[1] >= chain and chains[2] >= chain
+
+    # A DenseFormer's weights are numbers: the same for every token. Attention over depth weighs anew at each position.
+    vectors = [torch.randn(B, N, E, dtype=torch.float64) for _ in range(3)]
+    keys = [keys_of(x) for x in vectors]
+    weights = attention.double().averages[1].weights(keys)
+    torch.testing.assert_close(weights.sum(0), torch.ones(B, N, dtype=torch.float64))
+    assert weights.flatten(1).std(1).min() > 0.01
+    assert all(x.ndim == 1 for x in dense.weights) and sum(x.numel() for x in dense.weights) == n_weights(L)
+
+
+def gpt_of_plain_stream():
+    torch.manual_seed(0)
+    return GPT(V, E, L, 3, max_len=N).double()

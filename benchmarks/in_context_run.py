@@ -55,7 +55,8 @@ FIRST = {"dims": (2, D), "lengths": (6, LENGTH), "rises": 0.3}
 TESTED = 1000
 PENALTY = D * NOISE**2
 """With which ridge is the mean of w given the examples: σ² over the variance of a weight, 1/D."""
-DESCENT = (1, 2, 3, 5, 10, 30)
+DESCENT = (1, 2, 3, 5, 10)
+"""After how many steps of gradient descent."""
 MAPPED = 6
 """After how many examples models are put on the map of three corners."""
 LAYER_D, LAYER_N, LAYER_NOISE, LAYER_BATCH, LAYER_QUESTIONS = 16, 64, 0.25, 64, 16
@@ -182,26 +183,27 @@ def predictors(given: Prompts, tasks: Tensor | None) -> dict[str, Tensor]:
     weights = {
         "ridge": ridge(given.x, given.y, PENALTY),
         "least squares": least_squares(given.x, given.y),
-        **{f"descent {k}": gradient_descent(given.x, given.y, steps=k, rate=best_rate(k)) for k in DESCENT},
+        **{f"descent {k}": gradient_descent(given.x, given.y, steps=k, rate=best_rates(k)) for k in DESCENT},
     }
     if tasks is not None:
         weights["stored tasks"] = stored_tasks(given.x, given.y, tasks, NOISE)
     return {name: predict(w, given.x) for name, w in weights.items()}
 
 
-RATES_OF_DESCENT = [0.05 * 1.2**i for i in range(18)]
+RATES_OF_DESCENT = [0.03 * 1.2**i for i in range(22)]
 
 
 @cache
-def best_rate(steps: int) -> float:
-    """The rate with which so many steps have the least error on prompts like those of the training."""
-    given = prompts(1000, LENGTH, D, noise=NOISE, generator=seeded(9))
+def best_rates(steps: int) -> Tensor:
+    """For each number of examples the rate with which so many steps have the least error on other prompts."""
+    given = prompts(2000, LONGEST, D, noise=NOISE, generator=seeded(9))
 
-    def error(rate: float) -> float:
+    def error(rate: float) -> Tensor:
         w = gradient_descent(given.x, given.y, steps=steps, rate=rate)
-        return (predict(w, given.x) - given.target).square().mean().item()
+        return (predict(w, given.x) - given.target).square().mean(0)
 
-    return min(RATES_OF_DESCENT, key=error)
+    best = torch.stack([error(rate) for rate in RATES_OF_DESCENT]).nan_to_num(torch.inf).argmin(0)
+    return torch.tensor(RATES_OF_DESCENT)[best]
 
 
 @torch.no_grad()

@@ -92,6 +92,16 @@ def test_descent_ends_at_least_squares_and_ridge_with_a_small_penalty_does_too()
     assert (gradient_descent(x, y, steps=0, rate=0.3) == 0).all()
 
 
+def test_each_place_may_have_a_rate_of_its_own():
+    x, y, _ = drawn()
+    rates = torch.linspace(0.1, 0.5, 11)
+    together = gradient_descent(x, y, steps=3, rate=rates)
+    for i in (0, 4, 10):
+        torch.testing.assert_close(together[:, i], gradient_descent(x, y, steps=3, rate=rates[i].item())[:, i])
+    with pytest.raises(ValueError, match=r"rate must be a number or \(N,\) = \(11,\), got \(7,\)"):
+        gradient_descent(x, y, steps=3, rate=rates[:7])
+
+
 def test_lengths_of_one_and_other_dtypes():
     x, y, _ = drawn(2, 1, 3)
     assert all((w == 0).all() for w in (least_squares(x, y), ridge(x, y, 1.0), gradient_descent(x, y, steps=1, rate=1)))

@@ -44,7 +44,6 @@ def flips(
     return torch.cat([torch.full((batch, 1), BEGIN), drawn.long()], 1)
 
 
-# --8<-- [start:posterior]
 def posterior_predictive(ids: Int[Tensor, "b m"], *, a: float = 1.0, b: float = 1.0) -> Float[Tensor, "b m"]:
     """The exact probability of a head after each token of `flips`, given all before it: (B, N + 1), float64.
 
@@ -64,7 +63,6 @@ def posterior_predictive(ids: Int[Tensor, "b m"], *, a: float = 1.0, b: float = 
     heads = (ids == HEAD).double().cumsum(1)
     seen = torch.arange(ids.shape[1], dtype=torch.float64, device=ids.device)
     return (a + heads) / (a + b + seen)
-    # --8<-- [end:posterior]
 
 
 def divergence(exact: Float[Tensor, "*b"], scores: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

@@ -26,7 +26,6 @@ from nondual.self_attention import MultiHeadAttention
 from nondual.transformer_layer import MixerBlock
 
 
-# --8<-- [start:layer]
 @torch.no_grad()
 def descent_layer(d: int, rate: float, dtype: torch.dtype | None = None) -> MixerBlock:
     """x + attention(x) over tokens (…, D + 1), whose four matrices are written by hand: one step of size `rate`.
@@ -36,7 +35,9 @@ def descent_layer(d: int, rate: float, dtype: torch.dtype | None = None) -> Mixe
         rate: η/N, the step on half the sum of the squares.
         dtype: of the matrices; torch's default where left out.
     """
-    mixer = MultiHeadAttention(d + 1, 1, bias=False, op=LinearAttention(identity, normalise=False)).to(dtype)
+    # --8<-- [start:layer]
+    op = LinearAttention(identity, normalise=False)
+    mixer = MultiHeadAttention(d + 1, 1, bias=False, op=op).to(dtype)
     inputs = torch.eye(d + 1, dtype=dtype)
     inputs[d, d] = 0  # x alone: queries and keys
     missed = torch.eye(d + 1) - inputs  # r alone: values

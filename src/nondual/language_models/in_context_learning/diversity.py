@@ -52,12 +52,10 @@ def optimal_matrix(tasks: Float[Tensor, "m d"], n: int, noise: float) -> Float[T
         ValueError: tasks that are not (M, D); n below 1 or noise below 0.
     """
     tasks = _checked(tasks, n, noise)
-    # --8<-- [start:optimum]
     R = tasks.mT @ tasks / len(tasks)  # (D, D)
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
     h_square = (1 + 1 / n) * R + (R.trace() + noise**2) / n * eye  # E h hᵀ
     return torch.linalg.solve(h_square, R).mT  # E w hᵀ = R
-    # --8<-- [end:optimum]
 
 
 def errors(matrix: Float[Tensor, "d d"], tasks: Float[Tensor, "m d"], n: int, noise: float) -> Errors:
@@ -107,14 +105,12 @@ def limit_errors(kappa: float, alpha: float, noise: float) -> Errors:
             raise ValueError(f"{name} must be above 0, got {value}")
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be 0 or more, got {noise}")
-    # --8<-- [start:limit]
     c, g = (1 + noise**2) / alpha, 1 / kappa
     b = 1 - g + c
     root = math.sqrt(b * b + 4 * g * c)
     m = (root - b) / (2 * g * c)  # g c m² + (1 - g + c) m = 1, the law of Marchenko and Pastur
     m2 = m * (1 + g * m) / root  # -dm/dc
     return Errors(c * (1 - c * m), 1 - 2 * (1 - c * m) + (1 + c) * (1 - 2 * c * m + c * c * m2))
-    # --8<-- [end:limit]
 
 
 def _checked(tasks: Tensor, n: int, noise: float) -> Tensor:

@@ -47,7 +47,6 @@ def least_squares(x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"]) -> Float[T
     return weights
 
 
-# --8<-- [start:ridge]
 def ridge(x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"], penalty: float) -> Float[Tensor, "b n d"]:
     """(Xᵀ X + penalty · I)⁻¹ Xᵀ y of the examples before each place.
 
@@ -67,10 +66,8 @@ def ridge(x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"], penalty: float) ->
         raise ValueError(f"penalty must be above 0, got {penalty}; for none use least_squares")
     gram, moment, _ = _before(*_checked(x, y))
     return torch.linalg.solve(gram + penalty * torch.eye(x.shape[-1], dtype=gram.dtype), moment)
-    # --8<-- [end:ridge]
 
 
-# --8<-- [start:stored]
 def stored_tasks(
     x: Float[Tensor, "b n d"],
     y: Float[Tensor, "b n"],
@@ -98,6 +95,7 @@ def stored_tasks(
         raise ValueError(f"tasks must be (M, {x.shape[2]}) with M of 1 or more, got {tuple(tasks.shape)}")
     if not 0 < noise < math.inf:
         raise ValueError(f"noise must be above 0, got {noise}")
+    # --8<-- [start:stored]
     tasks = tasks.to(x.dtype)
     off = (y[..., None] - x @ tasks.mT).square()  # (B, N, M)
     probability = (-_sums_before(off) / (2 * noise**2)).softmax(-1)
@@ -106,7 +104,7 @@ def stored_tasks(
 
 
 def gradient_descent(
-    x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"], *, steps: int, rate: float
+    x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"], *, steps: int, rate: float | Float[Tensor, " n"]
 ) -> Float[Tensor, "b n d"]:
     """Steps from w = 0 on 1/(2i) Σ (w · x - y)², over the i examples before each place.
 
@@ -114,15 +112,19 @@ def gradient_descent(
         x: (B, N, D).
         y: (B, N).
         steps: k, 0 or more.
-        rate: the step size η.
+        rate: the step size η, one for all places or one for each (N,).
 
     Raises:
         TypeError: x or y is not a Tensor.
-        ValueError: x or y of another shape, or not floating point; steps below 0.
+        ValueError: x, y or rate of another shape, or not floating point; steps below 0.
     """
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
     x, y = _checked(x, y)
+    if isinstance(rate, Tensor):
+        if rate.shape != x.shape[1:2]:
+            raise ValueError(f"rate must be a number or (N,) = ({x.shape[1]},), got {tuple(rate.shape)}")
+        rate = rate.to(x.dtype)[:, None]
     gram, moment, count = _before(x, y)
     gram, moment = gram / count[:, None, None], moment / count[:, None]
     weights = torch.zeros_like(x)

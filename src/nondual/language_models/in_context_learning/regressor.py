@@ -87,9 +87,9 @@ class InContextRegressor(nn.Module):
         if y.shape != x.shape[:2] or not y.is_floating_point():
             raise ValueError(f"y must be floating point (B, N) = {tuple(x.shape[:2])}, got {y.dtype} {tuple(y.shape)}")
         # --8<-- [start:tokens]
-        unknown = torch.zeros_like(y)
-        questions = torch.cat([x, unknown[..., None], unknown[..., None]], -1)  # (B, N, D + 2)
-        answers = torch.cat([x, y[..., None], torch.ones_like(y)[..., None]], -1)
+        given = torch.stack([y, torch.ones_like(y)], -1)  # y, and that it is known
+        questions = torch.cat([x, torch.zeros_like(given)], -1)  # (B, N, D + 2)
+        answers = torch.cat([x, given], -1)
         tokens = torch.stack([questions, answers], 2).flatten(1, 2)  # (B, 2N, D + 2)
         read = self.encoder(self.read_in(tokens))
         return self.read_out(read[:, ::2])[..., 0]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.heads_trained import T_95
 from benchmarks.record import write
-from nondual.analysis.direct_paths import cut, direct_paths, random_direction, stream_parts
+from nondual.analysis.direct_paths import cut_path, direct_paths, random_direction, stream_parts
 from nondual.data.alice import ALICE
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
@@ -78,7 +78,7 @@ def measure(model: CausalLM, ids: Tensor, layers: tuple[int, ...]) -> dict[str, 
             "the one before": parts[k - 1],
             "the embeddings": parts[0],
         }
-        found = {name: cut(model, ids, parts, k, removed, first=FIRST) for name, removed in taken.items()}
+        found = {name: cut_path(model, ids, parts, k, removed, first=FIRST) for name, removed in taken.items()}
         groups[k] = {
             name: {"output": spread(effect.output), "loss": spread(effect.loss)}
             for name, effect in found.items()

@@ -1,16 +1,21 @@
 """DenseFormer: by hand, the start, the number of weights, a judge that keeps every output, what it refuses; A8.4."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from nondual.analysis.critical_path import longest_chain
+from nondual.analysis.direct_paths import cut_path, stream_parts
 from nondual.connections import LayerCall
 from nondual.language_models.gpt import GPT
 from nondual.recent.attention_residuals import AttentionResiduals, keys_of
 from nondual.recent.denseformer import DenseFormer, n_weights, weighted_sum
 
 B, N, V, E, L = 2, 5, 11, 12, 7
+MEASURED = Path(__file__).parent.parent.parent / "docs" / "measured"
 
 
 class Add(nn.Module):
@@ -155,6 +160,28 @@ def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_on
     torch.testing.assert_close(weights.sum(0), torch.ones(B, N, dtype=torch.float64))
     assert weights.flatten(1).std(1).min() > 0.01
     assert all(x.ndim == 1 for x in dense.weights) and sum(x.numel() for x in dense.weights) == n_weights(L)
+
+
+@pytest.mark.claim("A8.9", "holds if")
+@torch.no_grad()
+def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it_as_it_was_written():
+    model = gpt_of_plain_stream()
+    model.embeddings.weight *= 40
+    parts = stream_parts(model, ids())
+    k, read = 5, []
+    model.layers[k - 1].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(ids())
+    # What layer k reads is the output of the one before it, and nothing else; that is the sum of what all have added.
+    torch.testing.assert_close(read[0], sum(parts[:k]))
+    torch.testing.assert_close(read[0], model.layers[k - 2](sum(parts[: k - 1])))
+    # Each part counts by itself: what any of them added, taken out of what layer k alone reads, moves its output.
+    effects = torch.stack([cut_path(model, ids(), parts, k, part, loss=False).output for part in parts[:k]])
+    assert effects.shape == (k, B) and effects.min() > 0.01
+    # So in SmolLM2, where earlier layers together weigh more than the one before.
+    run = json.loads((MEASURED / "direct_paths.json").read_text(encoding="utf-8"))["figures"]
+    for of in run["groups"].values():
+        assert of["all but the one before"]["output"]["interval"][0] > of["the one before"]["output"]["interval"][1]
+        assert of["all but the one before"]["loss"]["interval"][0] > 0
 
 
 def gpt_of_plain_stream():

@@ -7,6 +7,7 @@
     few_shot           prompts of examples, with right or wrong answers, and what a model answers
     task_vectors       the vector that examples leave at one layer, put into a prompt without examples
     critical_path      the longest chain of operations that wait for one another
+    direct_paths       what a layer reads straight from each layer before it, one path cut at a time
     modality_gap       how far apart images and texts lie in one space, and whether a plane tells them apart
     rollout            how much of each input is in each output, by the weights of all layers
     attention_distance how far a head looks across an image
@@ -39,6 +40,14 @@ from nondual.analysis.attention_distance import attention_distance, patch_distan
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
 from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
 from nondual.analysis.critical_path import is_arithmetic, longest_chain, products
+from nondual.analysis.direct_paths import (
+    DirectPaths,
+    PathEffect,
+    cut_path,
+    direct_paths,
+    random_direction,
+    stream_parts,
+)
 from nondual.analysis.few_shot import (
     Answers,
     Example,
@@ -67,9 +76,11 @@ from nondual.analysis.task_vectors import scores_with, states_at
 __all__ = [
     "Answers",
     "AttentionLayer",
+    "DirectPaths",
     "Example",
     "HeadRecord",
     "ModalityGap",
+    "PathEffect",
     "Prompts",
     "all_heads",
     "ask",
@@ -79,6 +90,8 @@ __all__ = [
     "attention_rollout",
     "close_gap",
     "composition_score",
+    "cut_path",
+    "direct_paths",
     "drawn_answers",
     "examples",
     "first_tokens",
@@ -96,6 +109,7 @@ __all__ = [
     "profile",
     "prompts",
     "qk_circuit",
+    "random_direction",
     "record_heads",
     "replace_heads",
     "resample_values",
@@ -103,5 +117,6 @@ __all__ = [
     "scores_with",
     "shuffled_answers",
     "states_at",
+    "stream_parts",
     "weights_of",
 ]

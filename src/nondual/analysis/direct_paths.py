@@ -29,7 +29,7 @@ from nondual.language_models.causal import CausalLM
 from nondual.transformer_layer import normed
 
 
-class Effect(NamedTuple):
+class PathEffect(NamedTuple):
     """What cutting a path does, text by text."""
 
     output: Float[Tensor, " b"]
@@ -74,7 +74,7 @@ def stream_parts(model: CausalLM, ids: Int[Tensor, "b n"]) -> list[Float[Tensor,
 
 
 @torch.no_grad()
-def cut(
+def cut_path(
     model: CausalLM,
     ids: Int[Tensor, "b n"],
     parts: Sequence[Tensor],
@@ -83,7 +83,7 @@ def cut(
     *,
     first: int = 0,
     loss: bool = True,
-) -> Effect:
+) -> PathEffect:
     """Let layer k read its input less `removed`, and all others what they would read.
 
     Args:
@@ -114,9 +114,9 @@ def cut(
     moved = ((changed - added).norm(dim=-1) / added.norm(dim=-1))[:, first:].mean(1)
     # --8<-- [end:cut]
     if not loss:
-        return Effect(moved, None)
+        return PathEffect(moved, None)
     rise = _losses(model, ids, x + changed, k, first) - _losses(model, ids, x + added, k, first)
-    return Effect(moved, rise)
+    return PathEffect(moved, rise)
 
 
 def direct_paths(
@@ -134,12 +134,12 @@ def direct_paths(
         model: as in `stream_parts`.
         ids: (B, N).
         layers: the layers k whose input is cut, from 1; all where left out.
-        first: as in `cut`.
-        loss: as in `cut`: many times as long.
+        first: as in `cut_path`.
+        loss: as in `cut_path`: many times as long.
         removed: what is subtracted for a part c_j (B, N, E): the part itself where left out.
 
     Raises:
-        TypeError, ValueError: as in `stream_parts` and `cut`.
+        TypeError, ValueError: as in `stream_parts` and `cut_path`.
     """
     parts = stream_parts(model, ids)
     n = len(parts)
@@ -147,7 +147,7 @@ def direct_paths(
     losses = torch.full_like(output, torch.nan) if loss else None
     for k in range(1, n + 1) if layers is None else layers:
         for j in range(k):
-            effect = cut(model, ids, parts, k, removed(parts[j]), first=first, loss=loss)
+            effect = cut_path(model, ids, parts, k, removed(parts[j]), first=first, loss=loss)
             output[j, k - 1] = effect.output
             if losses is not None and effect.loss is not None:
                 losses[j, k - 1] = effect.loss

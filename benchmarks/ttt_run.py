@@ -57,10 +57,10 @@ class LinearMemory(LinearMixer):
 
 
 MIXERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "TTT-Linear": (lambda: TTTLinear(WIDTH, HEADS), 232),
-    "TTT-MLP": (lambda: TTTMLP(WIDTH, HEADS), 148),
     "linear attention": (lambda: LinearMemory(WIDTH, HEADS, gate=True), 248),
+    "TTT-Linear": (lambda: TTTLinear(WIDTH, HEADS), 232),
     "softmax attention": (lambda: MultiHeadAttention(WIDTH, HEADS, causal=True, positions=Rotary(WIDTH // HEADS)), 304),
+    "TTT-MLP": (lambda: TTTMLP(WIDTH, HEADS), 148),
 }
 """Each with the width of its feed-forward networks, by which all have the same number of parameters."""
 

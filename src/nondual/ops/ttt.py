@@ -178,16 +178,20 @@ def ttt(
 # --8<-- [start:loop]
 def _read(q, k, v, rate, share, mini_batch, state, piece_of, head, wide):
     """One mini-batch after another; a step is taken at the end of each."""
-    (weights, sums, seen), outs, at = state, [], 0
+    (weights, sums, seen), outs, length = state, [], q.shape[2]
     q, k, v, rate = (x.to(wide) for x in (q, k, v, rate))
     share = (q.new_ones(mini_batch) if share is None else share.to(wide))[:, None]
-    while at < q.shape[2]:
-        n = min(mini_batch - seen, q.shape[2] - at)
+    # A range has fixed ends in a compiled program too, which is then of one length.
+    for end in range(mini_batch - seen, length + mini_batch, mini_batch):
+        at = max(end - mini_batch, 0)
+        n = min(end, length) - at
+        if n <= 0:
+            break
         views = [x[:, :, at : at + n] for x in (q, k, v, rate)]
         piece = _Piece(views[0], views[1], views[2], views[3], share[seen : seen + n], seen == 0)
         out, sums = piece_of(piece, weights, sums, head)
         outs.append(out)
-        at, seen = at + n, seen + n
+        seen += n
         if seen == mini_batch:
             weights = tuple(w - share[-1] * total for w, total in zip(weights, sums))
             sums, seen = tuple(torch.zeros_like(w) for w in weights), 0

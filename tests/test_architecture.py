@@ -28,6 +28,7 @@ RANKS = {
     "efficient_attention": 1,
     "feed_forward": 1,
     "residual": 1,
+    "connections": 1,
     "transformer_layer": 2,
     "transformer": 2,
     "decoder": 2,

@@ -13,6 +13,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.relative_positions    positions inside attention: rotary, ALiBi, T5's learned bias
     nondual.feed_forward          what a layer does at each position by itself, plain or gated
     nondual.residual              layer scale and stochastic depth, on the way back to the residual path
+    nondual.connections           how the layers of a model are joined: the plain residual stream, and others
     nondual.transformer_layer     a mixer and a feed-forward network with residual paths and norms; a mixer alone
     nondual.transformer           a stack of layers that reads a whole sequence, a text encoder
     nondual.decoder               the decoder that reads a memory
@@ -23,6 +24,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.language_models       a causal language model over any mixer; a GPT, a Mamba and a hybrid configure it
     nondual.vision_transformers   images read by the same layers as words: patches, the Vision Transformer
     nondual.multimodal            images and words in one model: CLIP, SigLIP, Flamingo and LLaVA
+    nondual.recent                test-time training, a Continuous Thought Machine, connections over depth
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from nondual import (
         analysis,
         attention_mechanism,
+        connections,
         data,
         decoder,
         efficient_attention,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         ops,
         positional_encoding,
         pretrained,
+        recent,
         recurrent,
         relative_positions,
         residual,
@@ -175,6 +179,7 @@ __all__ = [
     "attention_mechanism",
     "beam_search",
     "causal_conv1d",
+    "connections",
     "data",
     "decoder",
     "efficient_attention",
@@ -198,6 +203,7 @@ __all__ = [
     "ops",
     "positional_encoding",
     "pretrained",
+    "recent",
     "recurrent",
     "register_with_transformers",
     "relative_positions",

@@ -249,7 +249,34 @@ def halting(unsure=True, first=1, enough=torch.ge):
     return halt
 
 
+def leaving(last=1.0, at=-1.0, before=1.0, shift=0):
+    """The weights that leave a layer's part out, or with a mistake in them."""
+
+    def without(i, j):
+        weights = torch.zeros(i + 1)
+        weights[i] += last
+        weights[min(j + shift, i)] += at
+        weights[j - 1 + shift if j + shift <= i else i] += before
+        return weights
+
+    return without
+
+
+def over_depth(key=lambda x: x / x.square().mean(-1, keepdim=True).sqrt(), weigh=lambda s: s.softmax(0), summed=None):
+    """An average over depth, or with a mistake in it."""
+
+    def average(query, vectors):
+        x = torch.stack(vectors)
+        return (weigh(key(x) @ query)[..., None] * (summed or (lambda x: x))(x)).sum(0)
+
+    return average
+
+
 RIGHT = [
+    ("denseformer", "without", leaving()),
+    ("denseformer", "without", lambda i, j: torch.eye(i + 1)[i] - torch.eye(i + 1)[j] + torch.eye(i + 1)[j - 1]),
+    ("denseformer", "average", over_depth()),
+    ("denseformer", "average", over_depth(lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:]))),
     ("gpt_family", "step", decoding()),
     ("gpt_family", "prefix_mask", prefixed(lambda i, j, p: (j <= i) | (j < p))),
     ("gpt_family", "prefix_mask", masks.prefix),
@@ -289,6 +316,23 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("denseformer", "without", leaving(at=0.0, before=0.0), "nothing is left out"),
+    ("denseformer", "without", leaving(before=0.0), "all that was there after layer j is taken out"),
+    ("denseformer", "without", leaving(at=1.0, before=-1.0), "turn the signs"),
+    ("denseformer", "without", leaving(shift=1), "what layer 3 added is left out"),
+    ("denseformer", "without", lambda i, j: torch.zeros(i), "the result should have the shape (6,)"),
+    ("denseformer", "average", over_depth(lambda x: x), "long vectors get more weight"),
+    ("denseformer", "average", over_depth(lambda x: x / x.norm(dim=-1, keepdim=True)), "keys have length 1"),
+    ("denseformer", "average", over_depth(weigh=lambda s: s.softmax(-1)), "the softmax is over positions"),
+    ("denseformer", "average", over_depth(weigh=lambda s: s), "take their softmax over layers"),
+    ("denseformer", "average", lambda q, v: torch.stack(v).mean(0), "all layers count alike"),
+    ("denseformer", "average", lambda q, v: sum(v), "this is the plain sum"),
+    (
+        "denseformer",
+        "average",
+        over_depth(summed=lambda x: x / x.square().mean(-1, keepdim=True).sqrt()),
+        "the keys are summed",
+    ),
     ("gpt_family", "step", decoding(keep=False), "the new key and value are not kept"),
     ("gpt_family", "step", decoding(first=True), "the new key comes first"),
     ("gpt_family", "step", decoding(itself=False), "the token does not see itself"),

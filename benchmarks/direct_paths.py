@@ -6,13 +6,13 @@ are measured from the second token on.
 
     output    for all 465 pairs j < k: how far the output of layer k moves when c_j is taken out of what it alone reads,
               j = 0 being the embeddings; and beside it, random directions of the same lengths
-    loss      what the loss rises by, for k = 6, 12, 18, 24, 30 and all j, and random directions
-    all       for these k: all that does not come from layer k - 1 is taken out at once; and beside it, layer k - 1
-              alone, the embeddings alone, and random directions as long as what is taken out at once
+    loss      what the loss rises by, for k = 20 and all j, and random directions
+    all       for k = 10, 20, 30, output and loss: all that does not come from layer k - 1 is taken out at once; and
+              beside it, layer k - 1 alone, the embeddings alone, and random directions as long as what is taken out
 
 Intervals are 95 %, by Student's t over the texts.
 
-    nox -s bench -- direct_paths           some six minutes of one idle core
+    nox -s bench -- direct_paths           one minute of one idle core
     nox -s bench -- direct_paths --tiny    a small model with random weights, which writes nothing
 """
 
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from benchmarks.heads_trained import T_95
 from benchmarks.record import write
-from nondual.analysis.direct_paths import cut_path, direct_paths, random_direction, stream_parts
+from nondual.analysis.direct_paths import cut_paths, direct_paths, random_direction, stream_parts
 from nondual.data.alice import ALICE
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
 
 TEXTS, LENGTH, FIRST = 8, 33, 1
-FOR_LOSS = (6, 12, 18, 24, 30)
+FOR_LOSS, FOR_GROUPS = (20,), (10, 20, 30)
 
 
 def passages(tokenizer: Any) -> Tensor:
@@ -58,7 +58,7 @@ def rows(effects: Tensor) -> list[list[float | None]]:
     return [[None if math.isnan(x) else round(x, 4) for x in row] for row in effects.mean(-1).tolist()]
 
 
-def measure(model: CausalLM, ids: Tensor, layers: tuple[int, ...]) -> dict[str, Any]:
+def measure(model: CausalLM, ids: Tensor, layers: tuple[int, ...], grouped: tuple[int, ...]) -> dict[str, Any]:
     """All figures of one model."""
     draw: Callable[[Tensor], Tensor] = random_direction(torch.Generator().manual_seed(0))
     parts = stream_parts(model, ids)
@@ -70,7 +70,7 @@ def measure(model: CausalLM, ids: Tensor, layers: tuple[int, ...]) -> dict[str, 
     assert some.loss is not None and some_control.loss is not None
     print("losses are measured", flush=True)
     groups = {}
-    for k in layers:
+    for k in grouped:
         earlier = torch.stack(parts[: k - 1]).sum(0)
         taken = {
             "all but the one before": earlier,
@@ -78,10 +78,10 @@ def measure(model: CausalLM, ids: Tensor, layers: tuple[int, ...]) -> dict[str, 
             "the one before": parts[k - 1],
             "the embeddings": parts[0],
         }
-        found = {name: cut_path(model, ids, parts, k, removed, first=FIRST) for name, removed in taken.items()}
+        effects = cut_paths(model, ids, parts, k, taken.values(), first=FIRST)
         groups[k] = {
             name: {"output": spread(effect.output), "loss": spread(effect.loss)}
-            for name, effect in found.items()
+            for name, effect in zip(taken, effects)
             if effect.loss is not None
         }
     n = len(parts)
@@ -117,14 +117,14 @@ def main(options: list[str]) -> None:
     torch.set_num_threads(1)
     if "--tiny" in options:
         torch.manual_seed(0)
-        measure(GPT(50, 12, 4, 3, max_len=9), torch.randint(50, (3, 9)), (2, 4))
+        measure(GPT(50, 12, 4, 3, max_len=9), torch.randint(50, (3, 9)), (4,), (2, 4))
         return
     from nondual.pretrained.smollm2 import our_smollm2
 
     model, tokenizer = our_smollm2()
     ids = passages(tokenizer)
     with torch.no_grad():
-        figures = measure(model, ids, FOR_LOSS)
+        figures = measure(model, ids, FOR_LOSS, FOR_GROUPS)
     setup = {"model": "SmolLM2-135M-Instruct", "text": "Alice in Wonderland", "texts": TEXTS, "tokens": LENGTH,
-             "first": FIRST, "layers_for_loss": FOR_LOSS}  # fmt: skip
+             "first": FIRST, "layers_for_loss": FOR_LOSS, "layers_for_groups": FOR_GROUPS}  # fmt: skip
     write("direct_paths", "nox -s bench -- direct_paths", figures, setup=setup)

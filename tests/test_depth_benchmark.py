@@ -88,9 +88,9 @@ def test_the_formula_of_the_multiply_adds_is_torchs_count_of_the_layers_products
 
 def test_paths_of_a_small_model_are_measured():
     torch.manual_seed(0)
-    figures = measure(GPT(50, 12, 4, 3, max_len=9), torch.randint(50, (3, 9)), (2, 4))
+    figures = measure(GPT(50, 12, 4, 3, max_len=9), torch.randint(50, (3, 9)), (4,), (2, 4))
     assert figures["output"][0][0] == pytest.approx(1, abs=0.3) and figures["output"][3][0] is None
-    assert figures["loss"][1][1] is not None and figures["loss"][0][0] is None
+    assert figures["loss"][1][3] is not None and figures["loss"][0][0] is None
     assert set(figures["groups"]) == {2, 4} and len(figures["output_by_distance"]["cut"]) == 4
 
 

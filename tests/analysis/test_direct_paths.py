@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nondual.analysis.direct_paths import cut_path, direct_paths, random_direction, stream_parts
+from nondual.analysis.direct_paths import cut_paths, direct_paths, random_direction, stream_parts
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
 from nondual.recent.denseformer import DenseFormer
@@ -92,7 +92,7 @@ def test_it_is_what_hooks_on_the_one_layer_give(ids, first):
     rise = run(removed) - run(0 * removed)
     changed, added = outputs
     moved = ((changed - added).norm(dim=-1) / added.norm(dim=-1))[:, first:].mean(1)
-    found = cut_path(model, ids, parts, k, parts[j], first=first)
+    found, _ = cut_paths(model, ids, parts, k, [parts[j], parts[0]], first=first)
     torch.testing.assert_close(found.output, moved)
     torch.testing.assert_close(found.loss, rise, atol=1e-12, rtol=1e-7)
     assert (found.loss.abs() > 1e-6).all()
@@ -102,7 +102,7 @@ def test_nothing_removed_changes_nothing_and_the_last_layer_may_be_cut(ids):
     model = gpt()
     parts = stream_parts(model, ids)
     for k in (1, L):
-        effect = cut_path(model, ids, parts, k, 0 * parts[0])
+        (effect,) = cut_paths(model, ids, parts, k, [0 * parts[0]])
         assert not effect.output.any() and not effect.loss.any()
     one = direct_paths(model, ids, layers=[L], loss=True)
     assert one.loss[:, L - 1].isfinite().all() and one.loss[:, : L - 1].isnan().all()
@@ -124,8 +124,8 @@ def test_what_it_refuses(ids):
     with pytest.raises(ValueError, match="model must have the plain residual stream, got another connection"):
         stream_parts(GPT(V, 12, L, 3, max_len=N, connection=DenseFormer(L)), ids)
     with pytest.raises(ValueError, match="k must be a layer, 1 to 4, got 5"):
-        cut_path(model, ids, parts, 5, parts[0])
-    with pytest.raises(ValueError, match=r"removed must be \(B, N, E\) = \(3, 7, 12\), got \(7, 12\)"):
-        cut_path(model, ids, parts, 1, parts[0][0])
+        cut_paths(model, ids, parts, 5, parts[:1])
+    with pytest.raises(ValueError, match=r"removed must be \(B, N, E\) = \(3, 7, 12\) each, got \(7, 12\)"):
+        cut_paths(model, ids, parts, 1, parts[0])
     with pytest.raises(ValueError, match="first must lie in 0 to 5"):
-        cut_path(model, ids, parts, 1, parts[0], first=6)
+        cut_paths(model, ids, parts, 1, parts[:1], first=6)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nondual.analysis.critical_path import longest_chain
-from nondual.analysis.direct_paths import cut_path, stream_parts
+from nondual.analysis.direct_paths import cut_paths, stream_parts
 from nondual.connections import LayerCall
 from nondual.language_models.gpt import GPT
 from nondual.recent.attention_residuals import AttentionResiduals, keys_of
@@ -175,7 +175,7 @@ def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it
     torch.testing.assert_close(read[0], sum(parts[:k]))
     torch.testing.assert_close(read[0], model.layers[k - 2](sum(parts[: k - 1])))
     # Each part counts by itself: what any of them added, taken out of what layer k alone reads, moves its output.
-    effects = torch.stack([cut_path(model, ids(), parts, k, part, loss=False).output for part in parts[:k]])
+    effects = torch.stack([effect.output for effect in cut_paths(model, ids(), parts, k, parts[:k], loss=False)])
     assert effects.shape == (k, B) and effects.min() > 0.01
     # So in SmolLM2, where earlier layers together weigh more than the one before.
     run = json.loads((MEASURED / "direct_paths.json").read_text(encoding="utf-8"))["figures"]

@@ -43,7 +43,7 @@ from nondual.analysis.critical_path import is_arithmetic, longest_chain, product
 from nondual.analysis.direct_paths import (
     DirectPaths,
     PathEffect,
-    cut_path,
+    cut_paths,
     direct_paths,
     random_direction,
     stream_parts,
@@ -90,7 +90,7 @@ __all__ = [
     "attention_rollout",
     "close_gap",
     "composition_score",
-    "cut_path",
+    "cut_paths",
     "direct_paths",
     "drawn_answers",
     "examples",

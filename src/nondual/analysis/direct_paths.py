@@ -15,7 +15,7 @@ Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; ensembl
 (1605.06431); one path at a time, Goldowsky-Dill et al. 2023 (2304.05969). Symbols: B texts, N positions, width E.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -74,24 +74,24 @@ def stream_parts(model: CausalLM, ids: Int[Tensor, "b n"]) -> list[Float[Tensor,
 
 
 @torch.no_grad()
-def cut_path(
+def cut_paths(
     model: CausalLM,
     ids: Int[Tensor, "b n"],
     parts: Sequence[Tensor],
     k: int,
-    removed: Float[Tensor, "b n e"],
+    removed: Iterable[Tensor],
     *,
     first: int = 0,
     loss: bool = True,
-) -> PathEffect:
-    """Let layer k read its input less `removed`, and all others what they would read.
+) -> list[PathEffect]:
+    """Let layer k read its input less one of `removed`, and all others what they would read; for each of them anew.
 
     Args:
         model: as in `stream_parts`.
         ids: (B, N).
         parts: from `stream_parts`.
         k: the layer, from 1.
-        removed: (B, N, E), what is subtracted from what layer k reads, such as parts[j].
+        removed: each (B, N, E), what is subtracted from what layer k reads, such as parts[j].
         first: the first position at which it is subtracted and the effect is measured; before it all is as it was. The
             first token of a text may hold vectors so long that all others attend to it.
         loss: measure the loss too, which needs the rest of the model.
@@ -102,21 +102,25 @@ def cut_path(
     n_layers, n = len(parts), ids.shape[1]
     if not 1 <= k <= n_layers:
         raise ValueError(f"k must be a layer, 1 to {n_layers}, got {k}")
-    if removed.shape != parts[0].shape:
-        raise ValueError(f"removed must be (B, N, E) = {tuple(parts[0].shape)}, got {tuple(removed.shape)}")
     if not 0 <= first < n - 1:
         raise ValueError(f"first must lie in 0 to {n - 2}, so that a loss is left to measure, got {first}")
-    # --8<-- [start:cut]
     layer, x = model.layers[k - 1], torch.stack(list(parts[:k])).sum(0)  # x_k
+    added = layer(x) - x  # F_k(x_k)
+    before = _losses(model, ids, x + added, k, first) if loss else None
     here = (torch.arange(n, device=x.device) >= first)[:, None]
-    read = torch.where(here, x - removed, x)
-    added, changed = layer(x) - x, layer(read) - read  # F_k(x_k) and F_k(x_k - removed)
-    moved = ((changed - added).norm(dim=-1) / added.norm(dim=-1))[:, first:].mean(1)
-    # --8<-- [end:cut]
-    if not loss:
-        return PathEffect(moved, None)
-    rise = _losses(model, ids, x + changed, k, first) - _losses(model, ids, x + added, k, first)
-    return PathEffect(moved, rise)
+    effects = []
+    for taken in removed:
+        if taken.shape != x.shape:
+            raise ValueError(f"removed must be (B, N, E) = {tuple(x.shape)} each, got {tuple(taken.shape)}")
+        # --8<-- [start:cut]
+        read = torch.where(here, x - taken, x)  # what layer k alone reads
+        changed = layer(read) - read  # F_k(x_k - c_j)
+        moved = (changed - added).norm(dim=-1) / added.norm(dim=-1)  # (B, N)
+        after = None if before is None else _losses(model, ids, x + changed, k, first)
+        # --8<-- [end:cut]
+        rise = None if before is None or after is None else after - before
+        effects.append(PathEffect(moved[:, first:].mean(1), rise))
+    return effects
 
 
 def direct_paths(
@@ -134,20 +138,20 @@ def direct_paths(
         model: as in `stream_parts`.
         ids: (B, N).
         layers: the layers k whose input is cut, from 1; all where left out.
-        first: as in `cut_path`.
-        loss: as in `cut_path`: many times as long.
+        first: as in `cut_paths`.
+        loss: as in `cut_paths`: many times as long.
         removed: what is subtracted for a part c_j (B, N, E): the part itself where left out.
 
     Raises:
-        TypeError, ValueError: as in `stream_parts` and `cut_path`.
+        TypeError, ValueError: as in `stream_parts` and `cut_paths`.
     """
     parts = stream_parts(model, ids)
     n = len(parts)
     output = torch.full((n, n, len(ids)), torch.nan)
     losses = torch.full_like(output, torch.nan) if loss else None
     for k in range(1, n + 1) if layers is None else layers:
-        for j in range(k):
-            effect = cut_path(model, ids, parts, k, removed(parts[j]), first=first, loss=loss)
+        taken = (removed(part) for part in parts[:k])
+        for j, effect in enumerate(cut_paths(model, ids, parts, k, taken, first=first, loss=loss)):
             output[j, k - 1] = effect.output
             if losses is not None and effect.loss is not None:
                 losses[j, k - 1] = effect.loss

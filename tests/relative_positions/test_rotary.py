@@ -31,6 +31,24 @@ KINDS = {
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles_that_are_kept_are_those_of_the_call_and_no_other(kind):
+    """Tables are kept from call to call: other places, lengths, dtypes, devices and inference mode have their own."""
+    rotary, x = KINDS[kind], draw(B, H, N, D)
+    with torch.inference_mode():
+        first = rotary.turn(x, 3)
+    again = rotary.turn(x.requires_grad_(), 3)  # a table of inference mode could not be saved for backward
+    again.sum().backward()
+    assert torch.equal(again, first) and x.grad.isfinite().all()
+    assert not torch.equal(rotary.turn(x, 4), again)
+    torch.testing.assert_close(rotary.turn(x[:, :, :5], 3), again[:, :, :5])
+    assert rotary.turn(x.to("meta"), 3).is_meta and torch.equal(rotary.turn(x, 3), again)
+    torch.testing.assert_close(rotary.turn(x.float(), 3), again.float())
+    other = Rotary(rotary.d_head, base=77.0, order=rotary.order, n_turned=rotary.n_turned)
+    assert not torch.equal(other.turn(x, 3), again)
+    torch.testing.assert_close(torch.func.vmap(lambda x: rotary.turn(x, 3))(x[None])[0], again)
+
+
 @pytest.mark.parametrize("order", ["half", "interleaved"])
 def test_turning_a_pair_is_multiplying_a_complex_number(order):
     rotary, x = Rotary(D, order=order), draw(B, H, N, D)

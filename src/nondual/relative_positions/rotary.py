@@ -8,6 +8,7 @@ Symbols: B batch, H heads, N places, D head width, R the numbers of a head that 
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import accumulation_dtype
 from nondual.relative_positions.protocol import RelativePositions, check_start
+from nondual.token_ids import has_values
 
 Order = Literal["half", "interleaved"]
 Scaling = Literal["linear", "ntk", "yarn"]
@@ -147,12 +149,9 @@ class Rotary(RelativePositions):
             raise ValueError(f"x must be (B, H, N, {self.d_head}), got {tuple(x.shape)}")
         check_start(start)
         wide, n, r = accumulation_dtype(x.dtype), x.shape[2], self.turned
+        make = _kept_tables if x.device.type == "cpu" and has_values(x) else _tables
+        cos, sin = make(self, start, n, wide, x.device, torch.is_inference_mode_enabled())
         # --8<-- [start:turn]
-        places = torch.arange(start, start + n, dtype=wide, device=x.device)
-        steps = self.frequencies(dtype=wide, device=x.device)
-        angles = places[:, None] * steps  # (N, R/2)
-        angles = _joined(angles, angles, self.order)  # (N, R)
-        cos, sin = self.temperature * angles.cos(), self.temperature * angles.sin()
         given, rest = x.to(wide), (0, self.d_head - r)
         a, b = _pairs(given[..., :r], self.order)  # each (B, H, N, R/2)
         ahead = _joined(-b, a, self.order)  # each pair a right angle further on
@@ -163,6 +162,23 @@ class Rotary(RelativePositions):
     def refuses(self, n_heads: int, d_head: int) -> str | None:
         """Another head width."""
         return None if d_head == self.d_head else f"positions must be Rotary({d_head}), of the head width, got {self}"
+
+
+def _tables(
+    rotary: Rotary, start: int, n: int, dtype: torch.dtype, device: torch.device, inference: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle of every number at each of n places, (N, R) both, times the temperature."""
+    # --8<-- [start:angles]
+    places = torch.arange(start, start + n, dtype=dtype, device=device)
+    angles = places[:, None] * rotary.frequencies(dtype=dtype, device=device)  # (N, R/2)
+    angles = _joined(angles, angles, rotary.order)  # (N, R)
+    return rotary.temperature * angles.cos(), rotary.temperature * angles.sin()
+    # --8<-- [end:angles]
+
+
+# All layers turn queries and keys at the same places. Tensors of inference mode cannot be saved for backward, and so
+# are kept apart.
+_kept_tables = lru_cache(maxsize=2)(_tables)
 
 
 def reorder_pairs(

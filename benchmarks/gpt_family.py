@@ -7,9 +7,9 @@ spelled back hama writes the phonemes of words that were drawn from cmudict, and
              words from these phonemes: with its prefix mask, and with a causal mask over the same weights.
 cost         seconds of one further token after a context of n: attention with its cache, attention that reads all of
              the text again, and Mamba from its state. Models of one width and one number of layers, at random, batch 1.
-             Their times alternate, and the ratios are paired. What is remembered is counted in bytes.
+             The processor's times alternate, and the ratios are paired. What is remembered is counted in bytes.
 
-    nox -s bench -- gpt_family           some six minutes of one core
+    nox -s bench -- gpt_family           some four minutes of one core
     nox -s bench -- gpt_family --tiny    a little of each, which writes nothing to docs/measured
 
 Parts are kept as they end, in `runs/gpt_family` of the cache folder or in --runs=FOLDER: call again, and it goes on.
@@ -18,6 +18,7 @@ Parts are kept as they end, in `runs/gpt_family` of the cache folder or in --run
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,7 @@ def at_context(n: int, rounds: int) -> dict[str, Any]:
 
     (cached, bytes_cached), (state, bytes_state) = further(gpt), further(mamba)
     whole = torch.no_grad()(partial(gpt, ids))
-    times = alternate({"cached": cached, "whole": whole, "state": state}, rounds)
+    times = alternate({"cached": cached, "whole": whole, "state": state}, rounds, time.process_time)
     return {
         "milliseconds": {name: round(1e3 * median(seconds), 3) for name, seconds in times.items()},
         "whole_over_cached": ratio(times["whole"], times["cached"]),

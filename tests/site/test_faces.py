@@ -51,7 +51,9 @@ def test_the_faces_of_a_sheet_are_read():
     ],
 )
 def test_a_page_needs_what_its_elements_are_set_in(content, files):
-    assert faces.needed(article(content), FACES) == ALWAYS + [f"{name}.woff2" for name in files]
+    found = [face.file for face in faces.needed(article(content), FACES)]
+    wanted = ALWAYS + [f"{name}.woff2" for name in files]
+    assert found == sorted(wanted, key=lambda name: not name.startswith("source-serif"))
 
 
 def test_what_is_below_the_first_screen_is_not_asked_for():
@@ -60,17 +62,17 @@ def test_what_is_below_the_first_screen_is_not_asked_for():
     assert "ā" in {one.character for one in faces.letters(page, most=4)}
 
 
-def test_the_links_stand_beside_the_one_that_a_page_has(tmp_path):
+def test_the_links_stand_beside_the_one_that_a_page_has_and_those_of_its_text_come_first(tmp_path):
     (tmp_path / "assets/css").mkdir(parents=True)
     (tmp_path / "assets/css/fonts.css").write_text(SHEET, encoding="utf-8")
     own = '<link rel="preload" as="font" crossorigin href="../assets/fonts/source-serif-4-latin-400-normal.woff2">'
     (tmp_path / "page.html").write_text(own + article("<p>a <em>a</em></p>"), encoding="utf-8")
     (tmp_path / "bare.html").write_text(article("<p>a</p>"), encoding="utf-8")
     faces.ask_early(tmp_path)
-    asked = re.findall(
-        r'crossorigin href="../assets/fonts/([^"]+)"', (tmp_path / "page.html").read_text(encoding="utf-8")
-    )
-    assert asked == ["source-serif-4-latin-400-normal.woff2", *ALWAYS, "source-serif-4-latin-400-italic.woff2"]
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    asked = re.findall(r'crossorigin href="../assets/fonts/([^"]+)"', page)
+    assert asked == ["source-serif-4-latin-400-normal.woff2", "source-serif-4-latin-400-italic.woff2", *ALWAYS]
+    assert page.count(' fetchpriority="low">') == len(ALWAYS)
     assert (tmp_path / "bare.html").read_text(encoding="utf-8") == article("<p>a</p>")
 
 

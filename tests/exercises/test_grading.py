@@ -272,7 +272,31 @@ def over_depth(key=lambda x: x / x.square().mean(-1, keepdim=True).sqrt(), weigh
     return average
 
 
+def learning(scores=lambda q, k: (q @ k.T).tril(), errors=lambda k, v, w: k @ w - v, sign=-1, start=1, by_row=False):
+    """A mini-batch of test-time training in matrices."""
+
+    def dual(q, k, v, rate, w):
+        read = (
+            rate[:, None] * (scores(q, k) @ errors(k, v, w))
+            if by_row
+            else scores(q, k) @ (rate[:, None] * errors(k, v, w))
+        )
+        return start * q @ w + sign * read
+
+    return dual
+
+
+def online(q, k, v, rate, w):
+    """Each gradient at the weights after the step before it."""
+    outs = []
+    for i in range(len(q)):
+        w = w - rate[i] * torch.outer(k[i], k[i] @ w - v[i])
+        outs.append(q[i] @ w)
+    return torch.stack(outs)
+
+
 RIGHT = [
+    ("ttt", "dual", learning()),
     ("denseformer", "without", leaving()),
     ("denseformer", "without", lambda i, j: torch.eye(i + 1)[i] - torch.eye(i + 1)[j] + torch.eye(i + 1)[j - 1]),
     ("denseformer", "average", over_depth()),
@@ -316,6 +340,16 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("ttt", "dual", learning(lambda q, k: q @ k.T), "reads the steps of later ones too"),
+    ("ttt", "dual", learning(lambda q, k: (q @ k.T).tril(-1)), "read before its own step"),
+    ("ttt", "dual", learning(sign=1), "the steps go uphill"),
+    ("ttt", "dual", lambda q, k, v, rate, w: learning()(q, k, v, torch.ones_like(rate), w), "all rates are taken as 1"),
+    ("ttt", "dual", learning(by_row=True), "rate s belongs to the error of token s"),
+    ("ttt", "dual", learning(start=0), "q w is missing"),
+    ("ttt", "dual", learning(errors=lambda k, v, w: -v), "this is linear attention"),
+    ("ttt", "dual", learning(lambda q, k: (k @ k.T).tril()), "it is q that reads"),
+    ("ttt", "dual", online, "in a mini-batch all are taken at w"),
+    ("ttt", "dual", learning(errors=lambda k, v, w: 2 * (k @ w - v)), "row 0 is the first that differs"),
     ("denseformer", "without", leaving(at=0.0, before=0.0), "nothing is left out"),
     ("denseformer", "without", leaving(before=0.0), "all that was there after layer j is taken out"),
     ("denseformer", "without", leaving(at=1.0, before=-1.0), "turn the signs"),

@@ -21,6 +21,7 @@ from nondual.efficient_attention.native_sparse_attention import NativeSparseAtte
 from nondual.efficient_attention.s4d import S4D
 from nondual.mixers import CachedMixer, as_before_if_raised, check_reset, check_takes, sequence_starts
 from nondual.ops import masks
+from nondual.recent import TTTMLP, TTTLinear
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import Encoder
 
@@ -39,8 +40,11 @@ MIXERS = {
     "delta rule, negative too": partial(DeltaNet, E, 3, d_conv=0, beta_max=2.0),
     "gated delta rule": partial(GatedDeltaNet, E, 3, d_value=5),
     "native sparse attention": partial(NativeSparseAttention, E, 4, n_kv_heads=2, block=2, selected=3, window=3),
+    "test-time training, linear": partial(TTTLinear, E, 3, mini_batch=4),
+    "test-time training, MLP": partial(TTTMLP, E, 3, mini_batch=4),
 }
-PACKED = [name for name in MIXERS if name not in ("s4d", "native sparse attention")]
+WHOLE = {"s4d", "native sparse attention", "test-time training, linear", "test-time training, MLP"}
+PACKED = [name for name in MIXERS if name not in WHOLE]
 STARTS = [[0, 4], [0, 1]]  # of the sequences packed in either row
 
 

@@ -6,8 +6,8 @@
                            c 1 1 1 0
                            d 1 1 1 1
 
-It is a decoder in which the prompt has an encoder's mask, with the same weights for both. Sources: Liu et al. 2018
-(1801.10198), section 4.2.3; Raffel et al. 2019 (1910.10683), section 3.2.1. Symbols: ids (B, N), V tokens.
+It is a decoder in which the prompt has an encoder's mask, with the same weights for both. Sources: Dong et al. 2019
+(1905.03197), section 2.3; Raffel et al. 2019 (1910.10683), section 3.2.1. Symbols: ids (B, N), V tokens.
 """
 
 import torch

@@ -149,8 +149,10 @@ class Rotary(RelativePositions):
             raise ValueError(f"x must be (B, H, N, {self.d_head}), got {tuple(x.shape)}")
         check_start(start)
         wide, n, r = accumulation_dtype(x.dtype), x.shape[2], self.turned
-        make = _kept_tables if x.device.type == "cpu" and has_values(x) else _tables
-        cos, sin = make(self, start, n, wide, x.device, torch.is_inference_mode_enabled())
+        if x.device.type == "cpu" and has_values(x):
+            cos, sin = _kept_tables(self, start, n, wide, torch.is_inference_mode_enabled())
+        else:
+            cos, sin = _tables(self, start, n, wide, x.device)
         # --8<-- [start:turn]
         given, rest = x.to(wide), (0, self.d_head - r)
         a, b = _pairs(given[..., :r], self.order)  # each (B, H, N, R/2)
@@ -165,7 +167,7 @@ class Rotary(RelativePositions):
 
 
 def _tables(
-    rotary: Rotary, start: int, n: int, dtype: torch.dtype, device: torch.device, inference: bool
+    rotary: Rotary, start: int, n: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of every number at each of n places, (N, R) both, times the temperature."""
     # --8<-- [start:angles]
@@ -176,9 +178,13 @@ def _tables(
     # --8<-- [end:angles]
 
 
-# All layers turn queries and keys at the same places. Tensors of inference mode cannot be saved for backward, and so
-# are kept apart.
-_kept_tables = lru_cache(maxsize=2)(_tables)
+@lru_cache(maxsize=2)
+def _kept_tables(rotary: Rotary, start: int, n: int, dtype: torch.dtype, inference_mode: bool) -> tuple[Tensor, Tensor]:
+    """The tables on the CPU, made once for all layers, which turn queries and keys at the same places.
+
+    Those made in inference mode cannot be saved for backward, and so are kept apart.
+    """
+    return _tables(rotary, start, n, dtype, "cpu")
 
 
 def reorder_pairs(

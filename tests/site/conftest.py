@@ -16,7 +16,7 @@ from snippets import reading
 ASSETS = ROOT / "docs" / "assets"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pages():
     if not SITE.exists():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("site checks skipped: no site/; run `nox -s docs`")
@@ -55,7 +55,7 @@ SERVER = """
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def serve(a_server_of_its_own):
     """A context manager: the address of a server of this folder."""
 
@@ -94,7 +94,7 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(serve, pages):
     with serve(SITE, base_of(pages)) as address:
         yield address

@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -11,22 +12,17 @@ ROOT = Path(__file__).parent.parent.parent
 SITE = Path(os.environ.get("SITE_DIR", ROOT / "site"))
 
 
-@dataclass(repr=False)
-class Document(HTMLParser):
-    """One page, read once: its ids, its links, and the addresses a browser would fetch on its own."""
+class Reading(HTMLParser):
+    """What the markup of a page holds."""
 
-    text: str
-    ids: list = field(default_factory=list)
-    links: list = field(default_factory=list)
-    fetched: list = field(default_factory=list)
-    title: str = ""
-    description: str = ""
-    canonical: str = ""
-
-    def __post_init__(self):
+    def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.title = self.description = self.canonical = ""
         self._in_title = False
-        self.feed(self.text)
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = {name: value or "" for name, value in attrs}
@@ -61,6 +57,28 @@ class Document(HTMLParser):
 
     def handle_endtag(self, tag):
         self._in_title = self._in_title and tag != "title"
+
+
+class Document:
+    """One page: its text, its ids, its links, and the addresses a browser would fetch on its own.
+
+    The markup is read once, when it is first asked for: of a whole site that takes seconds, and many tests ask for one
+    page, or for text alone.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+
+    @cached_property
+    def read(self) -> Reading:
+        return Reading(self.text)
+
+    ids = property(lambda self: self.read.ids)
+    links = property(lambda self: self.read.links)
+    fetched = property(lambda self: self.read.fetched)
+    title = property(lambda self: self.read.title)
+    description = property(lambda self: self.read.description)
+    canonical = property(lambda self: self.read.canonical)
 
 
 def addresses_in_css(css: str) -> list[str]:
@@ -123,7 +141,7 @@ def broken(pages: dict[str, Document], site: Path) -> list[str]:
 
 def twice(page: Document) -> list[str]:
     """Ids that a page uses more than once."""
-    return sorted({name for name in page.ids if page.ids.count(name) > 1})
+    return sorted(name for name, times in Counter(page.ids).items() if times > 1)
 
 
 def weight(name: str, page: Document, site: Path) -> int:

@@ -6,7 +6,10 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from documents import SITE
+
 AXE = Path(__file__).parent.parent / "assets" / "axe.min.js"
+HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
 # A page is loaded in the first and turned to the second, so that each width is the whole test of one palette.
@@ -80,6 +83,23 @@ AXE_RUN = """(rules) => axe.run(document, {
   .filter((v) => ["serious", "critical"].includes(v.impact))
   .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
 OF_COLOUR = ["color-contrast", "link-in-text-block"]  # axe's rules that look at colours
+
+# Code in folds is looked at too.
+UNFOLD = """() => { for (const fold of document.querySelectorAll("details")) fold.open = true; }"""
+CODE = """async () => {
+  const look = () => [...document.querySelectorAll(".highlight:is(.alone, .excerpt) pre > code")].map((code) => {
+  const wide = code.scrollWidth > code.clientWidth + 1, shown = getComputedStyle(code).boxShadow !== "none";
+  const columns = Math.max(...code.textContent.split("\\n").map((line) => line.length));
+  return {columns, wide, shown, reached: code.tabIndex === 0};
+  });
+  const differ = ({wide, shown, reached}) => wide !== shown || wide !== reached, limit = performance.now() + 20_000;
+  let seen = look();  // once the page's script has heard of the folds
+  while (seen.some(differ) && performance.now() < limit) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    seen = look();
+  }
+  return seen;
+}"""
 
 # Two frames later, all that the page shows has been asked for; the answers may take longer.
 DRAWN = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(0))))"
@@ -159,6 +179,44 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
     faults += page.evaluate("refused")
     for event, listener in heard.items():
         page.remove_listener(event, listener)
+    return faults
+
+
+def code_of(page) -> list[dict]:
+    """Of each block of code of the page that is shown: the longest line in columns, whether it is too wide for its
+    place, whether an edge is shaded, and whether the keyboard reaches it. The page's folds are opened.
+    """
+    page.evaluate(UNFOLD)
+    page.evaluate(AT_ONCE)
+    return page.evaluate(CODE)
+
+
+def faults_of_code(page, size: str) -> list[str]:
+    """Code that is wide without a shaded edge or out of the keyboard's reach; on a desk, 88 columns that do not fit."""
+    faults = []
+    for one in code_of(page):
+        if not one["wide"] == one["shown"] == one["reached"]:
+            faults.append(f"code: {one}")
+        if size == "desktop" and one["columns"] <= 88 and one["wide"]:
+            faults.append(f"code of {one['columns']} columns does not fit")
+    return faults
+
+
+def faults_of_pages(browser, site: str, names: list[str], size: str) -> dict[str, list[str]]:
+    """What is wrong with these pages of the site. Each is loaded once, and looked at in both palettes."""
+    context, faults = still(browser, size), {}
+    page = context.new_page()
+    for name in names:
+        found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
+        weight = weight_of(page, SITE, site) / 1000
+        print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
+        if weight > HEAVIEST:
+            found.append(f"a first visit weighs {weight:.0f} kB")
+        if name.startswith(("essay/", "workshop/")):
+            found += faults_of_code(page, size)
+        if found:
+            faults[name] = found
+    context.close()
     return faults
 
 

@@ -1,33 +1,15 @@
-"""Every page of the built site in Chromium: loaded once at each of two widths, and looked at in both palettes."""
+"""The built site in Chromium: its palettes, search, glossary, wide code, and what a phone leaves for later.
+
+Every page is looked at in test_every_page_on_a_desk.py and test_every_page_on_a_phone.py.
+"""
 
 from urllib.parse import urlsplit
 
 import pytest
-from documents import SITE, base_of
-from looking import ALIVE, AT_ONCE, PALETTES, SCHEMES, SIZES, faults_of, still, turn, weight_of
+from documents import base_of
+from looking import ALIVE, AT_ONCE, SCHEMES, code_of, still, turn
 
-HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
-pytestmark = pytest.mark.timeout(600)  # many pages a test, on a busy machine
-PARTS = 6  # the pages are looked at in so many tests, each within the time limit of one
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("size", SIZES)
-def test_every_page_reads_well(browser, site, pages, size, part):
-    context, faults = still(browser, size), {}
-    page = context.new_page()
-    for name in list(pages)[part::PARTS]:
-        found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
-        weight = weight_of(page, SITE, site) / 1000
-        print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
-        if weight > HEAVIEST:
-            found.append(f"a first visit weighs {weight:.0f} kB")
-        if found:
-            faults[name] = found
-    context.close()
-    assert not faults, "\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found)
-
+pytestmark = pytest.mark.timeout(600)  # on a busy machine
 
 COLOURS = """() => [...document.querySelectorAll("body, body *:not(.katex *)")].flatMap((node) =>
   ["", "::before", "::after"].map((part) => {
@@ -101,21 +83,6 @@ def test_the_palette_turns_from_system_to_light_to_dark(home):
     assert seen == ["default", "default", "slate"]
 
 
-UNFOLD = """() => { for (const fold of document.querySelectorAll("details")) fold.open = true; }"""
-CODE = """async () => {
-  const look = () => [...document.querySelectorAll(".highlight:is(.alone, .excerpt) pre > code")].map((code) => {
-  const wide = code.scrollWidth > code.clientWidth + 1, shown = getComputedStyle(code).boxShadow !== "none";
-  const columns = Math.max(...code.textContent.split("\\n").map((line) => line.length));
-  return {columns, wide, shown, reached: code.tabIndex === 0};
-  });
-  const differ = ({wide, shown, reached}) => wide !== shown || wide !== reached, limit = performance.now() + 20_000;
-  let seen = look();  // once the page's script has heard of the folds
-  while (seen.some(differ) && performance.now() < limit) {
-    await new Promise((resolve) => setTimeout(resolve, 50));
-    seen = look();
-  }
-  return seen;
-}"""
 TO_THE_END = """async () => {
   const code = document.querySelector("pre > code.more-right");
   const limit = performance.now() + 20_000;
@@ -127,25 +94,13 @@ TO_THE_END = """async () => {
 
 
 @pytest.mark.browser
-def test_code_of_88_columns_fits_a_desk_and_scrolls_under_a_shaded_edge_on_a_phone(browser, site, pages):
-    chapters = [name for name in pages if name.startswith(("essay/", "workshop/")) and "highlight" in pages[name].text]
-    seen = {}
-    for size in SIZES:
-        context = still(browser, size)
-        page = context.new_page()
-        for name in chapters:
-            page.goto(site + name.removesuffix("index.html"))
-            page.evaluate(UNFOLD)
-            page.evaluate(AT_ONCE)
-            for one in page.evaluate(CODE):
-                assert one["wide"] == one["shown"] == one["reached"], (size, name, one)
-                if size == "desktop" and one["columns"] <= 88:
-                    assert not one["wide"], (name, one)
-                seen[size] = seen.get(size, 0) + one["wide"]
-        if size == "phone":
-            assert page.evaluate(TO_THE_END).split() == ["more-left"]
-        context.close()
-    assert seen["phone"] > 20
+def test_code_that_is_wide_scrolls_under_an_edge_that_is_shaded_while_there_is_more(browser, site):
+    context = still(browser, "phone")
+    page = context.new_page()
+    page.goto(site + "essay/self_attention/")
+    assert sum(one["wide"] for one in code_of(page)) > 5
+    assert page.evaluate(TO_THE_END).split() == ["more-left"]
+    context.close()
 
 
 # Code far below a phone's screen, and whether the browser has left it for later.

@@ -14,9 +14,7 @@ Arms, all with the same features, attention, ticks and loss:
 
     CTM                    private neuron-level models; synchronisation asks and answers
     LSTM                   an LSTM cell in place of neurons: its state asks and answers; as many parameters
-    states                 the CTM, but the neurons' present states ask and answer: no product, no sum
-    products               the products of pairs of neurons at the present tick: no sum over ticks
-    sums                   decayed sums of the states: no product
+    states                 the CTM, but the neurons' present states ask and answer in place of synchronisation
     shared                 the CTM, but one neuron-level model for all neurons (so it has fewer parameters)
     CTM, T ticks           the CTM trained with another number of ticks
 """
@@ -117,26 +115,10 @@ def backbone(task: str) -> nn.Module:
 
 
 class States(Synchronisation):
-    """Reads the present states of the first neurons of the pairs."""
+    """Reads the present state of the first neuron of each pair."""
 
     def forward(self, z: Tensor, state: Sums) -> tuple[Tensor, Sums]:
         return z[:, self.pairs[0]], state
-
-
-class Products(Synchronisation):
-    """Reads the pairs' products at the present tick."""
-
-    def forward(self, z: Tensor, state: Sums) -> tuple[Tensor, Sums]:
-        return z[:, self.pairs[0]] * z[:, self.pairs[1]], state
-
-
-class StateSums(Synchronisation):
-    """Reads the decayed sums of the states of the first neurons of the pairs."""
-
-    def forward(self, z: Tensor, state: Sums) -> tuple[Tensor, Sums]:
-        kept = self.kept()
-        sums = Sums(state.products * kept + z[:, self.pairs[0]], state.weights * kept + 1)
-        return sums.products / sums.weights.sqrt(), sums
 
 
 class SharedModels(nn.Module):
@@ -150,16 +132,13 @@ class SharedModels(nn.Module):
         return F.glu(self.second(F.glu(self.first(history), -1)), -1)[..., 0]
 
 
-READ_OUTS = {"states": States, "products": Products, "sums": StateSums}
-
-
 def machine(task: str, arm: str = "CTM", ticks: int | None = None) -> ContinuousThoughtMachine:
     """The CTM of a task, or one of its twins that differ in one part."""
-    every = torch.arange(D_MODEL).expand(2, -1)
-    made = READ_OUTS.get(arm, Synchronisation)
 
     def read_out() -> Synchronisation:
-        return made(every if arm in ("states", "sums") else random_pairs(D_MODEL, PAIRS), D_MODEL)
+        if arm == "states":
+            return States(torch.arange(D_MODEL).expand(2, -1), D_MODEL)
+        return Synchronisation(random_pairs(D_MODEL, PAIRS), D_MODEL)
 
     model = ContinuousThoughtMachine(
         FEATURES,
@@ -174,7 +153,7 @@ def machine(task: str, arm: str = "CTM", ticks: int | None = None) -> Continuous
         backbone=backbone(task),
         **({"neurons": SharedModels} if arm == "shared" else {}),
     )
-    if arm in ("states", "products"):
+    if arm == "states":
         for read in (model.action, model.output):
             read.decay.requires_grad_(False)  # nothing decays there
     return model

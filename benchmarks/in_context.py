@@ -1,7 +1,7 @@
 """Learning from examples in the context, beside what can be computed: least squares, Bayes' rule, gradient descent.
 
 functions   A small transformer reads examples of a linear function, x and y with noise, and says each next y. It is
-            trained on endless tasks (a task is a vector of weights), or on 16, 64 or 256 of them; and tested on new
+            trained on endless tasks (a task is a vector of weights), or on 4, 16 or 64 of them; and tested on new
             tasks, on the stored ones, and on families of functions and inputs that it was not trained on, after 0 to 31
             examples, twice as many as in training. Beside it on the same prompts: least squares, ridge (the exact
             posterior mean for endless tasks), stored tasks (that for a finite set), and k steps of gradient descent,
@@ -14,7 +14,7 @@ coins       A small GPT reads flips of coins whose bias is drawn from Beta(1, 1)
 
 Each arm is trained to the end at every rate of a grid with one seed, and at rates beyond it where the best is at the
 edge. The best is the one with the lowest error on new prompts like those of its own training. At that rate it is
-trained with other seeds, which had no part in the choice. A transformer on 64 or 256 tasks has the rate of that on
+trained with other seeds, which had no part in the choice. A transformer on 4 or 64 tasks has the rate of that on
 endless ones, and the layer's is chosen with 16 tasks for all numbers of tasks. A seed fixes the table of tasks, the
 first weights and the batches.
 
@@ -68,8 +68,8 @@ from nondual.language_models.in_context_learning import limit_errors
 from nondual.store import cache_folder
 
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
-TASKS, BETWEEN = (0, 16), (64, 256)
-"""How many tasks a transformer is trained on, 0 for endless ones; BETWEEN, at the rate that was best for these."""
+TASKS, OTHERS = (0, 16), (4, 64)
+"""How many tasks a transformer is trained on, 0 for endless ones; OTHERS, at the rate that was best for these."""
 LAYER_TASKS = (4, 8, 16, 32, 64, 128)
 RATES = {"functions": (2e-3, 4e-3, 8e-3), "layer": (3e-3, 1e-2, 3e-2), "coins": (2e-3, 4e-3, 8e-3)}
 STEPS = {"functions": 2500, "layer": 1000, "coins": 1000}
@@ -176,7 +176,7 @@ def main(options: list[str]) -> None:
     for count in () if tiny else LAYER_TASKS:
         if count != 16:
             layers[str(count)] = arm(f"layer {count}", folder, tiny, layers["16"]["rate"])
-    for count in () if tiny else BETWEEN:
+    for count in () if tiny else OTHERS:
         functions[str(count)] = arm(f"functions {count}", folder, tiny, functions["0"]["rate"])
     figures: dict[str, Any] = {
         "functions": {"arms": functions, "judged": judged(functions), "by rule": by_rule()},

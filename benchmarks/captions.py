@@ -12,7 +12,7 @@ style. Training pictures come in six styles, as they are and in VIEWS - 1 variat
 import json
 import tempfile
 import time
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -150,6 +150,7 @@ class Task(NamedTuple):
         pooled: whether it takes the mean of the 16 patches as one vector, or all of them.
         measure: (model) -> what is logged of a training.
         more: (model, captions) -> what else is asked of a trained model.
+        adam: (model, rate) -> the optimiser.
     """
 
     made: Any
@@ -157,6 +158,7 @@ class Task(NamedTuple):
     pooled: bool
     measure: Any
     more: Any
+    adam: Any = partial(optimiser, decay=DECAY)
 
     def vectors(self, patches: Tensor) -> Tensor:
         """(…, 16, 128) -> (…, S, 128)."""
@@ -221,7 +223,7 @@ def carry_out(run: Run, task: Task) -> dict[str, Any]:
 
         history = train(
             model, loss_of, lambda generator: batch_of(task, data, run.arm.endswith("deaf"), generator),
-            optimiser=optimiser(model, run.rate, decay=DECAY), steps=run.steps, seed=run.seed,
+            optimiser=task.adam(model, run.rate), steps=run.steps, seed=run.seed,
             measure=lambda: task.measure(model), log_every=max(1, run.steps // 10), name=None,
         )  # fmt: skip
     model.eval()

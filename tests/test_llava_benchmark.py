@@ -129,11 +129,13 @@ def test_differences_are_paired_by_concept_and_shares_count_groups(captions, dat
 
 
 @torch.no_grad()
-def test_a_swapped_picture_moves_no_caption_before_it(modules, data):
+def test_a_swapped_picture_moves_no_caption_before_it(modules, data, monkeypatch):
+    monkeypatch.setattr(modules["flamingo"], "INTRODUCTION", (20, 21))
+    monkeypatch.setattr(modules["flamingo"], "MARK", 39)
     torch.manual_seed(0)
     resampler = modules["flamingo"].PerceiverResampler(128, 4, n_layers=1, n_heads=2, d_head=8)
     model = Flamingo(
-        nn.Identity(), GPT(40, 12, 2, 3, max_len=24), resampler, mark=1, d_vision=128, n_heads=2, d_head=4, d_ff=8
+        nn.Identity(), GPT(40, 12, 2, 3, max_len=24), resampler, mark=39, d_vision=128, n_heads=2, d_head=4, d_ff=8
     ).eval()
     test = torch.tensor([4, 5, 6, 7])
     shut = modules["flamingo"].swapped(model, data._replace(test=test))

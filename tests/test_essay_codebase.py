@@ -35,6 +35,9 @@ COMPUTES = {  # for each of the essay's paths that stands here: something it com
     "vision_transformers/vit": lambda room: room.VisionTransformer(4, 2, 3, d_model=8, n_heads=2, d_ff=16, n_layers=1)(
         torch.randn(1, 3, 4, 4)
     ),
+    "language_models/gpt_family": lambda room: room.GPTFamily(room.GPTSize(9, 8, 8, 1, 2)).loss(
+        torch.tensor([[1, 2, 3]])
+    ),
     "multimodal/clip": lambda room: room.CLIP(*[torch.nn.Identity()] * 2, 4, d_image=8, d_text=8).loss(X[0], X[0] ** 2),
     "multimodal/flamingo": lambda room: room.Flamingo(
         torch.nn.Identity(), GPT(9, 8, 1, 2), room.PerceiverResampler(8, 2), mark=8, d_vision=8

@@ -1,9 +1,9 @@
 """Learning from examples in the context, beside what can be computed: least squares, Bayes' rule, gradient descent.
 
 functions   A small transformer reads examples of a linear function, x and y with noise, and says each next y. It is
-            trained on endless tasks (a task is a vector of weights), or on 16 of them; and tested on new
-            tasks, on the stored ones, and on families of functions and inputs that it was not trained on, after 0 to 31
-            examples, twice as many as in training. Beside it on the same prompts: least squares, ridge (the exact
+            trained on endless tasks (a task is a vector of weights), or on 16 of them; and tested on new tasks, on the
+            stored ones, and on families of functions and inputs that it was not trained on, after 0 to 31 examples,
+            twice as many as in training. Beside it on the same prompts: least squares, ridge (the exact
             posterior mean for endless tasks), stored tasks (that for a finite set), and k steps of gradient descent,
             at the rate that is best for this number of steps and examples.
 map         Where a model lies between three corners: stored tasks, ridge, and one step of gradient descent; with one
@@ -15,7 +15,8 @@ coins       A small GPT reads flips of coins whose bias is drawn from Beta(1, 1)
 Each arm is trained to the end at every rate of a grid with one seed, and at rates beyond it where the best is at the
 edge. The best is the one with the lowest error on new prompts like those of its own training. At that rate it is
 trained with other seeds, which had no part in the choice. The layer's rate is chosen with 16 tasks for all of its
-arms, and that of the coins with Beta(1, 1) for both. A seed fixes the table of tasks, the first weights and the batches.
+arms, and that of the coins with Beta(1, 1) for both. A seed fixes the table of tasks, the first weights and the
+batches.
 
     nox -s bench -- in_context           some twenty minutes of one core
     nox -s bench -- in_context --tiny    a few steps of a few, which writes nothing to docs/measured

@@ -177,11 +177,17 @@ def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it
     # Each part counts by itself: what any of them added, taken out of what layer k alone reads, moves its output.
     effects = torch.stack([effect.output for effect in cut_paths(model, ids(), parts, k, parts[:k], loss=False)])
     assert effects.shape == (k, B) and effects.min() > 0.01
-    # So in SmolLM2, where earlier layers together weigh more than the one before.
+    # In SmolLM2 a layer cannot do with the last part alone: its output moves by more than its own length, and further
+    # than without a random vector as long; the loss rises.
     run = json.loads((MEASURED / "direct_paths.json").read_text(encoding="utf-8"))["figures"]
+    assert list(run["groups"]) == ["10", "20", "30"]
     for of in run["groups"].values():
-        assert of["all but the one before"]["output"]["interval"][0] > of["the one before"]["output"]["interval"][1]
-        assert of["all but the one before"]["loss"]["interval"][0] > 0
+        last_alone, at_random = of["all but the one before"], of["as long, at random"]
+        assert last_alone["output"]["interval"][0] > max(1, at_random["output"]["interval"][1])
+        assert last_alone["loss"]["interval"][0] > max(1, at_random["loss"]["interval"][1])
+    # One path alone counts for little: on average hardly more than a random vector of its length.
+    one, as_long = (run["earlier_than_the_one_before"][name] for name in ("cut", "random"))
+    assert as_long["interval"][1] < one["interval"][0] and one["mean"] < 1.2 * as_long["mean"]
 
 
 def gpt_of_plain_stream():

@@ -106,7 +106,7 @@ def _made(config: Mapping[str, Any]) -> GPTFamily:
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
-NAMES = {
+NAMES: dict[str, str] = {
     "wte.": "embeddings.",
     "tokens_embed.": "embeddings.",
     "wpe.": "positions.table.",
@@ -114,14 +114,14 @@ NAMES = {
     "ln_f.": "norm_f.",
     "h.": "layers.",
 }
-IN_LAYER = {
+IN_LAYER: dict[str, str] = {
     "attn.c_proj.": "mixer.out_proj.",
     "mlp.c_fc.": "feed_forward.linear1.",
     "mlp.c_proj.": "feed_forward.linear2.",
     "ln_1.": "norm1.",
     "ln_2.": "norm2.",
 }
-NO_WEIGHTS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")
+NO_WEIGHTS: re.Pattern[str] = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")
 """Masks and position numbers, which old checkpoints store."""
 
 

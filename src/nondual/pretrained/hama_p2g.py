@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from nondual.language_models.prefix_lm import PrefixLM
 
-N_HEADS = 4
+N_HEADS: int = 4
 LONGEST_PROMPT, LONGEST_WORD, LONGEST_TEXT = 192, 193, 416  # phonemes; letters and the end's sign; both together
-SIGNS = ("<pad>", "<unk>", "<bos>", "<eos>", "<src>", "<tgt>", "<no_source>")
-NAMES = {
+SIGNS: tuple[str, ...] = ("<pad>", "<unk>", "<bos>", "<eos>", "<src>", "<tgt>", "<no_source>")
+NAMES: dict[str, str] = {
     "embedding.": "embeddings.",
     "pos.embedding.": "positions.table.",
     "layers.norm.": "norm_f.",

@@ -101,6 +101,32 @@ def test_smollm2_goes_on_from_real_text_as_in_transformers_with_a_cache_and_with
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8},
+        {"temperature": 2.0, "top_k": 5},
+        {"temperature": 2.0, "top_p": 0.5},
+        {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+    ],
+)
+def test_smollm2_writes_with_every_option_of_sampling(ours, options):
+    model, tokenizer = ours
+    ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
+    prompt = ids.shape[1]
+    cached, whole = (
+        model.generate(ids, 7, generator=torch.Generator().manual_seed(2), cached=cached, **options)
+        for cached in (True, False)
+    )
+    assert torch.equal(cached, whole) and not torch.equal(cached, model.generate(ids, 7))  # not the likeliest each time
+    scores = model(cached)[0, prompt - 1 : -1] / options["temperature"]
+    before = scores > scores.gather(1, cached[0, prompt:, None])
+    assert before.sum(1).max() < options.get("top_k", 10**6)
+    assert (scores.softmax(-1) * before).sum(1).max() < options.get("top_p", 1.0)
+    assert tokenizer.decode(cached[0]).startswith("Once upon a time there was")
+
+
 def test_its_heads_are_open_to_analysis_as_those_of_transformers_are(smol, ours):
     model, tokenizer = ours
     ids = tokenizer(ALICE, return_tensors="pt").input_ids[:, :31]

@@ -47,7 +47,9 @@ from benchmarks.ttt_run import (
     Run,
     carry_out,
     model_of,
+    read,
     size,
+    without_a_model,
 )
 from nondual.store import cache_folder
 
@@ -145,6 +147,7 @@ def main(options: list[str]) -> None:
     steps, rates, seeds, windows = (2, RATES[:1], SEEDS[:1], 2) if tiny else (STEPS, RATES, SEEDS, 24)
     arms = {model: arm(model, rates, seeds, steps, folder, windows) for model in MIXERS}
     figures = {"arms": arms, **compared(arms)} | ({} if tiny else {"time_over_linear_attention": times()})
+    figures["cipher, without a model"] = without_a_model(read().held_out[:windows])
     for model, found in arms.items():
         print(model, found["sweep"], [run["by_place"] for run in found["runs"]])
     for what in ("frozen less written", "less linear attention, after a change", "last bin less the one before"):

@@ -209,6 +209,21 @@ def measured(model: CausalLM, windows: Tensor) -> dict[str, Any]:
     return found
 
 
+def without_a_model(windows: Tensor) -> dict[str, list[float]]:
+    """Bits of the cipher by place after the change, for two who know nothing of its letters but what is said here.
+
+    spaces: how often a space comes in English; all letters alike.
+    counting: how often each character has come since the change, each begun at 1.
+    """
+    after = windows[:, CHANGE + 1 :]  # a cipher changes neither of the two
+    space = (read().train == 0).float().mean()
+    letter = (1 - space) / (len(ALPHABET) - 1)
+    spaces = -torch.where(after == 0, space, letter).log2().mean(0)
+    before = F.one_hot(after, len(ALPHABET)).cumsum(1) - F.one_hot(after, len(ALPHABET)) + 1
+    share = before.gather(2, after[..., None])[..., 0] / before.sum(-1)
+    return {"spaces": binned(spaces, AFTER_BINS), "counting": binned(-share.log2().mean(0), AFTER_BINS)}
+
+
 # --- one run -------------------------------------------------------------------------------------------------------
 
 

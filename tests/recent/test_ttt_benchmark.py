@@ -1,5 +1,6 @@
 """benchmarks/ttt.py: that it runs, what its texts are, and that the memory of every model can be frozen."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from benchmarks import ttt, ttt_run
-from benchmarks.ttt_run import ALPHABET, BINS, CHANGE, LONG, MIXERS, binned, enciphered, folded, model_of, size, writing
+from benchmarks.ttt_run import (
+    ALPHABET,
+    BINS,
+    CHANGE,
+    LONG,
+    MIXERS,
+    binned,
+    enciphered,
+    folded,
+    model_of,
+    size,
+    without_a_model,
+    writing,
+)
 
 
 @pytest.fixture
@@ -29,7 +43,7 @@ def short(monkeypatch):
     monkeypatch.setattr(ttt_run, "read", lambda: texts)
     for name, value in {"CONTEXT": 20, "LONG": 24, "CHANGE": 12, "BINS": (0, 8, 24), "AFTER_BINS": (0, 12)}.items():
         monkeypatch.setattr(ttt_run, name, value)
-    for name, value in {"CONTEXT": 20, "BINS": (0, 64, 1024)}.items():
+    for name, value in {"CONTEXT": 20, "BINS": (0, 64, 1024), "read": lambda: texts}.items():
         monkeypatch.setattr(ttt, name, value)
 
 
@@ -74,6 +88,15 @@ def test_the_models_are_of_one_size_and_their_memories_can_be_frozen():
         )
         assert torch.equal(held, start + torch.zeros_like(held)), name
         assert model(ids).isfinite().all()
+
+
+def test_two_who_know_nothing_of_a_cipher(short, monkeypatch):
+    monkeypatch.setattr(ttt_run, "AFTER_BINS", (0, 1, 2))
+    texts = ttt_run.Texts(torch.tensor([0, 1, 2, 3]), *[torch.zeros(1, 25, dtype=torch.long)] * 3)  # a space in four
+    monkeypatch.setattr(ttt_run, "read", lambda: texts)
+    found = without_a_model(texts.held_out)
+    assert found["spaces"] == [2.0, 2.0]
+    assert found["counting"] == pytest.approx([math.log2(27), math.log2(28 / 2)], abs=1e-4)
 
 
 def test_bins_are_means_between_edges():

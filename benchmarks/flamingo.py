@@ -144,6 +144,5 @@ def record(whole: Plan, results: dict[str, list[dict[str, Any]]], data: Captions
         "swapped": {arm: runs[0]["swapped"] for arm, runs in results.items()},
         "CLIP's nearest name": shares(data, data.clip.tolist()),
     }
-    write(
-        "flamingo", "nox -s bench -- flamingo", figures, before=list(BEFORE), latents=LATENTS, gate_rate=GATE_RATE, **whole.settings(data)
-    )  # fmt: skip
+    more = {"before": list(BEFORE), "latents": LATENTS, "gate_rate": GATE_RATE}
+    write("flamingo", "nox -s bench -- flamingo", figures, **more, **whole.settings(data))

@@ -1,6 +1,8 @@
 """A8.1 on a real text: a memory that is trained while it reads learns a cipher; its frozen twin does not."""
 
+import json
 import math
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -71,3 +73,16 @@ def test_trained_while_it_reads_a_memory_follows_a_change_that_its_frozen_twin_d
     # Linear attention, whose sum is never corrected, follows too, more slowly: no state that is written on is frozen.
     low, _, _ = interval(follows, added)
     assert low > 0.02 and interval(added, frozen)[0] > 0.05
+
+
+@pytest.mark.claim("A8.1", "holds if")
+def test_trained_models_lose_after_a_change_when_they_are_frozen_and_not_in_familiar_text():
+    """And it is no privilege of TTT: the state of linear attention is written on in use as well."""
+    found = json.loads((Path(__file__).parents[2] / "docs/measured/ttt.json").read_text())["figures"]
+    frozen = found["frozen less written"]
+    for model in ("TTT-Linear", "TTT-MLP", "linear attention"):
+        assert frozen["cipher"][model]["interval"][0] > 0.2 and frozen["Sanskrit"][model]["interval"][0] > 0, model
+        assert frozen["English"][model]["interval"][1] < 0.02, model
+    for model in ("TTT-Linear", "TTT-MLP"):
+        low, high = found["less linear attention, after a change"]["cipher"][model]["interval"]
+        assert low < 0 < high, model

@@ -57,7 +57,10 @@ def ask_early(site: Path) -> None:
     Args:
         site: the folder of the site, whose style sheets are not joined yet.
     """
-    faces = list(faces_of((site / "assets" / "css" / "fonts.css").read_text(encoding="utf-8")))
+    sheet = site / "assets" / "css" / "fonts.css"
+    if not sheet.exists():  # a theme without fonts of its own
+        return
+    faces = list(faces_of(sheet.read_text(encoding="utf-8")))
     for path in sorted(site.rglob("*.html")):
         page = path.read_text(encoding="utf-8")
         if found := _PRELOAD.search(page):

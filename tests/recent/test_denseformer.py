@@ -139,7 +139,6 @@ def carried(connection, k, other):
     return (model.hidden(model.embeddings(ids()) + other) - right).abs().max().item()
 
 
-@pytest.mark.claim("A8.4", "holds if")
 def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_one_another_as_before():
     torch.manual_seed(5)
     other = torch.randn(B, N, E, dtype=torch.float64)
@@ -162,7 +161,6 @@ def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_on
     assert all(x.ndim == 1 for x in dense.weights) and sum(x.numel() for x in dense.weights) == n_weights(L)
 
 
-@pytest.mark.claim("A8.9", "holds if")
 @torch.no_grad()
 def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it_as_it_was_written():
     model = gpt_of_plain_stream()

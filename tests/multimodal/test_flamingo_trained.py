@@ -1,0 +1,28 @@
+"""docs/measured/flamingo.json: gates that were trained open, and they open for pictures only where pictures tell."""
+
+import json
+from pathlib import Path
+
+FOUND = json.loads((Path(__file__).parents[2] / "docs" / "measured" / "flamingo.json").read_text(encoding="utf-8"))[
+    "figures"
+]
+
+
+def test_gates_open_in_training_and_those_of_the_attention_only_for_pictures_that_tell():
+    gated, deaf = ({k: v[-1] for k, v in FOUND["arms"][arm]["curve"].items()} for arm in ("gated", "gated deaf"))
+    assert all(
+        abs(gated[f"{part} {layer}"]) > 0.4 for part in ("attention", "feed-forward") for layer in (6, 12, 18, 24)
+    )
+    assert all(abs(deaf[f"attention {layer}"]) < 0.1 for layer in (6, 12, 18))
+
+
+def test_the_right_pictures_make_names_of_unseen_things_likelier():
+    assert FOUND["gated - deaf"]["interval"][2] < 0 and all(x < 0 for x in FOUND["gated - deaf"]["by seed"])
+    assert FOUND["gated - ungated"]["interval"][1] > 0  # without gates it was slightly better, in so few steps
+
+
+def test_a_caption_depends_on_the_last_picture_before_it_and_on_no_later_one():
+    swapped = FOUND["swapped"]["gated"]
+    assert swapped["second picture swapped"]["first caption"]["largest"] == 0
+    assert swapped["first picture swapped"]["first caption"]["interval"][1] > 0
+    assert swapped["second picture swapped"]["second caption"]["interval"][1] > 0

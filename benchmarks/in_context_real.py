@@ -7,21 +7,21 @@ The model is SmolLM2-135M-Instruct in our own classes. Its parameters are hashed
     three     translation, a question and sums of two numbers with two digits, in words as a person would write them:
               what Brown et al. 2020 (2005.14165) measured on 175 billion parameters, in the small
     look_up   eight pairs, and then the same eight in another order: made-up words, French, and wrong French
-    vectors   the vector that eight examples leave before each layer, put into a bare question (2310.15916), beside
-              the vector of another task and a random one of the same length
+    vectors   the vector that eight examples leave before each layer, put into a bare question (2310.15916) or added
+              to what is there, beside the vector of another task and a random one of the same length
     heads     the induction heads give out their mean over a plain text, beside as many other heads of their layers
     rule      small models trained on repeated passages in which a quarter of all pairs of neighbours never stands:
               accuracy on such pairs, induction score and accuracy through training
 
 A row is read once and asked at each example, so a row gives one answer at each count. An interval is the 2.5 and 97.5
-percent points of a bootstrap over rows (of vectors: over draws of examples), each with examples of its own; differences
-are taken within a row. With answers drawn from the set, those of the row's own questions are left out, so that no right
+percent points of a bootstrap over rows (of vectors: over questions), each with examples of its own; differences are
+taken within a row. With answers drawn from the set, those of the row's own questions are left out, so that no right
 answer has been shown by chance; with sums and two classes all are drawn.
 
     nox -s bench -- in_context_real
 
-Some eight minutes of one core. Each part is kept under a hash of this file, so that a stopped run goes on. --tiny runs
-everything once on a few rows and keeps nothing.
+Some fifteen minutes of one core. Each part is kept under a hash of this file, so that a stopped run goes on. --tiny
+runs everything once on a few rows and keeps nothing.
 """
 
 import hashlib
@@ -60,9 +60,8 @@ LEAD = "<|im_start|>"  # what the model has at the start of each text that it wa
 COUNTS = (0, 1, 2, 4, 8, 16)  # examples read
 MANY = tuple(range(4, 17))  # over these a row's answers are averaged, for differences
 MANY_SHUFFLED = (4, 8, 16)  # so many examples have their own answers, shuffled: see `shuffled_answers`
-ROWS = {"curves": 24, "three": 16, "look_up": 20, "heads": 12, "draws": 12}
-TINY = {"curves": 2, "three": 2, "look_up": 2, "heads": 2, "draws": 2}
-QUESTIONS = 2  # for each draw of eight examples, in `vectors`
+ROWS = {"curves": 32, "three": 24, "look_up": 24, "heads": 16, "draws": 12, "questions": 24}
+TINY = {"curves": 2, "three": 2, "look_up": 2, "heads": 2, "draws": 2, "questions": 4}
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -79,9 +78,9 @@ class Bench:
         return ask(self.model, made, first_tokens(self.tokenizer, answers, **space))
 
 
-def interval(each: Tensor, clusters: int = 1, draws: int = 2000) -> list[float]:
-    """The mean of (B,), and the 2.5 and 97.5 percent points of its bootstrap over rows, or over `clusters` in a row."""
-    each = each.double().view(-1, clusters).mean(1)
+def interval(each: Tensor, draws: int = 2000) -> list[float]:
+    """The mean of (B,), and the 2.5 and 97.5 percent points of its bootstrap over rows."""
+    each = each.double()
     picks = torch.randint(len(each), (draws, len(each)), generator=torch.Generator().manual_seed(0))
     low, high = each[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [round(float(each.mean()), 4), round(low, 4), round(high, 4)]
@@ -238,9 +237,7 @@ def look_up(bench: Bench, task: str) -> dict[str, Any]:
 
 # --- vectors ---------------------------------------------------------------------------------------------------------
 
-
-VECTOR_TASKS = ("opposite", "capital", "past")
-EVERY_LAYER = 2  # every second layer is tried
+VECTOR_TASKS = ("opposite", "capital", "past", "plural")
 
 
 def last_of(made: Prompts) -> Tensor:
@@ -248,64 +245,83 @@ def last_of(made: Prompts) -> Tensor:
     return made.asked[:, -1]
 
 
-def vector_rows(task: str, draws: int) -> list[dict[str, Any]]:
-    """For each draw eight examples, a question behind them to take the vector with, and others to put it in."""
-    draw, rows = torch.Generator().manual_seed(5), []
+def halves(task: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """A task's pairs in two halves: one for examples, one for the questions that are asked."""
+    pairs = pick(WORD_PAIRS[task], len(WORD_PAIRS[task]), torch.Generator().manual_seed(5))
+    return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+
+
+def left_by(bench: Bench, task: str, draws: int) -> tuple[list[list[Any]], Tensor]:
+    """Eight examples for each draw, and (layers, draws, E), what they leave at the separator of another question."""
+    draw, rows = torch.Generator().manual_seed(6), []
     for _ in range(draws):
-        chosen = pick(WORD_PAIRS[task], 9 + QUESTIONS, draw)
-        given = examples(chosen, right_answers, draw)
-        rows.append({"examples": given[:8], "behind": given[8], "asked": given[9:]})
-    return rows
+        rows.append(examples(pick(halves(task)[0], 9, draw), right_answers, draw))
+    made = prompts(bench.tokenizer, rows, lead=LEAD)
+    return [row[:8] for row in rows], states_at(bench.model, made.ids, last_of(made))
 
 
 def vectors(bench: Bench, task: str) -> dict[str, Any]:
-    """Accuracy on bare questions with the vector of this task's examples, of another's and with a random one."""
+    """Accuracy on bare questions with the vector of this task's examples, of another's and with a random one.
+
+    own, other, random   the vector of one draw of examples in place of the bare question's own (Hendel et al. 2023)
+    mean                 the mean vector of all draws in its place
+    added                the mean of all draws, less the mean over all tasks, added to the bare question's own vector;
+                         "added, other" is that of another task
+
+    The layer is chosen, for each kind, on every second question and counted on the rest, and the other way round.
+    """
     model, tokenizer = bench.model, bench.tokenizer
-    tasks, draws = list(VECTOR_TASKS), bench.rows["draws"]
-    rows, other = (vector_rows(name, draws) for name in (task, tasks[(tasks.index(task) + 1) % len(tasks)]))
+    draws, count = bench.rows["draws"], bench.rows["questions"]
+    next_task = VECTOR_TASKS[(VECTOR_TASKS.index(task) + 1) % len(VECTOR_TASKS)]
+    left = {name: left_by(bench, name, draws) for name in VECTOR_TASKS}
+    means = {name: of.mean(1, keepdim=True) for name, (_, of) in left.items()}
+    middle = torch.stack(list(means.values())).mean(0)
     candidates = first_tokens(tokenizer, [answer for _, answer in WORD_PAIRS[task]])
 
-    def left_by(rows: list[dict[str, Any]]) -> Tensor:
-        """(layers, draws * QUESTIONS, E): the vector of a draw, once for each of its questions."""
-        made = prompts(tokenizer, [row["examples"] + [row["behind"]] for row in rows], lead=LEAD)
-        return states_at(model, made.ids, last_of(made)).repeat_interleave(QUESTIONS, 1)
-
-    bare = prompts(tokenizer, [[example] for row in rows for example in row["asked"]], lead=LEAD)
-    whole = prompts(tokenizer, [row["examples"] + [example] for row in rows for example in row["asked"]], lead=LEAD)
-    right = bare.first[:, 0]
-    own, others = left_by(rows), left_by(other)
-    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(6))
-    noise *= own.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    generator = torch.Generator().manual_seed(7)
+    asked = examples(halves(task)[1][:count], right_answers, generator)
+    bare = prompts(tokenizer, [[example] for example in asked], lead=LEAD)
+    which = [i % draws for i in range(len(asked))]  # the draw that goes with each question
+    whole = prompts(tokenizer, [left[task][0][i] + [example] for i, example in zip(which, asked)], lead=LEAD)
+    at, right, plain_states = last_of(bare), bare.first[:, 0], states_at(model, bare.ids, last_of(bare))
+    own = left[task][1][:, which]
+    noise = torch.randn(own.shape, generator=generator)
+    given = {
+        "own": own,
+        "other": left[next_task][1][:, which],
+        "random": noise * own.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True),
+        "mean": means[task],
+        "added": plain_states + means[task] - middle,
+        "added, other": plain_states + means[next_task] - middle,
+    }
 
     def hits(scores: Tensor) -> dict[str, Tensor]:
         among = candidates[scores[:, candidates].argmax(-1)] == right
         return {"greedy": (scores.argmax(-1) == right).float(), "among": among.float()}
 
-    with_examples = ask(model, whole, candidates)
+    each = {
+        name: [hits(scores_with(model, bare.ids, at, layer, of[layer])) for layer in range(len(model.layers))]
+        for name, of in given.items()
+    }
+    none, with_examples = ask(model, bare, candidates), ask(model, whole, candidates)
     found: dict[str, Any] = {}
-    at = last_of(bare)
-    by_layer: dict[str, list[dict[str, Tensor]]] = {"own": [], "other": [], "random": []}
-    layers = range(0, len(model.layers), EVERY_LAYER)
-    for layer in layers:
-        for name, given in (("own", own), ("other", others), ("random", noise)):
-            by_layer[name].append(hits(scores_with(model, bare.ids, at, layer, given[layer])))
-    none = ask(model, bare, candidates)
+    half = torch.arange(len(right)) % 2 == 0
     for score in ("greedy", "among"):
         plain = {"none": getattr(none, score)[:, 0].float(), "examples": getattr(with_examples, score)[:, -1].float()}
-        each = {name: torch.stack([row[score] for row in of]) for name, of in by_layer.items()}  # (layers, rows)
-        # The layer is chosen on every second draw and counted on the rest, and the other way round.
-        half = torch.arange(len(right)) // QUESTIONS % 2 == 0
-        best = {part: int(each["own"][:, chosen].mean(1).argmax()) for part, chosen in ((0, half), (1, ~half))}
-        held = {name: torch.where(half, of[best[1]], of[best[0]]) for name, of in each.items()}
+        rows = {name: torch.stack([at_layer[score] for at_layer in of]) for name, of in each.items()}
+        best = {name: [int(of[:, part].mean(1).argmax()) for part in (half, ~half)] for name, of in rows.items()}
+        held = {name: torch.where(half, of[best[name][1]], of[best[name][0]]) for name, of in rows.items()}
         found[score] = {
-            **{name: interval(of, QUESTIONS) for name, of in plain.items()},
-            "best layers": [layers[best[0]], layers[best[1]]],
-            "layers": list(layers),
-            **{f"{name}, held out": interval(of, QUESTIONS) for name, of in held.items()},
-            **{f"own less {name}": interval(held["own"] - held[name], QUESTIONS) for name in ("other", "random")},
-            "own less none": interval(held["own"] - plain["none"], QUESTIONS),
-            "examples less own": interval(plain["examples"] - held["own"], QUESTIONS),
-            "by layer": {name: [round(x, 4) for x in of.mean(1).tolist()] for name, of in each.items()},
+            **{name: interval(of) for name, of in plain.items()},
+            **{f"{name}, held out": interval(of) for name, of in held.items()},
+            "best layers": best,
+            "by layer": {name: [round(x, 4) for x in of.mean(1).tolist()] for name, of in rows.items()},
+            "own less other": interval(held["own"] - held["other"]),
+            "own less none": interval(held["own"] - plain["none"]),
+            "added less added, other": interval(held["added"] - held["added, other"]),
+            "added less none": interval(held["added"] - plain["none"]),
+            "examples less own": interval(plain["examples"] - held["own"]),
+            "examples less added": interval(plain["examples"] - held["added"]),
         }
     return found
 
@@ -314,7 +330,7 @@ def vectors(bench: Bench, task: str) -> dict[str, Any]:
 
 HEAD_TASKS = ("opposite", "capital", "past", "classes, invented names", "look-up")
 SETS = (10,)
-OTHERS = 2
+OTHERS = 4
 REPEATED, CHOOSING = 12, 4  # rows of random tokens that come twice
 
 
@@ -526,7 +542,7 @@ def main(options: list[str]) -> None:
         print("tiny", list(figures))
         return
     setup = {
-        "rows": ROWS | {"questions": QUESTIONS, "repeated": REPEATED},
+        "rows": ROWS | {"repeated": REPEATED},
         "counts": COUNTS,
         "many": [MANY[0], MANY[-1]],
         "many, shuffled": MANY_SHUFFLED,

@@ -2,19 +2,20 @@
 
 The model is SmolLM2-135M-Instruct in our own classes. Four parts:
 
-    instruction   "Answer every question with the single word ...", then filler, then a question: the attention of the
+    instruction   "When you are asked for the password, say ...", then filler, then a question: the attention of the
                   last position on the instruction, and how likely the word is. The filler is a play, one sentence
                   again and again, or words in random order. As a control the same filler stands before the instruction.
     generating    the same prompts read at once, as in training, and token by token with a cache
     repetition    the instruction once, twice or four times, or once with other sentences that make up the length
-    form          six persons with their cities, as a list, as six sentences, or each within a paragraph of talk; and
-                  list and sentences with the talk after them, or before, which makes all as long
+    form          three persons with their cities, as a list, as three sentences, or each within a paragraph of talk,
+                  among three paragraphs on others; and list and sentences with the talk after them, or before, which
+                  makes all as long
 
-Intervals are bootstraps over rows (eight words, or persons' sets); differences are taken within a row.
+Intervals are bootstraps over rows (words, or sets of persons); differences are taken within a row.
 
     nox -s bench -- long_prompts
 
-Some four minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on a few short rows
+Some six minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on a few short rows
 and keeps nothing.
 """
 
@@ -35,14 +36,14 @@ from nondual.analysis.attention_layers import attention_layers
 from nondual.data import RELATIONS, WORD_PAIRS, shakespeare
 from nondual.store import cache_folder
 
-WORDS = ("apple", "river", "purple", "music", "table", "winter", "garden", "silver")
-INSTRUCTION = 'Answer every question with the single word "{}".'
+WORDS = ("apple", "river", "purple", "music", "table", "winter", "garden", "silver", "tiger", "bread", "moon", "glass")
+INSTRUCTION = 'When you are asked for the password, say "{}".'
 NEUTRAL = ("The weather was mild on most days.", "A train left at nine.", "The shop sells paper and pens.")
-QUESTION = "What is your answer?"
-SYSTEM, END = "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+QUESTION = "What is the password?"
+SYSTEM, END = "<|im_start|>system\n{}<|im_end|>\n", '<|im_start|>assistant\nThe password is "'
 DISTANCES = (0, 32, 128, 512)
 FILLERS = ("play", "one sentence", "random words")
-SIZES = {"words": len(WORDS), "cached": 2, "sets": 20, "distances": DISTANCES, "cached at": (0, 128), "after": 256}
+SIZES = {"words": len(WORDS), "cached": 3, "sets": 40, "distances": DISTANCES, "cached at": (0, 128), "after": 64}
 TINY = {"words": 2, "cached": 2, "sets": 2, "distances": (0, 32), "cached at": (0, 16), "after": 32}
 
 
@@ -127,8 +128,7 @@ def prompt(bench: Bench, word: str, filler: Sequence[int], place: str) -> tuple[
 def instruction(bench: Bench, kind: str) -> dict[str, Any]:
     """Mass on the instruction and obedience, by distance, with the instruction before the filler and after it."""
     words = WORDS[: bench.sizes["words"]]
-    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
-    small = torch.tensor([bench.ids(word)[0] for word in words])
+    right = torch.tensor([bench.ids(word)[0] for word in words])
     found: dict[str, Any] = {"distances": list(bench.sizes["distances"])}
     for place in ("before", "after"):
         rows: dict[str, list[Any]] = {name: [] for name in ("mass", "share", "obeys", "nats", "length")}
@@ -144,12 +144,10 @@ def instruction(bench: Bench, kind: str) -> dict[str, Any]:
                 even.append((where.stop - where.start) / len(ids))
                 length += len(ids)
             logs = torch.cat(scores)
-            picked = torch.stack([logs[torch.arange(len(words)), of] for of in (right, small)]).logsumexp(0)
-            top = logs.argmax(-1)
             each["mass"].append(torch.stack(mass))
             each["share"].append(torch.stack(mass) / torch.tensor(even))
-            each["obeys"].append(((top == right) | (top == small)).float())
-            each["nats"].append(-picked)
+            each["obeys"].append((logs.argmax(-1) == right).float())
+            each["nats"].append(-logs[torch.arange(len(words)), right])
             rows["length"].append(length / len(words))
         for name, of in each.items():
             rows[name] = [interval(x) for x in of]
@@ -166,7 +164,7 @@ def instruction(bench: Bench, kind: str) -> dict[str, Any]:
 def generating(bench: Bench, part: str) -> dict[str, Any]:
     """The same prompts read at once and token by token: how far scores differ, and the decline in both."""
     words = WORDS[: bench.sizes["cached"]]
-    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
+    right = torch.tensor([bench.ids(word)[0] for word in words])
     rows = []
     for distance in bench.sizes["cached at"]:
         each = [prompt(bench, word, bench.filler("play", distance, i), "before")[0] for i, word in enumerate(words)]
@@ -199,9 +197,9 @@ def by_steps(model: Any, ids: Tensor) -> Tensor:
 def repetition(bench: Bench, part: str) -> dict[str, Any]:
     """The instruction once, twice and four times before filler, and once among sentences that say nothing of it."""
     words, after = WORDS[: bench.sizes["words"]], bench.sizes["after"]
-    right = torch.tensor([bench.ids(word.capitalize())[0] for word in words])
-    small = torch.tensor([bench.ids(word)[0] for word in words])
+    right = torch.tensor([bench.ids(word)[0] for word in words])
     nats: dict[str, Tensor] = {}
+    obeys: dict[str, Tensor] = {}
     found: dict[str, Any] = {"after": after}
     for arm in ("once", "twice", "four times", "once among others"):
         rows = []
@@ -212,12 +210,13 @@ def repetition(bench: Bench, part: str) -> dict[str, Any]:
             user = bench.ids("<|im_start|>user\n") + bench.filler("play", after, number)
             rows.append(bench.ids(SYSTEM.format(text)) + user + bench.ids(f"\n\n{QUESTION}<|im_end|>\n{END}"))
         logs = bench.last(rows)
-        picked = torch.stack([logs[torch.arange(len(words)), of] for of in (right, small)]).logsumexp(0)
-        top = logs.argmax(-1)
-        nats[arm] = -picked
-        found[arm] = {"obeys": interval(((top == right) | (top == small)).float()), "nats": interval(-picked)}
+        nats[arm], obeys[arm] = -logs[torch.arange(len(words)), right], (logs.argmax(-1) == right).float()
+        found[arm] = {"obeys": interval(obeys[arm]), "nats": interval(nats[arm])}
     for arm, other in (("once", "twice"), ("once", "four times"), ("once among others", "four times")):
-        found[f"{arm} less {other}"] = interval(nats[arm] - nats[other])
+        found[f"{other} less {arm}"] = {
+            "obeys": interval(obeys[other] - obeys[arm]),
+            "nats": interval(nats[other] - nats[arm]),
+        }
     return found
 
 
@@ -243,18 +242,19 @@ FORMS = ("list", "sentences", "talk", "list, then talk", "sentences, then talk",
 
 
 def form(bench: Bench, part: str) -> dict[str, Any]:
-    """In which city a person lives, asked of six forms of the same facts."""
+    """In which city one of three persons lives, asked of six forms of the same facts."""
     draw = torch.Generator().manual_seed(11)
     rows: dict[str, list[list[int]]] = {name: [] for name in FORMS}
     right, among = [], []
     for _ in range(bench.sizes["sets"]):
         names = [NAMES[i] for i in torch.randperm(len(NAMES), generator=draw)[:6].tolist()]
-        cities = [CITIES[i] for i in torch.randperm(len(CITIES), generator=draw)[:6].tolist()]
-        talk = [TALK[i] for i in torch.randperm(6, generator=draw).tolist()]
-        asked = int(torch.randint(6, (), generator=draw))
+        cities = [CITIES[i] for i in torch.randperm(len(CITIES), generator=draw)[:3].tolist()]
+        order = torch.randperm(6, generator=draw).tolist()  # of the paragraphs; three of their persons have a city
+        asked = int(torch.randint(3, (), generator=draw))
         facts = [f"{name} lives in {city}." for name, city in zip(names, cities)]
-        told = "\n".join(of.format(name=name, fact=fact + " ") for of, name, fact in zip(talk, names, facts))
-        empty = "\n".join(of.format(name=name, fact="") for of, name in zip(talk, names))
+        with_fact = [f"{fact} " for fact in facts] + [""] * 3
+        told = "\n".join(TALK[i].format(name=names[i], fact=with_fact[i]) for i in order)
+        empty = "\n".join(TALK[i].format(name=names[i], fact="") for i in order)
         listed = "\n".join(f"- {name}: {city}" for name, city in zip(names, cities))
         sentences = " ".join(facts)
         texts = {
@@ -265,22 +265,22 @@ def form(bench: Bench, part: str) -> dict[str, Any]:
             "sentences, then talk": f"{sentences}\n\n{empty}",
             "talk, then sentences": f"{empty}\n\n{sentences}",
         }
-        question = f"\n\nQuestion: Which city is the home of {names[asked]}?\nAnswer:"
+        question = f"\n\nQuestion: Where does {names[asked]} live?\nAnswer: {names[asked]} lives in"
         for name, text in texts.items():
             rows[name].append(bench.ids("<|im_start|>" + text + question))
         among.append([bench.ids(f" {city}")[0] for city in cities])
         right.append(among[-1][asked])
-    goal, six = torch.tensor(right), torch.tensor(among)
+    goal, three = torch.tensor(right), torch.tensor(among)
     nats: dict[str, Tensor] = {}
     hits: dict[str, Tensor] = {}
     found: dict[str, Any] = {}
     for name, of in rows.items():
         logs = bench.last(of)
         nats[name] = -logs[torch.arange(len(goal)), goal]
-        hits[name] = (six.gather(1, logs.gather(1, six).argmax(-1, keepdim=True))[:, 0] == goal).float()
+        hits[name] = (three.gather(1, logs.gather(1, three).argmax(-1, keepdim=True))[:, 0] == goal).float()
         found[name] = {
             "tokens": round(sum(map(len, of)) / len(of), 1),
-            "among six": interval(hits[name]),
+            "among three": interval(hits[name]),
             "greedy": interval((logs.argmax(-1) == goal).float()),
             "nats": interval(nats[name]),
         }
@@ -296,7 +296,7 @@ def form(bench: Bench, part: str) -> dict[str, Any]:
         ("list, then talk", "talk"),
     ):
         found[f"{one} less {other}"] = {
-            "among six": interval(hits[one] - hits[other]),
+            "among three": interval(hits[one] - hits[other]),
             "nats": interval(nats[one] - nats[other]),
         }
     return found

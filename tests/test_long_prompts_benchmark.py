@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import long_prompts
-from benchmarks.long_prompts import INSTRUCTION, TINY, Bench, by_steps, last_weights, measured, prompt
+from benchmarks.long_prompts import END, INSTRUCTION, QUESTION, TINY, Bench, by_steps, last_weights, measured, prompt
 from nondual.analysis import weights_of
 from nondual.language_models.causal import CausalLM
 from nondual.relative_positions import Rotary
@@ -63,7 +63,7 @@ def test_where_the_instruction_stands(model):
         whole = bytes(ids).decode()
         assert bytes(ids[where]).decode() == text and whole.count(text) == 1
         assert (whole.index(text) < whole.index("some filler")) == (place == "before")
-        assert whole.endswith("What is your answer?<|im_end|>\n<|im_start|>assistant\n")
+        assert whole.endswith(f"{QUESTION}<|im_end|>\n{END}")
 
 
 def test_rows_of_different_lengths_are_read_as_each_alone_and_step_by_step(model):

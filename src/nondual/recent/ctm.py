@@ -134,6 +134,18 @@ class ContinuousThoughtMachine(nn.Module):
 
     backbone: Callable[[Any], Tensor] | None
     out: tuple[int, ...]
+    d_features: int
+    ticks: int
+    to_features: nn.Sequential
+    action: Synchronisation
+    output: Synchronisation
+    to_query: nn.Linear
+    attention: MultiHeadAttention
+    synapses: nn.Module
+    neurons: nn.Module
+    to_prediction: nn.Linear
+    first_neurons: nn.Parameter
+    first_history: nn.Parameter
 
     def __init__(
         self,

@@ -47,6 +47,10 @@ class Synapses(nn.Module):
         ValueError: sizes below 1, or a dropout outside of [0, 1).
     """
 
+    dropout: nn.Dropout
+    linear: nn.Linear
+    norm: nn.LayerNorm
+
     def __init__(self, d_in: int, d_model: int, *, dropout: float = 0.0):
         super().__init__()
         check_counts(d_in=d_in, d_model=d_model)
@@ -78,6 +82,11 @@ class UNetSynapses(nn.Module):
     Raises:
         ValueError: sizes below 1, a bottleneck wider than d_model, or a dropout outside of [0, 1).
     """
+
+    first: nn.Module
+    down: nn.ModuleList
+    up: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(self, d_in: int, d_model: int, *, levels: int = 3, narrowest: int = 16, dropout: float = 0.0):
         super().__init__()
@@ -127,6 +136,11 @@ class NeuronModels(nn.Module):
     Raises:
         ValueError: sizes below 1.
     """
+
+    weight1: nn.Parameter
+    bias1: nn.Parameter
+    weight2: nn.Parameter
+    bias2: nn.Parameter
 
     def __init__(self, d_model: int, memory: int, *, d_hidden: int = 8):
         super().__init__()
@@ -265,6 +279,7 @@ class Synchronisation(nn.Module):
     MOST = 15.0
     size: int
     pairs: Tensor
+    decay: nn.Parameter
 
     def __init__(self, pairs: Int[Tensor, "2 p"], d_model: int):
         super().__init__()

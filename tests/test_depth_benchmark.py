@@ -70,7 +70,7 @@ def test_a_rate_is_chosen_inside_the_grid(tmp_path, monkeypatch):
 
     monkeypatch.setattr(depth, "carry_out", made_up)
     found = sweep(Plan(2, tmp_path), "plain")
-    assert best_of(found) == 1e-3 and min(found) == 5e-4 and asked[:3] == [2e-3, 4e-3, 8e-3]
+    assert best_of(found) == 1e-3 and min(found) == 5e-4 and asked[:3] == [4e-3, 8e-3, 1.6e-2]
     assert best_of({1.0: 2.0, 2.0: 1.0, 3.0: 1.0}) == 2.0
 
 

@@ -160,6 +160,14 @@ def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_on
     assert weights.flatten(1).std(1).min() > 0.01
     assert all(x.ndim == 1 for x in dense.weights) and sum(x.numel() for x in dense.weights) == n_weights(L)
 
+    # Trained for equally many steps, none differs from the plain stream by more than its interval.
+    arms = json.loads((MEASURED / "depth.json").read_text(encoding="utf-8"))["figures"]["arms"]
+    assert len(arms) == 6
+    for name, of in arms.items():
+        if name != "plain":
+            low, high = of["less_plain"]["interval"]
+            assert low < 0 < high
+
 
 @torch.no_grad()
 def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it_as_it_was_written():

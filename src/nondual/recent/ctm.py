@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nondual.ops.attention import attention
+from nondual.ops.attention import attention as softmax_attention
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.recent.ctm_parts import NeuronModels, Sums, Synapses, Synchronisation, check_counts, random_pairs
@@ -162,7 +162,7 @@ class ContinuousThoughtMachine(nn.Module):
         backbone: Callable[[Any], Tensor] | None = None,
         synapses: Callable[[int, int], nn.Module] = Synapses,
         neurons: Callable[[int, int], nn.Module] = NeuronModels,
-        op: Callable[..., Any] = attention,
+        op: Callable[..., Any] = softmax_attention,
     ):
         super().__init__()
         check_counts(d_features=d_features, d_model=d_model, d_input=d_input, ticks=ticks, memory=memory)

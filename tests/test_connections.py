@@ -175,7 +175,7 @@ def test_each_parameter_of_it_matters_and_it_is_saved_with_the_model(kind):
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_two_programs_serve_every_length(kind):
+def test_one_compiled_program_serves_every_length(kind):
     torch._dynamo.reset()
     model, programs = make(kind), []
 
@@ -183,10 +183,10 @@ def test_two_programs_serve_every_length(kind):
         programs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for length in (5, 9, 23):
         torch.testing.assert_close(compiled(tokens(length)), model(tokens(length)))
-    assert len(programs) <= 2
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("kind", MADE)
@@ -240,7 +240,6 @@ def test_a_cache_is_as_it_was_where_a_call_raises():
     cache = model.new_cache(B, 4)
     with torch.no_grad():
         model(tokens(3), cache=cache)
-        before = [vars(part).copy() for part in cache]
-        with pytest.raises(ValueError, match="max_len"):
+        with pytest.raises(ValueError, match="cache holds 4 positions, and 6 were asked of it"):
             model(tokens(3), cache=cache)
-    assert [part.length for part in cache[1:]] == [3] * L and len(before) == L + 1
+    assert [part.length for part in cache[1:]] == [3] * L

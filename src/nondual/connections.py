@@ -22,7 +22,7 @@ positions of width E.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -69,6 +69,7 @@ class LayerCall:
         return x if self.before is None else self.before(x)
 
 
+@runtime_checkable
 class Connection(Protocol):
     """A function or a module that leads x (B, N, E) through the layers of a model, to (B, N, E)."""
 

@@ -26,7 +26,7 @@ from nondual.losses import check_smoothing, token_loss
 from nondual.mixers import as_before_if_raised
 from nondual.ops import masks
 from nondual.ops.attention import attention
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import AddedPositions, Sinusoidal
 from nondual.search import Found, check_request, find, select_rows
@@ -110,11 +110,8 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         n_decoder_layers = n_layers if n_decoder_layers is None else n_decoder_layers
         n_tokens = vocabulary if target_vocabulary is None else target_vocabulary
-        sizes = {"vocabulary": vocabulary, "target_vocabulary": n_tokens, "d_model": d_model, "d_ff": d_ff}
-        sizes |= {"n_layers": n_layers, "n_decoder_layers": n_decoder_layers}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_sizes(vocabulary=vocabulary, target_vocabulary=n_tokens, d_model=d_model, d_ff=d_ff)
+        check_sizes(n_layers=n_layers, n_decoder_layers=n_decoder_layers)
         positions = Sinusoidal(d_model) if positions is None else positions
         for name, given in (("positions", positions), ("target_positions", target_positions)):
             if given is not None:

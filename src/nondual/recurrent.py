@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from nondual.mixers import check_reset
 from nondual.ops.autocast import is_autocasting
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import accumulation_dtype, at_least_float32
 
 State = TypeVar("State", Tensor, tuple[Tensor, Tensor])
@@ -214,9 +214,7 @@ class RecurrentNetwork(nn.Module, Generic[State]):
         bias: bool = True,
     ):
         super().__init__()
-        for name, size in {"d_input": d_input, "d_hidden": d_hidden, "n_layers": n_layers}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_sizes(d_input=d_input, d_hidden=d_hidden, n_layers=n_layers)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout}")
         if dropout and n_layers == 1:

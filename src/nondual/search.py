@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nondual.language_models.sampling import check_sampling, choose
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -239,9 +239,7 @@ def check_request(
     for name, token in (("bos", bos), ("eos", eos)):
         if token is not None and not 0 <= token < vocabulary:
             raise ValueError(f"{name} must lie in 0 to {vocabulary - 1}, got {token}")
-    for name, value in (("max_len", max_len), ("beams", beams)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+    check_sizes(max_len=max_len, beams=beams)
     if temperature is None and (top_k is not None or top_p is not None):
         raise ValueError(f"top_k and top_p must go with a temperature, got {top_k} and {top_p} without one")
     if temperature is not None and beams != 1:

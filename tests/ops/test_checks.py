@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.ops.checks import check_kinds, check_shapes, check_sizes, check_tensors
 
 X = torch.zeros(2, 3)
 
@@ -57,3 +57,9 @@ def test_another_kind_of_number_or_another_device_is_refused(timed, others, rese
 
 def test_parameters_may_be_wider_and_what_is_left_out_is_not_asked():
     check_kinds({"x": None, "dt": X.half()}, {"A": X.double(), "D": None}, X.bool())
+
+
+def test_the_first_size_below_one_is_named():
+    check_sizes(heads=1, width=7)
+    with pytest.raises(ValueError, match="width must be 1 or more, got 0"):
+        check_sizes(heads=1, width=0, depth=-1)

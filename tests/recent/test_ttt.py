@@ -182,6 +182,7 @@ def test_wrong_arguments_and_inputs_are_named():
     for says, options in {
         "d_model must be a multiple of n_heads, got 12 and 5; or give d_head": {"n_heads": 5},
         "mini_batch must be 1 or more, got 0": {"mini_batch": 0},
+        "d_conv must be 0 or more, got -1": {"d_conv": -1},
         r"hidden\[0\] must be 1 or more, got 0": {"hidden": (0,)},
         "base_rate must be 0 or more, got -1.0": {"base_rate": -1.0},
     }.items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nondual.attention_mechanism.scores import Weigh, around_median, attend, compare
 from nondual.ops.attention import masked_softmax
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 
 
 class Attention(nn.Module):
@@ -41,9 +41,7 @@ class Attention(nn.Module):
 
     def __init__(self, d_state: int, d_memory: int, *, weigh: Weigh = masked_softmax):
         super().__init__()
-        for name, width in (("d_state", d_state), ("d_memory", d_memory)):
-            if width < 1:
-                raise ValueError(f"{name} must be 1 or more, got {width}")
+        check_sizes(d_state=d_state, d_memory=d_memory)
         self.d_state, self.d_memory, self.weigh = d_state, d_memory, weigh
 
     def _project(self, h: Tensor) -> Tensor:

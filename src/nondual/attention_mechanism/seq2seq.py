@@ -18,7 +18,7 @@ from nondual.attention_mechanism.attention import AdditiveAttention, Attention
 from nondual.attention_mechanism.decoders import BahdanauDecoder, LuongDecoder, Memory
 from nondual.losses import check_smoothing, token_loss
 from nondual.ops import masks
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.recurrent import GRU
 from nondual.search import Found, check_request, find
@@ -74,10 +74,13 @@ class Seq2Seq(nn.Module):
         super().__init__()
         d_embedding = d_model if d_embedding is None else d_embedding
         d_output = max(1, d_model // 2) if d_output is None else d_output
-        sizes = {"source_vocabulary": source_vocabulary, "target_vocabulary": target_vocabulary, "d_model": d_model}
-        for name, size in (sizes | {"d_embedding": d_embedding, "d_output": d_output}).items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_sizes(
+            source_vocabulary=source_vocabulary,
+            target_vocabulary=target_vocabulary,
+            d_model=d_model,
+            d_embedding=d_embedding,
+            d_output=d_output,
+        )
         self.source_embeddings = nn.Embedding(source_vocabulary, d_embedding)
         self.target_embeddings = nn.Embedding(target_vocabulary, d_embedding)
         self.encoder = GRU(d_embedding, d_model, bidirectional=True)

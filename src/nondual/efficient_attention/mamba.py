@@ -19,7 +19,6 @@ from nondual.efficient_attention.mamba_parts import MambaCache as MambaCache
 from nondual.efficient_attention.mamba_parts import (
     bias_of,
     check_input,
-    check_sizes,
     convolve,
     empty_cache,
     one_step,
@@ -27,6 +26,7 @@ from nondual.efficient_attention.mamba_parts import (
     step_engine,
     without_bias,
 )
+from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
 from nondual.ops.selective_scan import selective_scan
 

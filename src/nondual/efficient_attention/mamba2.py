@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from nondual.efficient_attention.mamba_parts import (
     MambaCache,
     check_input,
-    check_sizes,
     convolve,
     empty_cache,
     one_step,
     step_bias,
     step_engine,
 )
+from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
 from nondual.ops.ssd import ssd
 

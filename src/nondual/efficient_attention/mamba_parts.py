@@ -179,10 +179,3 @@ def check_input(x: Tensor, width: int, cache: MambaCache | None) -> None:
         raise ValueError(f"x must be floating point, got {x.dtype}")
     if cache is not None and not isinstance(cache, MambaCache):
         raise TypeError(f"cache must be a MambaCache, from this module's new_cache, got {type(cache).__name__}")
-
-
-def check_sizes(**sizes: int) -> None:
-    """Refuse a size below 1, by its name."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")

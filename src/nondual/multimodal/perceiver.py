@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer_layer import normed
 
@@ -124,10 +124,7 @@ class PerceiverResampler(nn.Module):
         n_frames: int = 1,
     ):
         super().__init__()
-        sizes = {"d_model": d_model, "n_latents": n_latents, "n_layers": n_layers, "d_head": d_head}
-        for name, size in (sizes | {"n_frames": n_frames}).items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_sizes(d_model=d_model, n_latents=n_latents, n_layers=n_layers, d_head=d_head, n_frames=n_frames)
         self.d_model, self.n_latents, self.n_frames = d_model, n_latents, n_frames
         self.latents = nn.Parameter(torch.randn(n_latents, d_model))
         self.time = nn.Parameter(torch.randn(n_frames, 1, d_model)) if n_frames > 1 else None

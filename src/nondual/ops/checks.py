@@ -24,6 +24,20 @@ def check_tensors(required: Mapping[str, object], optional: Mapping[str, object]
             raise TypeError(f"{name} must be a Tensor, got {kind}; use torch.{remedy}({name})")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size below 1.
+
+    Args:
+        sizes: by name.
+
+    Raises:
+        ValueError: the first that is.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+
+
 def check_shapes(expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]]) -> None:
     """Refuse a tensor of another shape than the one named beside it, in numbers and in letters.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nondual.connections import LayerCall, branches_of
 from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
 
 
@@ -111,9 +112,7 @@ class AttentionResiduals(nn.Module):
 
     def __init__(self, d_model: int, n_branches: int, *, block: int = 1, eps: float = 1e-6):
         super().__init__()
-        for name, given in (("n_branches", n_branches), ("block", block)):
-            if given < 1:
-                raise ValueError(f"{name} must be 1 or more, got {given}")
+        check_sizes(n_branches=n_branches, block=block)
         self.n_branches, self.block, self.eps = n_branches, block, eps
         # One after each branch. The first branch has the embeddings alone to read; the last average is of all.
         self.averages = nn.ModuleList(DepthAttention(d_model) for _ in range(n_branches))

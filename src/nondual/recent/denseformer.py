@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nondual.connections import LayerCall, check_count
 from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_sizes
 
 
 class DenseFormer(nn.Module):
@@ -41,9 +42,7 @@ class DenseFormer(nn.Module):
 
     def __init__(self, n_layers: int, *, dilation: int = 1, period: int = 1):
         super().__init__()
-        for name, given in (("n_layers", n_layers), ("dilation", dilation), ("period", period)):
-            if given < 1:
-                raise ValueError(f"{name} must be 1 or more, got {given}")
+        check_sizes(n_layers=n_layers, dilation=dilation, period=period)
         self.n_layers, self.dilation, self.period = n_layers, dilation, period
         # One vector an average, from the earliest of its layers to the last.
         self.weights = nn.ParameterList(

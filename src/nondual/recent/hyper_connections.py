@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nondual.connections import LayerCall, branches_of
 from nondual.ops.autocast import autocast_off
+from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
 
 
@@ -186,9 +187,7 @@ class HyperConnections(nn.Module):
         self, d_model: int, n_branches: int, n: int = 2, *, maps: Callable[[int, int, int], nn.Module] = DynamicMaps
     ):
         super().__init__()
-        for name, given in (("n_branches", n_branches), ("n", n)):
-            if given < 1:
-                raise ValueError(f"{name} must be 1 or more, got {given}")
+        check_sizes(n_branches=n_branches, n=n)
         self.n = n
         self.maps = nn.ModuleList(maps(d_model, n, k) for k in range(n_branches))
 

@@ -22,8 +22,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nondual.efficient_attention.mamba_parts import check_sizes, convolve
-from nondual.ops.checks import check_tensors
+from nondual.efficient_attention.mamba_parts import convolve
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.ops.ttt import NormedResidual, TTTState, ttt
 
@@ -113,7 +113,9 @@ class TTT(nn.Module):
         impl: Literal["dual", "reference"] = "dual",
     ):
         super().__init__()
-        check_sizes(d_model=d_model, n_heads=n_heads, mini_batch=mini_batch, d_conv=d_conv + 1)
+        check_sizes(d_model=d_model, n_heads=n_heads, mini_batch=mini_batch)
+        if d_conv < 0:
+            raise ValueError(f"d_conv must be 0 or more, got {d_conv}")
         if d_head is None and d_model % n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}; or give d_head")
         d_head = d_model // n_heads if d_head is None else d_head

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nondual.connections import LayerCall, check_count
 from nondual.mixers import check_takes
+from nondual.ops.checks import check_sizes
 
 
 class ValueResidual(nn.Module):
@@ -41,8 +42,7 @@ class ValueResidual(nn.Module):
 
     def __init__(self, n_layers: int, *, first: float = 0.5, own: float = 0.5):
         super().__init__()
-        if n_layers < 1:
-            raise ValueError(f"n_layers must be 1 or more, got {n_layers}")
+        check_sizes(n_layers=n_layers)
         self.n_layers = n_layers
         self.first = nn.Parameter(torch.full((n_layers - 1,), float(first)))
         self.own = nn.Parameter(torch.full((n_layers - 1,), float(own)))

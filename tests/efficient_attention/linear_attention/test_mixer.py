@@ -61,6 +61,8 @@ def test_sizes_that_do_not_fit():
             kind(E, 5)
         with pytest.raises(ValueError, match="must be 1 or more"):
             kind(E, 3, d_value=0)
+        with pytest.raises(ValueError, match="d_conv must be 0 or more, got -1"):
+            kind(E, 3, d_conv=-1)
     for beta_max in (0.0, 2.1):
         with pytest.raises(ValueError, match=r"beta_max must be above 0 and at most 2, .*, got"):
             DeltaNet(E, H, beta_max=beta_max)

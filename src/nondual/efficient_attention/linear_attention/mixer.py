@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from nondual.efficient_attention.feature_maps import identity
 from nondual.efficient_attention.mamba2 import GroupRMSNorm
-from nondual.efficient_attention.mamba_parts import check_sizes, convolve, step_engine
+from nondual.efficient_attention.mamba_parts import convolve, step_engine
 from nondual.mixers import check_reset
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.ops.linear_attention import Impl, linear_attention
 
@@ -116,7 +116,9 @@ class LinearMixer(nn.Module):
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}; or give d_head")
         d_head = d_model // n_heads if d_head is None else d_head
         d_value = d_head if d_value is None else d_value
-        check_sizes(d_head=d_head, d_value=d_value, d_conv=d_conv + 1)
+        check_sizes(d_head=d_head, d_value=d_value)
+        if d_conv < 0:
+            raise ValueError(f"d_conv must be 0 or more, got {d_conv}")
         self.d_model, self.n_heads, self.d_head, self.d_value, self.d_conv = d_model, n_heads, d_head, d_value, d_conv
         self.feature_map, self.normalise, self.scale, self.chunk, self.impl = feature_map, normalise, scale, chunk, impl
         self.d_mixed = n_heads * (2 * d_head + d_value)  # q, k and v go through the convolution together

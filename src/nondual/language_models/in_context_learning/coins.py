@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 
 TAIL, HEAD, BEGIN = 0, 1, 2
 """The three tokens; a sequence begins with BEGIN, after which the first flip is predicted."""
@@ -33,9 +33,7 @@ def flips(
     Raises:
         ValueError: batch or n below 1, or a or b not above 0.
     """
-    for name, size in {"batch": batch, "n": n}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+    check_sizes(batch=batch, n=n)
     _check_prior(a, b)
     shapes = torch.tensor([[a], [b]], dtype=torch.float64).expand(2, batch)
     one, two = torch.ops.aten._standard_gamma(shapes.contiguous(), generator)

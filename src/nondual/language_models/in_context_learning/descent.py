@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nondual.efficient_attention.feature_maps import identity
 from nondual.efficient_attention.linear_attention import LinearAttention
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer_layer import MixerBlock
 
@@ -71,9 +71,7 @@ class DescentByAttention(nn.Module):
 
     def __init__(self, d: int, *, n: int, steps: int, rate: float, dtype: torch.dtype | None = None):
         super().__init__()
-        for name, size in {"d": d, "n": n, "steps": steps}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_sizes(d=d, n=n, steps=steps)
         self.d = d
         self.layers = nn.ModuleList(descent_layer(d, rate / n, dtype) for _ in range(steps))
 

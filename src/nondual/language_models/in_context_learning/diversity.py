@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 
 
 class Errors(NamedTuple):
@@ -118,8 +118,7 @@ def _checked(tasks: Tensor, n: int, noise: float) -> Tensor:
     check_tensors({"tasks": tasks})
     if tasks.ndim != 2 or not len(tasks) or not tasks.is_floating_point():
         raise ValueError(f"tasks must be floating point (M, D), got {tasks.dtype} {tuple(tasks.shape)}")
-    if n < 1:
-        raise ValueError(f"n must be 1 or more, got {n}")
+    check_sizes(n=n)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be 0 or more, got {noise}")
     return tasks.double()

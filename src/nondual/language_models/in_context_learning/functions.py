@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nondual.ops.checks import check_sizes
+
 Inputs: TypeAlias = Callable[[int, int, int, torch.Generator | None], Tensor]
 """(B, N, D, generator) -> x (B, N, D)."""
 Weights: TypeAlias = Callable[[int, int, torch.Generator | None], Tensor]
@@ -88,8 +90,7 @@ def sparse(count: int) -> Weights:
     Raises:
         ValueError: count below 1; when drawn, count above D.
     """
-    if count < 1:
-        raise ValueError(f"count must be 1 or more, got {count}")
+    check_sizes(count=count)
 
     def draw(batch: int, d: int, generator: torch.Generator | None = None) -> Tensor:
         if count > d:
@@ -149,8 +150,7 @@ def relu_network(hidden: int) -> Functions:
     Raises:
         ValueError: hidden below 1.
     """
-    if hidden < 1:
-        raise ValueError(f"hidden must be 1 or more, got {hidden}")
+    check_sizes(hidden=hidden)
 
     def draw(batch: int, d: int, generator: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
         v = torch.randn(batch, hidden, d, generator=generator) / math.sqrt(d)
@@ -187,9 +187,7 @@ def prompts(
     Raises:
         ValueError: a size below 1, noise below 0, or what the families refuse.
     """
-    for name, size in {"batch": batch, "n": n, "d": d}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+    check_sizes(batch=batch, n=n, d=d)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number of 0 or more, got {noise}")
     function = (linear() if functions is None else functions)(batch, d, generator)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nondual.ops.checks import check_tensors
+from nondual.ops.checks import check_sizes, check_tensors
 from nondual.transformer import Encoder
 
 
@@ -55,8 +55,7 @@ class InContextRegressor(nn.Module):
         mixer: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
-        if d < 1:
-            raise ValueError(f"d must be 1 or more, got {d}")
+        check_sizes(d=d)
         self.d = d
         self.read_in = nn.Linear(d + 2, d_model)  # x, y, and whether y is known
         self.encoder = Encoder(

@@ -82,11 +82,11 @@ class TransformerLayer(nn.Module):
             weights: Any = None
             if return_weights:
                 mixed, weights = mixed
-            x = x + self.drop_path(self.scale1(self.dropout(mixed)))
+            x = x + self._added(self.scale1, mixed)
             if not self.norm_first:
                 x = self.norm1(x)
             thought = self.feed_forward(self.norm2(x) if self.norm_first else x)
-            x = x + self.drop_path(self.scale2(self.dropout(thought)))
+            x = x + self._added(self.scale2, thought)
             if not self.norm_first:
                 x = self.norm2(x)
         return (x, weights) if return_weights else x
@@ -105,12 +105,16 @@ class TransformerLayer(nn.Module):
             raise ValueError("norm_first must be True for a layer to be taken apart into branches, got False")
 
         def mix(x: Tensor) -> Tensor:
-            return self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), **mixing))))
+            return self._added(self.scale1, self.mixer(self.norm1(x), **mixing))
 
         def think(x: Tensor) -> Tensor:
-            return self.drop_path(self.scale2(self.dropout(self.feed_forward(self.norm2(x)))))
+            return self._added(self.scale2, self.feed_forward(self.norm2(x)))
 
         return mix, think
+
+    def _added(self, scale: nn.Module, x: Tensor) -> Tensor:
+        """What a branch that gave x adds to the residual path."""
+        return self.drop_path(scale(self.dropout(x)))
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from benchmarks.clip_data import COMPLETE, HELD_STYLE, Pairs, encoded
 from benchmarks.clip_run import model_of
+from benchmarks.intervals import bootstrap
 from nondual.analysis import close_gap, modality_gap, probe_modality
 from nondual.multimodal.clip import CLIP, zero_shot_classifier
 from nondual.multimodal.retrieval import recall
 from nondual.pretrained import minilm
 
-DRAWS = 2000
 WAYS = ("picture to name", "name to picture")
 CAPTIONS = ("name", "name and tags")
 NEAR = 0.8
@@ -28,10 +28,7 @@ NEAR = 0.8
 
 def interval(values: Tensor) -> list[float]:
     """[mean, low, high] over the M concepts of (M,)."""
-    rows = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
-    means = values.double()[rows].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return [round(float(values.double().mean()), 4), round(low, 4), round(high, 4)]
+    return [round(x, 4) for x in bootstrap(values)]
 
 
 # --- recall --------------------------------------------------------------------------------------------------------

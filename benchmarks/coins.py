@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.intervals import bootstrap
 from benchmarks.record import write
 from nondual.language_models.in_context_learning import coins, fingerprint
 from nondual.language_models.in_context_learning.coins import HEAD
@@ -80,11 +81,9 @@ def fitted(ids: Tensor, said: Tensor) -> dict[str, Any]:
     }
 
 
-def interval(each: Tensor, draws: int = 2000) -> dict[str, float]:
+def interval(each: Tensor) -> dict[str, float]:
     """The mean over the coins (C,), and its 95 % interval by drawing the coins anew."""
-    draw = torch.randint(len(each), (draws, len(each)), generator=torch.Generator().manual_seed(0))
-    low, high = each[draw].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=each.dtype)).tolist()
-    return {"mean": round(each.mean().item(), 5), "low": round(low, 5), "high": round(high, 5)}
+    return {name: round(x, 5) for name, x in zip(("mean", "low", "high"), bootstrap(each))}
 
 
 def judged(model: Any, tokenizer: Any, ids: Tensor, opening: str) -> dict[str, Any]:

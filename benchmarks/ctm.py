@@ -61,6 +61,8 @@ from benchmarks.ctm_run import (
 )
 from benchmarks.heads_trained import difference
 from benchmarks.record import MEASURED, alternate, ratio, write
+from benchmarks.sweeps import grown
+from benchmarks.sweeps import highest as best_of
 from nondual.data import fashion
 from nondual.recent.ctm import two_tick_loss
 from nondual.store import cache_folder
@@ -98,19 +100,9 @@ class Plan(NamedTuple):
 
 def sweep(plan: Plan, task: str, arm: str) -> dict[float, float]:
     """Rate -> share of right answers on what was held out for it, the best of them not at the edge."""
-    found: dict[float, float] = {}
-    waiting = list(GRID[: 1 if plan.tiny else None])
-    while waiting:
-        for rate in waiting:
-            found[rate] = carry_out(plan.run(task, arm, rate, SWEEP_SEED))["tune"]
-        best, low, high = best_of(found), min(found), max(found)
-        waiting = [] if plan.tiny else [low / 2] if best == low else [high * 2] if best == high else []
-    return dict(sorted(found.items()))
-
-
-def best_of(found: dict[float, float]) -> float:
-    """The rate with the highest share of right answers; of several the lowest."""
-    return max(found, key=lambda rate: (found[rate], -rate))
+    return grown(
+        lambda rate: carry_out(plan.run(task, arm, rate, SWEEP_SEED))["tune"], GRID[: 1 if plan.tiny else None], best_of
+    )
 
 
 def carry_out_all(plan: Plan) -> dict[str, Any]:

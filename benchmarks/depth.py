@@ -33,6 +33,8 @@ import torch
 from benchmarks.depth_run import ARMS, BATCH, CONTEXT, HEADS, LAYERS, WIDTH, Run, carry_out, model_of, read
 from benchmarks.heads_trained import difference
 from benchmarks.record import alternate, ratio, write
+from benchmarks.sweeps import grown
+from benchmarks.sweeps import lowest as best_of
 from nondual.store import cache_folder
 
 RATES = (4e-3, 8e-3, 1.6e-2)
@@ -52,19 +54,9 @@ class Plan(NamedTuple):
 
 def sweep(plan: Plan, arm: str) -> dict[float, float]:
     """Rate -> bits per character on the play held out for it, the best of them not at the edge."""
-    found: dict[float, float] = {}
-    waiting = list(RATES)[: 1 if plan.tiny else None]
-    while waiting:
-        for rate in waiting:
-            found[rate] = carry_out(plan.run(arm, rate, SWEEP_SEED))["tune"]
-        best, low, high = best_of(found), min(found), max(found)
-        waiting = [] if plan.tiny else [low / 2] if best == low else [high * 2] if best == high else []
-    return dict(sorted(found.items()))
-
-
-def best_of(found: dict[float, float]) -> float:
-    """The rate with the fewest bits; of several the lowest."""
-    return min(found, key=lambda rate: (found[rate], rate))
+    return grown(
+        lambda rate: carry_out(plan.run(arm, rate, SWEEP_SEED))["tune"], RATES[: 1 if plan.tiny else None], best_of
+    )
 
 
 def carry_out_all(plan: Plan) -> dict[str, Any]:

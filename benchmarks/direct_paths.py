@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.heads_trained import T_95
+from benchmarks.intervals import by_seeds
 from benchmarks.record import write
 from nondual.analysis.direct_paths import cut_paths, direct_paths, random_direction, stream_parts
 from nondual.data.alice import ALICE
@@ -44,12 +44,10 @@ def passages(tokenizer: Any) -> Tensor:
 
 def spread(effects: Tensor) -> dict[str, Any]:
     """The mean over texts (B,) and its 95 % interval."""
-    count = len(effects)
-    half = T_95[count] * float(effects.std()) / math.sqrt(count) if count in T_95 else None
-    mean = float(effects.mean())
+    found = by_seeds(effects.tolist())
     return {
-        "mean": round(mean, 4),
-        "interval": None if half is None else [round(mean - half, 4), round(mean + half, 4)],
+        "mean": round(float(effects.mean()), 4),
+        "interval": None if found is None else [round(x, 4) for x in found[1:]],
     }
 
 

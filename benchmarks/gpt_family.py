@@ -16,18 +16,18 @@ Parts are kept as they end, in `runs/gpt_family` of the cache folder or in --run
 """
 
 import json
-import math
 import random
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.intervals import normal
 from benchmarks.record import alternate, keep, ratio, write
 from nondual.data import ALICE, pronunciations, shakespeare
 from nondual.language_models.causal import CausalLM
@@ -51,8 +51,7 @@ CONTEXTS, WIDTH, LAYERS, HEADS, ROUNDS = (64, 128, 256, 512, 1024, 2048), 256, 4
 
 def interval(values: list[float]) -> list[float]:
     """The mean, and its 95 % interval by the normal approximation."""
-    half = 1.96 * stdev(values) / math.sqrt(len(values))
-    return [round(x, 4) for x in (mean(values), mean(values) - half, mean(values) + half)]
+    return [round(x, 4) for x in normal(values)]
 
 
 # --- the window -------------------------------------------------------------------------------------------------------

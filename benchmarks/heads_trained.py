@@ -26,14 +26,13 @@ weights, so that two arms are paired by it.
 A run is kept as it ends, in `runs/heads_trained` of the cache folder or in --runs=FOLDER: call again, and it goes on.
 """
 
-import math
 import multiprocessing
 import os
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks.heads_trained_run import (
@@ -50,6 +49,7 @@ from benchmarks.heads_trained_run import (
     Run,
     carry_out,
 )
+from benchmarks.intervals import by_seeds
 from benchmarks.record import write
 from nondual.store import cache_folder
 
@@ -65,7 +65,6 @@ SEEDS = {
 # A second rate at which some arms are reported, because the one seed of the sweep says too little: the role of the
 # first arm is not found with every seed, and of four relations the best rate is the highest, where runs differ most.
 LOWER = {"repeats": 4e-3, "look-ups": 8e-3}
-T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t for 95 %, by the number of seeds
 COUNTS, RELATIONS = (1, 2, 4, 12), (1, 2, 4)
 LOOKUPS = (
     *(f"{heads}/{relations}" for relations in RELATIONS for heads in COUNTS),
@@ -136,8 +135,8 @@ def best_rate(sweep: list[Run]) -> float:
 def difference(a: list[float], b: list[float]) -> dict[str, Any]:
     """a less b, paired: each seed's difference, and the 95 % interval of their mean by Student's t."""
     each = [x - y for x, y in zip(a, b, strict=True)]
-    half = T_95[len(each)] * stdev(each) / math.sqrt(len(each)) if len(each) in T_95 else None
-    interval = None if half is None else [round(mean(each) - half, 4), round(mean(each) + half, 4)]
+    found = by_seeds(each)
+    interval = None if found is None else [round(x, 4) for x in found[1:]]
     return {"mean": round(mean(each), 4), "interval": interval, "each": [round(x, 4) for x in each]}
 
 

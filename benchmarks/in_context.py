@@ -24,15 +24,13 @@ batches.
 A run is kept as it ends, in `runs/in_context` of the cache folder or in --runs=FOLDER: call again, and it goes on.
 """
 
-import math
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.heads_trained import T_95
 from benchmarks.in_context_run import (
     BATCH,
     COIN_BATCH,
@@ -62,7 +60,9 @@ from benchmarks.in_context_run import (
     rounded,
     tested,
 )
+from benchmarks.intervals import by_seeds
 from benchmarks.record import write
+from benchmarks.sweeps import grown, lowest
 from nondual.language_models.in_context_learning import limit_errors
 from nondual.store import cache_folder
 
@@ -78,13 +78,8 @@ def swept(task: str, folder: Path, tiny: bool) -> tuple[dict[float, float], floa
     """The error of the sweep's seed by rate, and the best rate; at an edge, two beyond it are tried at most."""
     kind = task.split()[0]
     steps, rates = (4, RATES[kind][:1]) if tiny else (STEPS[kind], RATES[kind])
-    found = {rate: carry_out(Run(task, rate, SWEEP_SEED, steps, folder))["loss"] for rate in rates}
-    while True:
-        best = min(found, key=lambda rate: found[rate])
-        if tiny or len(found) == len(rates) + 2 or min(found) < best < max(found):
-            return dict(sorted(found.items())), best
-        rate = float(f"{best * (2 if best == max(found) else 0.5):.1e}")
-        found[rate] = carry_out(Run(task, rate, SWEEP_SEED, steps, folder))["loss"]
+    found = grown(lambda rate: carry_out(Run(task, rate, SWEEP_SEED, steps, folder))["loss"], rates, beyond=2)
+    return found, lowest(found)
 
 
 def arm(task: str, folder: Path, tiny: bool, rate: float | None = None) -> dict[str, Any]:
@@ -100,9 +95,8 @@ def arm(task: str, folder: Path, tiny: bool, rate: float | None = None) -> dict[
 def interval(values: list[float]) -> dict[str, float]:
     """The mean over the seeds, and its 95 % interval by Student's t where there are three or more."""
     told = {"mean": round(mean(values), 5)}
-    if len(values) in T_95:
-        half = T_95[len(values)] * stdev(values) / math.sqrt(len(values))
-        told |= {"low": round(mean(values) - half, 5), "high": round(mean(values) + half, 5)}
+    if found := by_seeds(values):
+        told |= {"low": round(found[1], 5), "high": round(found[2], 5)}
     return told
 
 

@@ -24,12 +24,9 @@ Some fifteen minutes of one core. Each part is kept under a hash of this file, s
 runs everything once on a few rows and keeps nothing.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +34,9 @@ from torch import Tensor
 
 from benchmarks.heads_removed import beside
 from benchmarks.heads_trained_run import LENGTH, PERIODS, VOCABULARY, causal_model, halfway
-from benchmarks.record import keep, write
+from benchmarks.intervals import bootstrap
+from benchmarks.record import write
+from benchmarks.stages import carried_out
 from nondual.analysis import profile, record_heads, replace_heads, weights_of
 from nondual.analysis.few_shot import (
     Answers,
@@ -54,6 +53,7 @@ from nondual.analysis.few_shot import (
 from nondual.analysis.interventions import mean_values
 from nondual.analysis.task_vectors import scores_with, states_at
 from nondual.data import ALICE, INVENTED_WORDS, WORD_CLASSES, WORD_PAIRS
+from nondual.language_models.in_context_learning import fingerprint
 from nondual.training import optimiser, train
 
 LEAD = "<|im_start|>"  # what the model has at the start of each text that it was trained on
@@ -78,12 +78,9 @@ class Bench:
         return ask(self.model, made, first_tokens(self.tokenizer, answers, **space))
 
 
-def interval(each: Tensor, draws: int = 2000) -> list[float]:
-    """The mean of (B,), and the 2.5 and 97.5 percent points of its bootstrap over rows."""
-    each = each.double()
-    picks = torch.randint(len(each), (draws, len(each)), generator=torch.Generator().manual_seed(0))
-    low, high = each[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [round(float(each.mean()), 4), round(low, 4), round(high, 4)]
+def interval(each: Tensor) -> list[float]:
+    """The mean of (B,) and its interval by the bootstrap over rows."""
+    return [round(x, 4) for x in bootstrap(each)]
 
 
 def pick(pairs: Pairs, count: int, generator: torch.Generator) -> list[tuple[str, str]]:
@@ -496,39 +493,17 @@ STAGES: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = {
 }
 
 
-def hash_of(model: Any) -> str:
-    """SHA-256 of all parameters and buffers, in order."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def measured(bench: Bench, tiny: bool) -> dict[str, Any]:
-    """All figures; each part from the cache folder, if this version of the file has made it before."""
-    from nondual.store import cache_folder
+    """All figures, and the fingerprint of the parameters before and after."""
 
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / "runs" / f"in_context_real-{version}"
-    before = hash_of(bench.model)
-    figures: dict[str, Any] = {}
-    for name, (stage, parts) in STAGES.items():
-        figures[name] = {}
-        for part in parts[:1] if tiny and name == "rule" else parts:
-            file = folder / f"{name}_{part}.json"
-            if tiny:
-                figures[name][str(part)] = stage(bench, part)
-                continue
-            if not file.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                # In `rule` models are trained; the other stages need no gradients.
-                with torch.inference_mode(name != "rule"):
-                    keep(file, stage(bench, part))
-                print(name, part, flush=True)
-            figures[name][str(part)] = json.loads(file.read_text())
-    figures["parameters"] = {"before": before, "after": hash_of(bench.model)}
-    return figures
+    def ask(name: str, part: Any) -> Any:
+        with torch.inference_mode(name != "rule"):  # in `rule` models are trained; the other stages need no gradients
+            return STAGES[name][0](bench, part)
+
+    parts = {name: few[:1] if tiny and name == "rule" else few for name, (_, few) in STAGES.items()}
+    before = fingerprint(bench.model)
+    figures = carried_out(__file__, parts, ask, tiny)
+    return figures | {"parameters": {"before": before, "after": fingerprint(bench.model)}}
 
 
 def main(options: list[str]) -> None:

@@ -21,20 +21,17 @@ and keeps nothing.
 
 import contextlib
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.in_context_real import interval
-from benchmarks.record import keep, write
+from benchmarks.record import write
+from benchmarks.stages import carried_out
 from nondual.analysis.attention_layers import attention_layers
 from nondual.data import RELATIONS, WORD_PAIRS, shakespeare
-from nondual.store import cache_folder
 
 WORDS = ("apple", "river", "purple", "music", "table", "winter", "garden", "silver", "tiger", "bread", "moon", "glass")
 INSTRUCTION = 'When you are asked for the password, say "{}".'
@@ -314,23 +311,9 @@ STAGES: dict[str, tuple[Callable[..., Any], Sequence[str]]] = {
 
 @torch.inference_mode()
 def measured(bench: Bench, tiny: bool) -> dict[str, Any]:
-    """All figures; each part from the cache folder, if this version of the file has made it before."""
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / "runs" / f"long_prompts-{version}"
-    figures: dict[str, Any] = {}
-    for name, (stage, parts) in STAGES.items():
-        figures[name] = {}
-        for part in parts:
-            if tiny:
-                figures[name][part] = stage(bench, part)
-                continue
-            file = folder / f"{name}_{part}.json"
-            if not file.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                keep(file, stage(bench, part))
-                print(name, part, flush=True)
-            figures[name][part] = json.loads(file.read_text())
-    return figures
+    """All figures."""
+    parts = {name: few for name, (_, few) in STAGES.items()}
+    return carried_out(__file__, parts, lambda name, part: STAGES[name][0](bench, part), tiny)
 
 
 def main(options: list[str]) -> None:

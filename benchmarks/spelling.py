@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import intervals
 from benchmarks.record import alternate, ratio, write
 from benchmarks.spelling_run import (
     ARMS,
@@ -80,7 +81,7 @@ PAIRS = (
     ("one stream", "transformer"),
 )
 COSTS = (4, 8, 16)  # letters of the words whose cost is counted and timed
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t for 95 %, by seeds
+T_95 = {2: 12.706} | intervals.T_95  # for two seeds as well
 
 
 class Arm(NamedTuple):

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.heads_trained import difference
+from benchmarks.intervals import normal
 from benchmarks.record import write
 from benchmarks.summary_run import (
     BATCH,
@@ -79,8 +80,7 @@ BETWEEN, OVERWRITTEN, DECAY = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256), 64, 0.95
 
 def interval(each: Tensor) -> list[float]:
     """The mean over draws, and the 95 % interval of it by the normal distribution."""
-    middle, half = each.mean().item(), 1.96 * each.std().item() / math.sqrt(len(each))
-    return [round(x, 5) for x in (middle, middle - half, middle + half)]
+    return [round(x, 5) for x in normal(each.tolist())]
 
 
 def delta_law(m: int, d: int) -> float:

@@ -31,6 +31,7 @@ import torch
 
 from benchmarks.heads_trained import difference
 from benchmarks.record import alternate, ratio, write
+from benchmarks.sweeps import grown, lowest
 from benchmarks.ttt_run import (
     AFTER_BINS,
     ALPHABET,
@@ -61,20 +62,13 @@ FIXED = ("TTT-Linear", "TTT-MLP", "linear attention")
 
 def swept(model: str, rates: tuple[float, ...], steps: int, folder: Path) -> dict[float, float]:
     """The loss of the sweep's seed by rate; where the best is at the edge, two rates beyond are tried at most."""
-    found = {rate: carry_out(Run(model, rate, SWEEP_SEED, steps, folder, 0))["choose"] for rate in rates}
-    while 1 < len(rates) <= len(found) < len(rates) + 2:
-        best = min(found, key=found.__getitem__)
-        if min(found) < best < max(found):
-            break
-        beyond = best * (2 if best == max(found) else 0.5)
-        found[beyond] = carry_out(Run(model, beyond, SWEEP_SEED, steps, folder, 0))["choose"]
-    return dict(sorted(found.items()))
+    return grown(lambda rate: carry_out(Run(model, rate, SWEEP_SEED, steps, folder, 0))["choose"], rates, beyond=2)
 
 
 def arm(model: str, rates: tuple[float, ...], seeds: tuple[int, ...], steps: int, folder: Path, windows: int) -> dict:
     """A model: its sweep, its rate, and its runs."""
     sweep = swept(model, rates, steps, folder)
-    rate = min(sweep, key=sweep.__getitem__)
+    rate = lowest(sweep)
     runs = [carry_out(Run(model, rate, seed, steps, folder, windows)) for seed in seeds]
     return {
         "parameters": runs[0]["parameters"],

@@ -41,6 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.heads_trained import difference
 from benchmarks.record import alternate, ratio, write
+from benchmarks.sweeps import grown
+from benchmarks.sweeps import highest as best_of
 from benchmarks.vit_run import (
     BATCH,
     CHANNELS,
@@ -95,20 +97,11 @@ def full_plan(folder: Path) -> Plan:
 
 def sweep(plan: Plan, task: str, arm: str, count: int) -> dict[float, float]:
     """Rate -> share of right answers on the pictures held out for it, the best of them not at the edge."""
-    found: dict[float, float] = {}
-    waiting = list(GRID[arm])[: 1 if plan.tiny else None]
-    while waiting:
-        for rate in waiting:
-            run = plan.run(task, arm, count, False, rate, SWEEP_SEED, task)
-            found[rate] = carry_out(run)["tune"]
-        best, low, high = best_of(found), min(found), max(found)
-        waiting = [] if plan.tiny else [low / 2] if best == low else [high * 2] if best == high else []
-    return dict(sorted(found.items()))
-
-
-def best_of(found: dict[float, float]) -> float:
-    """The rate with the highest share of right answers; of several the lowest."""
-    return max(found, key=lambda rate: (found[rate], -rate))
+    return grown(
+        lambda rate: carry_out(plan.run(task, arm, count, False, rate, SWEEP_SEED, task))["tune"],
+        GRID[arm][: 1 if plan.tiny else None],
+        best_of,
+    )
 
 
 def cells(plan: Plan) -> list[tuple[str, str, int, bool, str, tuple[int, ...]]]:

@@ -23,7 +23,6 @@ from benchmarks.in_context_real import (
     drawings,
     flipped,
     halves,
-    hash_of,
     interval,
     measured,
     named,
@@ -32,6 +31,7 @@ from benchmarks.in_context_real import (
 )
 from nondual.data import WORD_CLASSES, WORD_PAIRS
 from nondual.language_models.causal import CausalLM
+from nondual.language_models.in_context_learning import fingerprint
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import FeedForward, TransformerLayer
@@ -126,7 +126,7 @@ def test_named_counts_the_pairs_asked_for_alone():
 
 
 def test_the_whole_runs_small_and_the_parameters_stay(model):
-    before = hash_of(model)
+    before = fingerprint(model)
     found = measured(Bench(model, Words(), TINY), tiny=True)
     assert found["parameters"] == {"before": before, "after": before}
     assert set(found) == {*in_context_real.STAGES, "parameters"}
@@ -137,9 +137,9 @@ def test_the_whole_runs_small_and_the_parameters_stay(model):
 
 
 def test_another_parameter_gives_another_hash(model):
-    before = hash_of(model)
+    before = fingerprint(model)
     with torch.no_grad():
         model.embeddings.weight[0, 0] += 1
-    assert hash_of(model) != before
+    assert fingerprint(model) != before
     with torch.no_grad():
         model.embeddings.weight[0, 0] -= 1

@@ -10,7 +10,19 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "record", "aot", "compiled", "ceilings", "scaling", "intervals", "sweeps", "stages")
+HELPERS = (
+    "__init__",
+    "__main__",
+    "record",
+    "aot",
+    "compiled",
+    "ceilings",
+    "scaling",
+    "intervals",
+    "sweeps",
+    "stages",
+    "plays",
+)
 HELPERS += (
     "shakespeare_run",
     "heads_trained_run",

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.record import keep
 from nondual.connections import LayerCall, stream
-from nondual.data import shakespeare
 from nondual.language_models.gpt import GPT
 from nondual.recent.attention_residuals import AttentionResiduals, DepthAttention
 from nondual.recent.denseformer import DenseFormer
@@ -82,28 +82,18 @@ class Text(NamedTuple):
 @cache
 def read() -> Text:
     """The text, its plays divided."""
-    plays = shakespeare()
-    alphabet = sorted(set("".join(plays.values())))
-    number = {character: i for i, character in enumerate(alphabet)}
-
-    def windows(name: str, most: int) -> Tensor:
-        ids = torch.tensor([number[c] for c in plays[name]])
-        return ids.unfold(0, CONTEXT + 1, CONTEXT)[:most]
-
-    training = "".join(play for name, play in plays.items() if name not in (CHOOSE_ON, *HELD_OUT))
+    plays = in_numbers((CHOOSE_ON, *HELD_OUT))
     return Text(
-        len(alphabet),
-        torch.tensor([number[c] for c in training]),
-        windows(CHOOSE_ON, 160),
-        torch.cat([windows(name, 240) for name in HELD_OUT]),
+        len(plays.alphabet),
+        plays.train,
+        windows(plays.of[CHOOSE_ON], CONTEXT, 160),
+        torch.cat([windows(plays.of[name], CONTEXT, 240) for name in HELD_OUT]),
     )
 
 
 def draw(generator: torch.Generator) -> Tensor:
     """Windows of the plays that are trained on, (BATCH, CONTEXT + 1), each beginning anywhere."""
-    text = read().train
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT + 1)]
+    return drawn(read().train, BATCH, CONTEXT, generator)
 
 
 @torch.no_grad()

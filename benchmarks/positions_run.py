@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.record import keep
-from nondual.data import shakespeare
 from nondual.language_models.causal import CausalLM
 from nondual.positional_encoding import (
     AddedPositions,
@@ -73,27 +73,18 @@ class Text(NamedTuple):
 @cache
 def read() -> Text:
     """The plays: one to choose rates on, windows of CONTEXT; two held out, windows of LONGEST; the rest to train on."""
-    plays = shakespeare()
-    alphabet = sorted(set("".join(plays.values())))
-    number = {character: i for i, character in enumerate(alphabet)}
-
-    def ids(name: str) -> Tensor:
-        return torch.tensor([number[c] for c in plays[name]])
-
-    training = [number[c] for name, play in plays.items() if name not in (CHOOSE_ON, *HELD_OUT) for c in play]
+    plays = in_numbers((CHOOSE_ON, *HELD_OUT))
     return Text(
-        alphabet,
-        torch.tensor(training),
-        ids(CHOOSE_ON).unfold(0, CONTEXT + 1, CONTEXT)[:512],
-        torch.cat([ids(name).unfold(0, LONGEST + 1, LONGEST)[:64] for name in HELD_OUT]),
+        plays.alphabet,
+        plays.train,
+        windows(plays.of[CHOOSE_ON], CONTEXT, 512),
+        torch.cat([windows(plays.of[name], LONGEST, 64) for name in HELD_OUT]),
     )
 
 
 def draw(generator: torch.Generator) -> Tensor:
     """Windows of the plays that are trained on, (BATCH, CONTEXT + 1), each beginning anywhere."""
-    text = read().train
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT + 1)]
+    return drawn(read().train, BATCH, CONTEXT, generator)
 
 
 @torch.no_grad()

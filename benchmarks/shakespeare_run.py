@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.record import keep
-from nondual.data import shakespeare
 from nondual.efficient_attention.mamba import Mamba
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
@@ -84,21 +84,13 @@ class Text(NamedTuple):
 
 @cache
 def read() -> Text:
-    plays = shakespeare()
-    alphabet = sorted(set("".join(plays.values())))
-    number = {character: i for i, character in enumerate(alphabet)}
-
-    def windows(name: str, most: int | None = None) -> Tensor:
-        ids = torch.tensor([number[c] for c in plays[name]])
-        return ids.unfold(0, CONTEXT + 1, CONTEXT)[:most]
-
-    training = "".join(play for name, play in plays.items() if name not in (CHOOSE_ON, *HELD_OUT))
+    plays = in_numbers((CHOOSE_ON, *HELD_OUT))
     return Text(
-        alphabet,
-        torch.tensor([number[c] for c in training]),
-        windows(CHOOSE_ON, 64),
-        torch.cat([windows(name) for name in HELD_OUT]),
-        torch.cat([windows(name, 16) for name in HELD_OUT]),
+        plays.alphabet,
+        plays.train,
+        windows(plays.of[CHOOSE_ON], CONTEXT, 64),
+        torch.cat([windows(plays.of[name], CONTEXT) for name in HELD_OUT]),
+        torch.cat([windows(plays.of[name], CONTEXT, 16) for name in HELD_OUT]),
     )
 
 
@@ -145,9 +137,7 @@ class Run(NamedTuple):
 
 def draw(generator: torch.Generator) -> Tensor:
     """Windows of the plays that are trained on, (BATCH, CONTEXT + 1), each beginning anywhere."""
-    text = read().train
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT + 1)]
+    return drawn(read().train, BATCH, CONTEXT, generator)
 
 
 def trained(

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.plays import drawn
 from benchmarks.record import keep
 from nondual.data import gita, shakespeare
 from nondual.efficient_attention.linear_attention import LinearMixer
@@ -141,9 +142,7 @@ def enciphered(ids: Tensor, generator: torch.Generator) -> Tensor:
 
 def draw(generator: torch.Generator) -> Tensor:
     """Windows of the plays that are trained on (BATCH, CONTEXT + 1), half of which change into a cipher."""
-    text = read().train
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=generator)
-    ids = text[starts + torch.arange(CONTEXT + 1)]
+    ids = drawn(read().train, BATCH, CONTEXT, generator)
     at = torch.randint(CONTEXT, (BATCH, 1), generator=generator)
     at[torch.rand(BATCH, generator=generator) < 0.5] = CONTEXT + 1
     return torch.where(torch.arange(CONTEXT + 1) < at, ids, enciphered(ids, generator))

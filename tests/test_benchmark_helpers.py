@@ -1,11 +1,11 @@
-"""What benchmarks share: intervals of a mean, a sweep whose best rate is inside its grid, and stages that go on."""
+"""What benchmarks share: plays in numbers, intervals of a mean, sweeps with the best rate inside, stages that go on."""
 
 import math
 
 import pytest
 import torch
 
-from benchmarks import intervals, stages, sweeps
+from benchmarks import intervals, plays, stages, sweeps
 
 
 def test_intervals_of_a_mean():
@@ -50,3 +50,14 @@ def test_stages_are_read_again_until_their_file_changes(tmp_path, monkeypatch):
     assert len(asked) == 6
     source.write_text("2")
     assert stages.carried_out(str(source), parts, ask, tiny=False) == expected and len(asked) == 9
+
+
+def test_plays_that_are_kept_apart_are_not_trained_on(monkeypatch):
+    monkeypatch.setattr(plays, "shakespeare", lambda: {"one": "abcabc", "two": "cab", "three": "d"})
+    read = plays.in_numbers(("two",))
+    assert read.alphabet == ["a", "b", "c", "d"] and read.of["two"].tolist() == [2, 0, 1]
+    assert read.train.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert plays.windows(read.of["one"], 2).tolist() == [[0, 1, 2], [2, 0, 1]]
+    assert plays.windows(read.of["one"], 2, 1).tolist() == [[0, 1, 2]]
+    some = plays.drawn(torch.arange(5), 40, 3, torch.Generator().manual_seed(0))
+    assert {tuple(row) for row in some.tolist()} == {(0, 1, 2, 3), (1, 2, 3, 4)}

@@ -38,18 +38,19 @@ def reader(browser, site):
 
 
 def ask(page, typed: str):
-    """Type it, letter by letter, and wait until its results stand."""
+    """Put it in at once, so that no results for a part of it come before its own, and wait until these stand."""
     box = page.locator(".md-search__input")
     before = page.locator(".md-search-result__list").inner_html()
     box.press("ControlOrMeta+a")
     box.press("Backspace")
-    box.press_sequentially(typed, delay=20)
+    box.fill(typed)
+    box.press("End")  # the search listens to keys
     page.wait_for_function(
         "before => { const list = document.querySelector('.md-search-result__list');"
         " return list.innerHTML !== before && list.querySelector('a'); }",
         arg=before,
     )
-    last, still = None, 0  # the results for a part of the word may stand before those for the whole
+    last, still = None, 0  # they come in several parts
     while still < 3:
         page.wait_for_timeout(150)
         now = page.locator(".md-search-result__list").inner_html()

@@ -139,6 +139,7 @@ def carried(connection, k, other):
     return (model.hidden(model.embeddings(ids()) + other) - right).abs().max().item()
 
 
+@pytest.mark.claim("A8.4", "holds if")
 def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_one_another_as_before():
     torch.manual_seed(5)
     other = torch.randn(B, N, E, dtype=torch.float64)
@@ -169,6 +170,7 @@ def test_earlier_outputs_are_read_beside_the_last_one_but_the_layers_wait_for_on
             assert low < 0 < high
 
 
+@pytest.mark.claim("A8.9", "holds if")
 @torch.no_grad()
 def test_a_layer_reads_one_vector_and_what_each_earlier_layer_added_stands_in_it_as_it_was_written():
     model = gpt_of_plain_stream()

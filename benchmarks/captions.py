@@ -380,12 +380,12 @@ def likelihoods(model: Llava | Flamingo, task: Task, names: list[list[int]], ima
     return total
 
 
-def written(model: Llava | Flamingo, task: Task, data: Captions) -> list[dict[str, str]]:
-    """What it writes for the first SHOWN test pictures by code point, up to the full stop."""
+def written(model: Llava | Flamingo, task: Task, data: Captions, shown: int = SHOWN) -> list[dict[str, str]]:
+    """What it writes for the first test pictures by code point, up to the full stop."""
     _, tokenizer = language_model()
-    which = sorted(data.test.tolist(), key=lambda i: data.hexcodes[i])[:SHOWN]
+    which = sorted(data.test.tolist(), key=lambda i: data.hexcodes[i])[:shown]
     images = task.vectors(data.patches[data.pictures[0, which], 0])
-    ids = model.generate(torch.tensor([task.prompt] * SHOWN), 7, images, eos=FULL_STOP)[:, len(task.prompt) :]
+    ids = model.generate(torch.tensor([task.prompt] * len(which)), 7, images, eos=FULL_STOP)[:, len(task.prompt) :]
     said = [tokenizer.decode(row).split(".")[0].strip() for row in ids.tolist()]
     return [{"hexcode": data.hexcodes[i], "name": data.names[i], "written": text} for i, text in zip(which, said)]
 

@@ -15,6 +15,7 @@ batches alike for all arms.
     nox -s bench -- flamingo --tiny    two steps of each, which writes nothing
 """
 
+import json
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from benchmarks.captions import (
     FULL_STOP,
     Captions,
     Plan,
+    Run,
     Task,
     captions,
     difference,
@@ -34,9 +36,10 @@ from benchmarks.captions import (
     shares,
     summed_up,
     tiny,
+    written,
 )
 from benchmarks.clip_judge import interval
-from benchmarks.record import write
+from benchmarks.record import keep, write
 from nondual.multimodal.flamingo import Flamingo, PerceiverResampler
 from nondual.training import decay_groups
 
@@ -127,6 +130,17 @@ TASK = Task(
 )
 
 
+def all_written(whole: Plan, arm: str, data: Captions) -> list[dict[str, str]]:
+    """What the first seed of an arm writes for every test picture, from the weights that its training kept."""
+    run = Run(whole.kind, arm, whole.best(arm), whole.seeds[0], whole.steps, whole.folder, "all").file
+    file = run.with_suffix(".written.json")
+    if not file.exists():
+        model = made(arm)
+        model.load_state_dict(torch.load(run.with_suffix(".pt"), weights_only=True), strict=False)
+        keep(file, {"captions": written(model.eval(), TASK, data, len(data.test))})
+    return json.loads(file.read_text())["captions"]
+
+
 def main(options: list[str]) -> None:
     if "--tiny" in options:
         return tiny("flamingo", TASK, ARMS, FIRST["gated"])
@@ -141,6 +155,7 @@ def record(whole: Plan, results: dict[str, list[dict[str, Any]]], data: Captions
         "sweep": whole.sweeps(),
         "gated - deaf": difference(results["gated"], results["gated deaf"]),
         "gated - ungated": difference(results["gated"], results["ungated"]),
+        "written": {arm: all_written(whole, arm, data) for arm in ("gated", "ungated")},
         "swapped": {arm: runs[0]["swapped"] for arm, runs in results.items()},
         "CLIP's nearest name": shares(data, data.clip.tolist()),
     }

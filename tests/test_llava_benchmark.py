@@ -148,6 +148,35 @@ def test_a_swapped_picture_moves_no_caption_before_it(modules, data, monkeypatch
     assert found["first picture swapped"]["first caption"]["largest"] > 1e-4
 
 
+def test_captions_are_written_by_the_weights_that_the_training_kept_and_written_once(
+    modules, captions, data, monkeypatch, tmp_path
+):
+    flamingo, asked = modules["flamingo"], []
+
+    def made(arm):
+        torch.manual_seed(0)
+        model, resampler = GPT(40, 12, 2, 3, max_len=24), flamingo.PerceiverResampler(128, 4, n_layers=1, d_head=8)
+        return Flamingo(nn.Identity(), model, resampler, mark=39, d_vision=128, n_heads=2, d_head=4, d_ff=8)
+
+    def written(model, task, data, shown):
+        asked.append((shown, {round(float(gate), 4) for layer in model.gated_layers for gate in layer.openness()}))
+        return [{"name": "thing 5", "written": "thing"}]
+
+    monkeypatch.setattr(flamingo, "made", made)
+    monkeypatch.setattr(flamingo, "written", written)
+    monkeypatch.setattr(captions.Plan, "best", lambda self, arm: 1e-3)
+    trained = made("gated")
+    with torch.no_grad():
+        for layer in trained.gated_layers:
+            layer.attention_gate.fill_(1.0)
+            layer.feed_forward_gate.fill_(1.0)
+    torch.save(trained.trained_state_dict(), tmp_path / "flamingo_gated_0.001_1_7.pt")
+    whole = captions.Plan("flamingo", flamingo.TASK, tmp_path, 7, (1, 2), first={"gated": 1e-3}, of={})
+    for _ in range(2):
+        assert flamingo.all_written(whole, "gated", data) == [{"name": "thing 5", "written": "thing"}]
+    assert asked == [(3, {round(math.tanh(1.0), 4)})]  # all three test pictures, by open gates, once
+
+
 @pytest.mark.parametrize("least, tried", [(1e-2, 4), (3e-3, 3), (1.0, 7), (1e-4, 5)])
 def test_a_rate_is_chosen_whose_neighbours_are_worse(captions, monkeypatch, tmp_path, least, tried):
     """Losses that rise on both sides of one rate: it is found from afar, and no rate is trained with twice."""

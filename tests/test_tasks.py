@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nondual.tasks import PAIRS, RING, copying, recall, relation, selective_copying
+from nondual.tasks import PAIRS, RING, conjunction, copying, induction, recall, relation, selective_copying, successors
 
 
 @pytest.mark.parametrize("looks_at", [RING, PAIRS, (3, 0, 1, 2, 4)])
@@ -53,3 +53,44 @@ def test_recall_asks_for_the_value_that_stood_with_the_key():
         assert value[6:] == [5] * 9 and answer == [held[k] for k in key[6:]]
     with pytest.raises(ValueError, match="pairs must be between 1 and the number of keys, 4, got 5"):
         recall(2, 5, keys=4)
+
+
+def test_induction_asks_for_what_followed_the_first_time():
+    ids, answers = induction(17, 7, vocabulary=11, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (17, 13) and answers.shape == (17, 6)
+    for row, answer in zip(ids.tolist(), answers.tolist()):
+        assert len(set(row[:7])) == 7 and max(row) < 11 and row[7:] == row[:6]
+        assert answer == [row[row.index(token) + 1] for token in row[7:]]
+    with pytest.raises(ValueError, match="length must be between 2 and the vocabulary, 5, got 6"):
+        induction(2, 6, vocabulary=5)
+
+
+def test_conjunction_asks_for_the_item_with_both_features_which_others_have_one_by_one():
+    drawn = conjunction(19, 3, 2, features=7, values=5, questions=11, generator=torch.Generator().manual_seed(0))
+    assert [each.shape for each in drawn] == [(19, 17)] * 3 + [(19, 11)]
+    for first, second, value, answer in zip(*(each.tolist() for each in drawn)):
+        held = dict(zip(zip(first[:6], second[:6]), value[:6]))
+        assert len(held) == 6 and max(*first, *second) < 7 and max(value[:6]) < 5 and value[6:] == [5] * 11
+        assert answer == [held[pair] for pair in zip(first[6:], second[6:])]
+        assert all(first[:6].count(a) == 2 and second[:6].count(b) == 3 for a, b in held)
+    with pytest.raises(ValueError, match="rows and columns must be between 2 and features, 4, got 1 and 3"):
+        conjunction(2, 1, 3, features=4)
+    with pytest.raises(ValueError, match="got 3 and 5"):
+        conjunction(2, 3, 5, features=4)
+
+
+def test_successors_asks_for_the_one_who_follows_in_the_ring():
+    ids, answers = successors(23, 5, characters=7, questions=9, generator=torch.Generator().manual_seed(0))
+    assert ids.shape == (23, 19) and answers.shape == (23, 9)
+    for row, answer in zip(ids.tolist(), answers.tolist()):
+        follows = dict(zip(row[:10:2], row[1:10:2]))
+        assert sorted(follows) == sorted(follows.values()) and len(follows) == 5
+        seen, at = [], row[0]
+        while at not in seen:
+            seen.append(at)
+            at = follows[at]
+        assert len(seen) == 5, "one ring, not several"
+        assert answer == [follows[asked - 7] for asked in row[10:]]
+    assert any(ids[i, 1] != ids[j, 1] for i in range(23) for j in range(i) if ids[i, 0] == ids[j, 0])
+    with pytest.raises(ValueError, match="ring must be between 3 and the number of characters, 16, got 2"):
+        successors(2, 2)

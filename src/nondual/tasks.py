@@ -146,3 +146,114 @@ def recall(
     which = torch.randint(pairs, (batch, questions), generator=generator)
     asked = torch.full((batch, questions), values)
     return torch.cat([shown, shown.gather(1, which)], 1), torch.cat([held, asked], 1), held.gather(1, which)
+
+
+def induction(
+    batch: int, length: int, *, vocabulary: int = 32, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b answers"]]:
+    """A random row of tokens, no two alike, comes twice; of the second time each next token is asked.
+
+        ids      c a d b c a d      answers      a d b      at the last three places
+
+    What follows a token can be known only from what followed it the first time. Source: Olsson et al. 2022
+    (2209.11895), "repeated random tokens". Where we differ: no token comes twice in a row, so every answer is certain.
+
+    Args:
+        batch: B.
+        length: how many tokens the row has.
+        vocabulary: how many kinds of tokens there are.
+        generator: where the randomness comes from.
+
+    Returns:
+        (ids (B, 2 · length - 1), answers (B, length - 1)). The answers belong to the last length - 1 places.
+
+    Raises:
+        ValueError: a length below 2 or above the vocabulary.
+    """
+    if not 2 <= length <= vocabulary:
+        raise ValueError(f"length must be between 2 and the vocabulary, {vocabulary}, got {length}")
+    row = torch.rand(batch, vocabulary, generator=generator).argsort(1)[:, :length]
+    return torch.cat([row, row[:, :-1]], 1), row[:, 1:]
+
+
+def conjunction(
+    batch: int,
+    rows: int,
+    columns: int,
+    *,
+    features: int = 8,
+    values: int = 8,
+    questions: int = 8,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b questions"]]:
+    """Items with two features and a value are shown; then two features come, and the value of the item with both.
+
+        first       2 5 2 5 | 5 2        rows = 2, columns = 2
+        second      0 0 3 3 | 3 3
+        values      c a b d | ? ?        answers      d b
+
+    The items are all pairs of some first features, one a row, with some second features, one a column, in random order.
+    So each feature of a question is had by other items too, and either of them alone leaves `columns` or `rows` items
+    to guess among. Source: Golovneva et al. 2025 (2504.00927), section 4.1, who ask for the block of letters that holds
+    several letters at once.
+
+    Args:
+        batch: B.
+        rows: how many first features an example has.
+        columns: how many second features it has.
+        features: how many kinds there are, of first features and of second ones.
+        values: how many kinds of values there are.
+        questions: Q, how many items are asked for.
+        generator: where the randomness comes from.
+
+    Returns:
+        (first (B, rows · columns + Q), second, values, answers (B, Q)). The value at a question is `values`.
+
+    Raises:
+        ValueError: rows or columns below 2 or above `features`.
+    """
+    if not 2 <= min(rows, columns) <= max(rows, columns) <= features:
+        raise ValueError(f"rows and columns must be between 2 and features, {features}, got {rows} and {columns}")
+    items = rows * columns
+    order = torch.rand(batch, items, generator=generator).argsort(1)
+    firsts, seconds = (torch.rand(batch, features, generator=generator).argsort(1) for _ in range(2))
+    first, second = firsts.gather(1, order // columns), seconds.gather(1, order % columns)
+    held = torch.randint(values, (batch, items), generator=generator)
+    which = torch.randint(items, (batch, questions), generator=generator)
+    asked = torch.full((batch, questions), values)
+    first, second = (torch.cat([each, each.gather(1, which)], 1) for each in (first, second))
+    return first, second, torch.cat([held, asked], 1), held.gather(1, which)
+
+
+def successors(
+    batch: int, ring: int, *, characters: int = 16, questions: int = 8, generator: torch.Generator | None = None
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b questions"]]:
+    """Some characters stand in a random ring, which is shown as pairs; then who follows a character is asked.
+
+        ids      c a  d c  a d  c? a?        answers      a d        the ring c a d, and back to c
+
+    Each character comes once as the first of a pair and once as the second, so that only direction tells the one who
+    follows from the one who precedes.
+
+    Args:
+        batch: B.
+        ring: how many characters stand in the ring.
+        characters: how many kinds of characters there are.
+        questions: Q, how many are asked.
+        generator: where the randomness comes from.
+
+    Returns:
+        (ids (B, 2 · ring + Q), answers (B, Q)). A character c has the id c where it is shown, and `characters` + c
+        where it is asked.
+
+    Raises:
+        ValueError: a ring of fewer than 3, in which both neighbours are one, or of more than `characters`.
+    """
+    if not 3 <= ring <= characters:
+        raise ValueError(f"ring must be between 3 and the number of characters, {characters}, got {ring}")
+    stands = torch.rand(batch, characters, generator=generator).argsort(1)[:, :ring]
+    pairs = torch.stack([stands, stands.roll(-1, 1)], -1)  # (B, ring, 2)
+    order = torch.rand(batch, ring, generator=generator).argsort(1)
+    shown = pairs.gather(1, order[..., None].expand(-1, -1, 2)).flatten(1)
+    which = torch.randint(ring, (batch, questions), generator=generator)
+    return torch.cat([shown, characters + stands.gather(1, which)], 1), pairs[..., 1].gather(1, which)

@@ -110,6 +110,35 @@ def test_a_weighted_sum_keeps_the_vectors_dtype():
     torch.testing.assert_close(found, 2 * vectors[0] - vectors[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weighted_sum_of_half_precision_is_rounded_once(dtype):
+    vectors = [torch.randn(5, 7, 13).to(dtype) for _ in range(23)]
+    weights = torch.randn(23, generator=torch.Generator().manual_seed(2))
+    exact = sum(weight.double() * vector.double() for weight, vector in zip(weights, vectors))
+    torch.testing.assert_close(weighted_sum(weights, vectors), exact.to(dtype), atol=1e-5, rtol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_pass_keeps_each_vector_once(dtype):
+    x, kept = torch.randn(B, N, E, dtype=dtype, requires_grad=True), {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage, storage.nbytes())  # holds it, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        DenseFormer(L).to(dtype)(x, calls(*range(L)))
+    vectors = sum(size for _, size in kept.values() if size >= x.untyped_storage().nbytes())
+    assert vectors == (L + 1) * x.untyped_storage().nbytes()  # X_0 to X_L
+
+
+def test_a_weighted_sum_refuses_another_number_of_weights():
+    for vectors in ([], [torch.zeros(3)]):
+        with pytest.raises(ValueError, match=r"weights must be one number for each vector, got \(2,\) for "):
+            weighted_sum(torch.ones(2), vectors)
+
+
 @pytest.mark.parametrize("name", ["n_layers", "dilation", "period"])
 def test_what_it_refuses(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nondual.connections import LayerCall, check_count
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes
+from nondual.ops.dtypes import accumulation_dtype
 
 
 class DenseFormer(nn.Module):
@@ -99,12 +100,27 @@ def n_weights(n_layers: int, dilation: int = 1, period: int = 1) -> int:
 
 
 def weighted_sum(weights: Float[Tensor, " l"], vectors: Sequence[Tensor]) -> Tensor:
-    """The sum of weights[l] · vectors[l], in the dtype of the vectors, also under autocast.
+    """The sum of weights[l] · vectors[l], in the dtype of the last vector, also under autocast.
+
+    For the backward pass it keeps no more than the vectors themselves: a stack of them would be a copy for every sum,
+    in a DenseFormer of L layers some L² / 2 vectors a position.
 
     Args:
         weights: (L,).
-        vectors: L tensors of one shape.
+        vectors: L tensors of one shape, one or more.
+
+    Raises:
+        ValueError: no vectors, or another number of weights.
     """
-    stacked = torch.stack(list(vectors))
-    with autocast_off(stacked.device.type):
-        return torch.tensordot(weights.to(stacked.dtype), stacked, 1)
+    if not vectors or weights.shape != (len(vectors),):
+        raise ValueError(
+            f"weights must be one number for each vector, got {tuple(weights.shape)} for {len(vectors)} vectors"
+        )
+    dtype = vectors[-1].dtype
+    with autocast_off(weights.device.type):
+        # Each weight keeps an axis: a number without axes would leave a product of half precision in half precision.
+        first, *others = weights.to(accumulation_dtype(dtype)).split(1)
+        total = first * vectors[0]
+        for weight, vector in zip(others, vectors[1:]):
+            total = torch.addcmul(total, weight, vector)
+        return total.to(dtype)

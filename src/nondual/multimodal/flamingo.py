@@ -10,8 +10,8 @@ that it was made of, to the bit.
     adam = optimiser(model, 1e-3)              # of the resampler and the gated layers: the rest is frozen
     model.loss(ids, images, labels).backward()
 
-Source: Alayrac et al. 2022 (2204.14198), section 3.1 and figures 3 to 5, 7. Symbols: ids (B, N), x (B, N, E), I images
-in all, at most J in a row, R tokens each of width D.
+Source: Alayrac et al. 2022 (2204.14198), sections 2.1 to 2.3, figures 3, 4 and 7. Symbols: ids (B, N), x (B, N, E), I
+images in all, at most J in a row, R tokens each of width D.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class GatedCrossAttention(nn.Module):
         gated: whether there are gates. Without them both terms count in full from the start: the paper's ablation.
         eps: added to the variance in the norms.
 
-    Source: 2204.14198, section 3.1.2 and figure 4.
+    Source: 2204.14198, section 2.2 and figure 4.
     """
 
     norm: nn.LayerNorm

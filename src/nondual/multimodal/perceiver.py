@@ -4,7 +4,7 @@
     features (M, D) + time ─┬─ keys and values ─ attention ─ + ─ feed-forward ─ + ─ …, n_layers times ─ norm -> (R, D)
     latents ────────────────┘
 
-Source: Alayrac et al. 2022 (2204.14198), section 3.1.1 and figure 5, after Jaegle et al. 2021 (2103.03206). The figure
+Source: Alayrac et al. 2022 (2204.14198), section 2.1 and figure 5, after Jaegle et al. 2021 (2103.03206). The figure
 leaves the norms out: they stand where transformers' Idefics has them, one for the features, one for the latents, one
 before each feed-forward network. Symbols: I images or videos of T frames, S vectors a frame of width D, M = T S, R
 latents.

@@ -64,16 +64,17 @@ export function buttons({ label, options, value = 0, onchange }) {
   return node;
 }
 
-/** A sentence that a screen reader speaks once the reader has stopped moving things: node.say(text). */
+/** A sentence that a screen reader speaks once the reader has stopped moving things: node.say(text). What follows too fast
+ * to be spoken is only shown: node.say(text, { aloud: false }). */
 export function sentence({ shown: visible = true } = {}) {
   const node = el("p", { class: "said", "aria-live": "polite" });
   const shown = el("span", { "aria-hidden": "true" }), spoken = el("span", { class: "spoken" });
   let waiting;
   node.append(...(visible ? [shown] : []), spoken);
-  node.say = (text) => {
+  node.say = (text, { aloud = true } = {}) => {
     shown.textContent = text;
     clearTimeout(waiting);
-    waiting = setTimeout(() => { spoken.textContent = text; }, 400);
+    if (aloud) waiting = setTimeout(() => { spoken.textContent = text; }, 400);
   };
   return node;
 }

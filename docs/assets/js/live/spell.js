@@ -1,6 +1,6 @@
 // A network that spells a word in phonemes: for each it asks which letters to look at, and the figure shows where it looks.
 import { choice, cividis, el, percent, sentence, slider, softmax, toggle } from "./core.js";
-import { fetched, times } from "./weights.js";
+import { fetched, normed, plus, times } from "./weights.js";
 
 const WEIGHTS = new URL("../../models/spell.bin", import.meta.url);
 const MOST_LETTERS = 20, MOST_STEPS = 32, PULL = 0.1;
@@ -11,15 +11,7 @@ const AS_IN = { ɑ: "father", æ: "cat", ʌ: "cut", ə: "about", ɔ: "law", aʊ:
   p: "pay", ɹ: "red", s: "so", t: "to", v: "van", w: "we", z: "zoo", ʃ: "she", ʒ: "measure", θ: "think", ð: "this", t͡ʃ: "chin", d͡ʒ: "joy" };
 
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
-const plus = (a, b) => a.map((x, i) => x + b[i]);
 const joined = (...parts) => Float64Array.from(parts.flatMap((part) => [...part]));
-
-/** A layer norm: mean 0 and variance 1, then a weight and a bias for each number. */
-function normed(x, { weight, bias }) {
-  const mean = x.reduce((a, b) => a + b, 0) / x.length;
-  const spread = Math.sqrt(x.reduce((sum, a) => sum + (a - mean) ** 2, 0) / x.length + 1e-5);
-  return x.map((a, i) => ((a - mean) / spread) * weight.data[i] + bias.data[i]);
-}
 
 /** One step of a GRU: how much of its state h it replaces by something new, and what, depends on the input x and on h. */
 function gated({ weight_ih, weight_hh, bias_ih, bias_hh }, x, h) {

@@ -1,4 +1,4 @@
-// What the trained models of the figures share: the weights of a file, and a matrix times a vector.
+// What the trained models of the figures share: the weights of a file, a matrix times a vector, a sum, and a layer norm.
 
 /** A number of 16 bits (half precision) as JavaScript knows numbers. */
 function half(bits) {
@@ -7,7 +7,7 @@ function half(bits) {
   return sign * (power ? 2 ** (power - 15) * (1 + rest / 1024) : 2 ** -14 * (rest / 1024));
 }
 
-const KINDS = { F32: Float32Array, I8: Int8Array, F16: Uint16Array };
+const KINDS = { F32: Float32Array, I8: Int8Array, F16: Uint16Array, I64: BigInt64Array };
 
 /** What a safetensors file holds: its metadata, and its tensors by name, {shape, data}. Rows of integers are multiplied
  * by their scales. */
@@ -16,7 +16,7 @@ export function tensors(buffer) {
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, size)));
   const read = ({ dtype, data_offsets: [start, end] }) => {
     const numbers = new KINDS[dtype](buffer.slice(8 + size + start, 8 + size + end));
-    return dtype === "F16" ? Float32Array.from(numbers, half) : numbers;
+    return dtype === "F16" ? Float32Array.from(numbers, half) : dtype === "I64" ? Int32Array.from(numbers, Number) : numbers;
   };
   const weights = {};
   for (const [name, one] of Object.entries(header)) {
@@ -52,4 +52,14 @@ export function times({ shape: [rows], data }, x) {
     y[i] = sum;
   }
   return y;
+}
+
+/** The sum of two vectors. */
+export const plus = (a, b) => a.map((x, i) => x + b[i]);
+
+/** A layer norm: mean 0 and variance 1, then a weight and a bias for each number. */
+export function normed(x, { weight, bias }) {
+  const mean = x.reduce((a, b) => a + b, 0) / x.length;
+  const spread = Math.sqrt(x.reduce((sum, a) => sum + (a - mean) ** 2, 0) / x.length + 1e-5);
+  return x.map((a, i) => ((a - mean) / spread) * weight.data[i] + bias.data[i]);
 }

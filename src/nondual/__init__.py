@@ -25,6 +25,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.vision_transformers   images read by the same layers as words: patches, the Vision Transformer
     nondual.multimodal            images and words in one model: CLIP, SigLIP, Flamingo and LLaVA
     nondual.recent                test-time training, a Continuous Thought Machine, connections over depth
+    nondual.extensions            the essay's proposals: attention without fixed roles, a flow down one energy
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         decoder,
         efficient_attention,
         encoder_decoder,
+        extensions,
         feed_forward,
         figures,
         kv_cache,
@@ -184,6 +186,7 @@ __all__ = [
     "decoder",
     "efficient_attention",
     "encoder_decoder",
+    "extensions",
     "feed_forward",
     "figures",
     "flash_attention",

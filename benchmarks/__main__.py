@@ -41,6 +41,7 @@ HELPERS += ("ttt_run",)
 HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
 HELPERS += ("ctm_run",)
+HELPERS += ("bytes_run", "bytes_cuts")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

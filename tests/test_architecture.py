@@ -17,6 +17,8 @@ RANKS = {
     "data": 1,
     "ops": 0,
     "token_ids": 1,
+    "tokenization": 1,
+    "chunking": 1,
     "losses": 1,
     "mixers": 1,
     "kv_cache": 1,

@@ -1,5 +1,6 @@
 """Training: who decays, the schedule, a log, and a run that is killed and goes on as if it never had been."""
 
+import copy
 import fcntl
 import itertools
 import json
@@ -108,6 +109,16 @@ def test_a_parameter_may_say_itself_that_it_does_not_decay_and_a_frozen_one_is_l
     net[0].weight._no_weight_decay = True
     net[2].requires_grad_(False)
     assert names(net) == ({"1.weight"}, {"0.weight"})
+
+
+def test_a_module_may_say_which_of_its_parameters_do_not_decay_and_a_copy_of_it_says_so_too():
+    class Kept(nn.Linear):
+        no_weight_decay = ("weight",)
+
+    net = nn.Sequential(Kept(3, 4), nn.Linear(4, 5, bias=False))
+    assert names(net) == names(copy.deepcopy(net)) == ({"1.weight"}, {"0.weight", "0.bias"})
+    nn.utils.parametrize.register_parametrization(net[0], "weight", nn.Identity())
+    assert "0.parametrizations.weight.original" in names(net)[1]
 
 
 def test_the_optimiser_is_adamw_over_every_trained_parameter_once():

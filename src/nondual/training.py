@@ -61,7 +61,8 @@ def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Two groups for an optimiser, of (name, parameter) pairs: those with weight decay, and those without.
 
     No decay: vectors and scalars (biases, scales), embeddings (also where they are tied to the scores), the parameters
-    of norms, those of A in state space models, and each parameter whose attribute `_no_weight_decay` is True.
+    of norms, those of A in state space models, those that their module names in an attribute `no_weight_decay`, and
+    each parameter whose attribute `_no_weight_decay` is True. (`copy.deepcopy` loses attributes of parameters.)
 
     Raises:
         ValueError: a decay below 0, or a model without a parameter that requires a gradient.
@@ -74,6 +75,13 @@ def decay_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm))
         for parameter in module.parameters()
     }
+    for module in model.modules():
+        if own := getattr(module, "no_weight_decay", ()):
+            exempt |= {
+                id(parameter)
+                for name, parameter in module.named_parameters()
+                if name.removeprefix("parametrizations.").split(".")[0] in own
+            }
     with_decay: list[tuple[str, nn.Parameter]] = []
     without: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """Synapses, neuron-level models, pairs and synchronisation: the paper's formulas written with loops, and refusals."""
 
+import copy
 import math
 
 import pytest
@@ -77,8 +78,8 @@ def test_a_neuron_by_hand():
 
 def test_biases_and_decays_have_no_weight_decay():
     module = nn.ModuleList([NeuronModels(D, M), Synchronisation(random_pairs(D, P), D)])
-    decayed = [name for name, _ in decay_groups(module, 0.1)[0]["params"]]
-    assert decayed == ["0.weight1", "0.weight2"]
+    for model in (module, copy.deepcopy(module)):
+        assert [name for name, _ in decay_groups(model, 0.1)[0]["params"]] == ["0.weight1", "0.weight2"]
 
 
 # --- synchronisation -----------------------------------------------------------------------------------------------

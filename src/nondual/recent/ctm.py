@@ -132,6 +132,8 @@ class ContinuousThoughtMachine(nn.Module):
             or a synchronisation over neurons that do not exist.
     """
 
+    no_weight_decay = ("first_history",)
+
     backbone: Callable[[Any], Tensor] | None
     out: tuple[int, ...]
     d_features: int
@@ -181,7 +183,6 @@ class ContinuousThoughtMachine(nn.Module):
         self.to_prediction = nn.Linear(self.output.size, math.prod(self.out))
         self.first_neurons = nn.Parameter(torch.empty(d_model).uniform_(-1, 1) / math.sqrt(d_model))
         self.first_history = nn.Parameter(torch.empty(d_model, memory).uniform_(-1, 1) / math.sqrt(d_model + memory))
-        self.first_history._no_weight_decay = True  # type: ignore[attr-defined]
 
     def begin(self, x: Any) -> ThoughtState:
         """The state before the first tick: the input's keys and values, and what was learned as a beginning.

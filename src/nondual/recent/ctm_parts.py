@@ -137,6 +137,8 @@ class NeuronModels(nn.Module):
         ValueError: sizes below 1.
     """
 
+    no_weight_decay = ("bias1", "bias2")  # a row for each neuron, so matrices by their shape
+
     weight1: nn.Parameter
     bias1: nn.Parameter
     weight2: nn.Parameter
@@ -160,17 +162,10 @@ class NeuronModels(nn.Module):
 
 
 def _private(d_model: int, wide_in: int, wide_out: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A weight (D, in, out), drawn evenly within 1 / √(in + out), and a bias (D, out) of zeros without weight decay."""
+    """A weight (D, in, out), drawn evenly within 1 / √(in + out), and a bias (D, out) of zeros."""
     edge = 1 / math.sqrt(wide_in + wide_out)
     weight = nn.Parameter(torch.empty(d_model, wide_in, wide_out).uniform_(-edge, edge))
-    return weight, _undecayed(torch.zeros(d_model, wide_out))
-
-
-def _undecayed(x: Tensor) -> nn.Parameter:
-    """A parameter that `nondual.training.optimiser` gives no weight decay, whatever its shape."""
-    parameter = nn.Parameter(x)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
+    return weight, nn.Parameter(torch.zeros(d_model, wide_out))
 
 
 # --- pairs of neurons ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from nondual.connections import LayerCall, branches_of, check_count, stream
+from nondual.connections import LayerCall, branches_of, check_count, check_width, stream
 from nondual.feed_forward import FeedForward
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
@@ -103,6 +103,27 @@ def test_what_cannot_be_taken_apart_or_is_of_another_depth_is_named():
         model = GPT(V, E, 2, 4, max_len=LONGEST, connection=MADE[kind]())
         with pytest.raises(ValueError, match=f"connection must be made for the model's {depth}"):
             model(tokens())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MADE if "attention" in kind or "hyper" in kind])
+def test_a_connection_of_another_width_is_refused_before_any_layer_has_run(kind):
+    with pytest.raises(ValueError, match="connection must be made for the model's width of 7, got one for 5"):
+        check_width(torch.zeros(2, 3, 7), 5)
+    torch.manual_seed(0)
+    model, ran = GPT(V, 16, L, 4, max_len=LONGEST, connection=MADE[kind]()), []
+    model.layers[0].mixer.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=f"connection must be made for the model's width of 16, got one for {E}"):
+        model(tokens())
+    assert not ran
+    for made in (partial(AttentionResiduals, 0, 1), partial(HyperConnections, 0, 1)):
+        with pytest.raises(ValueError, match="d_model must be 1 or more, got 0"):
+            made()
+
+
+@pytest.mark.parametrize("given, told", [(None, "NoneType"), ("stream", "str"), (DenseFormer, "the class DenseFormer")])
+def test_what_is_no_connection_is_refused_when_the_model_is_made(given, told):
+    with pytest.raises(TypeError, match=f"connection must be a function or a module, such as .*, got {told}"):
+        GPT(V, E, L, 4, max_len=LONGEST, connection=given)
 
 
 def test_a_function_of_ones_own_is_a_connection_and_what_comes_before_a_layer_is_read_by_it():

@@ -105,6 +105,20 @@ def branches_of(layers: Sequence[LayerCall], expected: int) -> list[Callable[[Te
     return branches
 
 
+def check_width(x: Tensor, expected: int) -> None:
+    """Refuse a connection that was made for a model of another width.
+
+    Args:
+        x: (B, N, E), of the model.
+        expected: the width that the connection was made for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if x.shape[-1] != expected:
+        raise ValueError(f"connection must be made for the model's width of {x.shape[-1]}, got one for {expected}")
+
+
 def check_count(what: str, found: int, expected: int) -> None:
     """Refuse a connection that was made for a model of another depth.
 

@@ -143,6 +143,8 @@ def test_a_weighted_sum_refuses_another_number_of_weights():
 def test_what_it_refuses(name):
     with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
         DenseFormer(**({"n_layers": 2} | {name: 0}))
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        n_weights(**({"n_layers": 2} | {name: 0}))
     with pytest.raises(ValueError, match="connection must be made for the model's 2 layers, got one for 3"):
         DenseFormer(3)(torch.zeros(1, 1, 1), calls(1, 1))
 

@@ -1,5 +1,7 @@
 """Hyper-connections: by hand, the paper's algorithm written out, transformers' mHC, the start, Sinkhorn, refusals."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,6 +152,8 @@ def test_weight_decay_leaves_mixing_matrices_that_start_at_the_identity_alone():
     decayed = {name for name, _ in decay_groups(model, 0.1)[0]["params"]}
     assert not any(name.endswith(("mix", "read", "write", "scale")) for name in decayed)
     assert "connection.maps.0.project.weight" in decayed
+    again = {name for name, _ in decay_groups(copy.deepcopy(model), 0.1)[0]["params"]}  # as for a running average
+    assert again == decayed
 
 
 def test_what_it_refuses():
@@ -157,3 +161,9 @@ def test_what_it_refuses():
         HyperConnections(E, 2, 0)
     with pytest.raises(ValueError, match="n_branches must be 1 or more, got 0"):
         HyperConnections(E, 0)
+    for made in (lambda: DoublyStochasticMaps(E, 2, 0, iterations=0), lambda: sinkhorn(torch.zeros(2, 2), 0)):
+        with pytest.raises(ValueError, match="iterations must be 1 or more, got 0"):
+            made()
+    for shape in ((3,), (2, 3)):
+        with pytest.raises(ValueError, match=r"logits must be square matrices \(..., n, n\), got"):
+            sinkhorn(torch.zeros(shape))

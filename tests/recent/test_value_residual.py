@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nondual.connections import LayerCall
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
 from nondual.recent.value_residual import ValueResidual
@@ -97,3 +98,22 @@ def test_what_it_refuses():
     model = CausalLM(V, E, 2, layer=lambda _: MixerBlock(Shift(), E), connection=ValueResidual(2))
     with pytest.raises(ValueError, match="values must be left out: the mixer of layer 0, Shift, does not take it"):
         model(ids())
+    with pytest.raises(ValueError, match=r"layers must have a mixer whose values can be mixed, .*, got Linear"):
+        ValueResidual(1)(torch.zeros(1, 2, 3), [LayerCall(nn.Linear(3, 3), {})])
+
+
+@pytest.mark.parametrize("heads, kv_heads", [((6, 6), (1, 6)), ((6, 6), (2, 3)), ((3, 6), (3, 6)), ((2, 4), (2, 2))])
+def test_heads_that_differ_between_layers_are_refused_and_no_cache_has_changed(heads, kv_heads):
+    model = CausalLM(
+        V, E, 2, layer=lambda i: MixerBlock(MultiHeadAttention(E, heads[i], n_kv_heads=kv_heads[i], causal=True), E),
+        connection=ValueResidual(2),
+    )  # fmt: skip
+    cache = model.new_cache(B, N)
+    widths = [E // h for h in heads]
+    told = (
+        f"mixers must have as many key/value heads of one width in every layer, got {kv_heads[0]} of width {widths[0]} "
+        f"in layer 0 and {kv_heads[1]} of width {widths[1]} in layer 1"
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match=told):
+        model(ids(), cache=cache)
+    assert [part.length for part in cache] == [0, 0]

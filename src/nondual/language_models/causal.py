@@ -62,7 +62,7 @@ class CausalLM(nn.Module):
             stream where left out. A module is trained and saved with the model. See `nondual.connections`.
 
     Raises:
-        TypeError: positions that are not added to embeddings.
+        TypeError: positions that are not added to embeddings; a connection that cannot be called, or is a class.
         ValueError: positions together with max_len, or of another width.
     """
 
@@ -95,6 +95,7 @@ class CausalLM(nn.Module):
             _check_positions(positions, max_len, d_model)
         elif max_len is not None:
             positions = LearnedPositions(max_len, d_model)
+        _check_connection(connection)
         self.vocabulary, self.residual_in_fp32 = vocabulary, residual_in_fp32
         self.embeddings = nn.Embedding(vocabulary, d_model)
         self.positions = positions
@@ -418,6 +419,12 @@ def _check_positions(positions: object, max_len: int | None, d_model: int) -> No
         raise ValueError(f"max_len makes a learned table and cannot go with positions, got {max_len}: give one of them")
     if positions.d_model != d_model:
         raise ValueError(f"positions must be of the width d_model={d_model}, got {positions.d_model}")
+
+
+def _check_connection(connection: object) -> None:
+    if not callable(connection) or isinstance(connection, type):
+        got = f"the class {connection.__name__}" if isinstance(connection, type) else type(connection).__name__
+        raise TypeError(f"connection must be a function or a module, such as DenseFormer(n_layers), got {got}")
 
 
 def _reset_of(unread: Tensor, reset: Tensor | None) -> Tensor | None:

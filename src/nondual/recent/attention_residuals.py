@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nondual.connections import LayerCall, branches_of
+from nondual.connections import LayerCall, branches_of, check_width
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
@@ -102,9 +102,10 @@ class AttentionResiduals(nn.Module):
         eps: added to the mean square in the norm of the keys.
 
     Raises:
-        ValueError: n_branches or block below 1.
+        ValueError: d_model, n_branches or block below 1.
     """
 
+    d_model: int
     n_branches: int
     block: int
     eps: float
@@ -112,7 +113,8 @@ class AttentionResiduals(nn.Module):
 
     def __init__(self, d_model: int, n_branches: int, *, block: int = 1, eps: float = 1e-6):
         super().__init__()
-        check_sizes(n_branches=n_branches, block=block)
+        check_sizes(d_model=d_model, n_branches=n_branches, block=block)
+        self.d_model = d_model
         self.n_branches, self.block, self.eps = n_branches, block, eps
         # One after each branch. The first branch has the embeddings alone to read; the last average is of all.
         self.averages = nn.ModuleList(DepthAttention(d_model) for _ in range(n_branches))
@@ -125,8 +127,9 @@ class AttentionResiduals(nn.Module):
             layers: of one forward pass, in order.
 
         Raises:
-            ValueError: another number of branches, or layers that cannot be taken apart.
+            ValueError: another width, another number of branches, or layers that cannot be taken apart.
         """
+        check_width(x, self.d_model)
         # --8<-- [start:branches]
         reads = x
         vectors, keys = [at_least_float32(x)], [keys_of(at_least_float32(x), self.eps)]

@@ -95,7 +95,11 @@ def n_weights(n_layers: int, dilation: int = 1, period: int = 1) -> int:
         n_layers: L.
         dilation: k.
         period: p.
+
+    Raises:
+        ValueError: one of them below 1.
     """
+    check_sizes(n_layers=n_layers, dilation=dilation, period=period)
     return sum(1 + i // dilation for i in range(period, n_layers + 1, period))
 
 

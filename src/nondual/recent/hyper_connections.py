@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nondual.connections import LayerCall, branches_of
+from nondual.connections import LayerCall, branches_of, check_width
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
@@ -48,6 +48,8 @@ class StaticMaps(nn.Module):
         k: which branch it is, from 0.
     """
 
+    no_weight_decay = ("mix",)  # it starts at the identity, not at 0
+
     read: nn.Parameter
     mix: nn.Parameter
     write: nn.Parameter
@@ -56,7 +58,6 @@ class StaticMaps(nn.Module):
         super().__init__()
         self.read = nn.Parameter(F.one_hot(torch.tensor(k % n), n).float())
         self.mix, self.write = nn.Parameter(torch.eye(n)), nn.Parameter(torch.ones(n))
-        self.mix._no_weight_decay = True  # type: ignore[attr-defined]  # it starts at the identity, not at 0
 
     def forward(self, streams: Float[Tensor, "b n_positions n e"]) -> Maps:
         """The maps; the streams (B, N, n, E) only tell the dtype."""
@@ -113,6 +114,9 @@ class DoublyStochasticMaps(nn.Module):
         n: how many streams.
         k: which branch it is, from 0.
         iterations: of `sinkhorn`.
+
+    Raises:
+        ValueError: d_model, n or iterations below 1.
     """
 
     n: int
@@ -123,6 +127,7 @@ class DoublyStochasticMaps(nn.Module):
 
     def __init__(self, d_model: int, n: int, k: int, *, iterations: int = 20):
         super().__init__()
+        check_sizes(d_model=d_model, n=n, iterations=iterations)
         self.n, self.iterations = n, iterations
         self.project = nn.Linear(n * d_model, n * (n + 2), bias=False)
         nn.init.zeros_(self.project.weight)
@@ -150,10 +155,16 @@ def sinkhorn(logits: Float[Tensor, "*b n n"], iterations: int = 20) -> Float[Ten
 
     Args:
         logits: (..., n, n).
-        iterations: how many turns. The rows of the result sum to 1, the columns nearly.
+        iterations: how many turns, 1 or more. The rows of the result sum to 1, the columns nearly.
+
+    Raises:
+        ValueError: logits that are not square matrices, iterations below 1.
 
     Source: Sinkhorn and Knopp 1967; 2512.24880, equation 9. By logarithms, which do not overflow.
     """
+    check_sizes(iterations=iterations)
+    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ValueError(f"logits must be square matrices (..., n, n), got {tuple(logits.shape)}")
     for _ in range(iterations):
         logits = logits - logits.logsumexp(-2, keepdim=True)
         logits = logits - logits.logsumexp(-1, keepdim=True)
@@ -177,9 +188,10 @@ class HyperConnections(nn.Module):
         maps: makes the maps of branch k, given d_model, n and k.
 
     Raises:
-        ValueError: n_branches or n below 1.
+        ValueError: d_model, n_branches or n below 1.
     """
 
+    d_model: int
     n: int
     maps: nn.ModuleList
 
@@ -187,8 +199,8 @@ class HyperConnections(nn.Module):
         self, d_model: int, n_branches: int, n: int = 2, *, maps: Callable[[int, int, int], nn.Module] = DynamicMaps
     ):
         super().__init__()
-        check_sizes(n_branches=n_branches, n=n)
-        self.n = n
+        check_sizes(d_model=d_model, n_branches=n_branches, n=n)
+        self.d_model, self.n = d_model, n
         self.maps = nn.ModuleList(maps(d_model, n, k) for k in range(n_branches))
 
     def forward(self, x: Float[Tensor, "b n e"], layers: Sequence[LayerCall]) -> Float[Tensor, "b n e"]:
@@ -199,8 +211,9 @@ class HyperConnections(nn.Module):
             layers: of one forward pass, in order.
 
         Raises:
-            ValueError: another number of branches, or layers that cannot be taken apart.
+            ValueError: another width, another number of branches, or layers that cannot be taken apart.
         """
+        check_width(x, self.d_model)
         # --8<-- [start:streams]
         streams = x[..., None, :].expand(*x.shape[:-1], self.n, -1)  # (B, N, n, E)
         for maps_of, branch in zip(self.maps, branches_of(layers, len(self.maps))):

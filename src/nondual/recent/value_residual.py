@@ -55,10 +55,16 @@ class ValueResidual(nn.Module):
             layers: of one forward pass, in order.
 
         Raises:
-            ValueError: another number of layers, or a mixer that takes no values.
+            ValueError: another number of layers, a layer without a mixer, a mixer that takes no values, or whose values
+                have another number of heads or another width than those of the first layer.
         """
         check_count("layers", len(layers), self.n_layers)
         for i, layer in enumerate(layers):
+            if not hasattr(layer.layer, "mixer"):
+                raise ValueError(
+                    f"layers must have a mixer whose values can be mixed, as TransformerLayer and MixerBlock do, got "
+                    f"{type(layer.layer).__name__}"
+                )
             check_takes(cast(Any, layer.layer).mixer, "values", f"layer {i}")
         # --8<-- [start:mix]
         values: list[Tensor] = []  # V_1, once the first layer has run
@@ -68,6 +74,7 @@ class ValueResidual(nn.Module):
                 if n == 0:
                     values.append(v)
                     return v
+                _check_like_the_first(v, values[0], n)
                 return self.first[n - 1] * values[0] + self.own[n - 1] * v
 
             return mix
@@ -80,3 +87,12 @@ class ValueResidual(nn.Module):
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         def __call__(self, x: Tensor, layers: Sequence[LayerCall], /) -> Tensor: ...
+
+
+def _check_like_the_first(v: Tensor, first: Tensor, n: int) -> None:
+    """Refuse values (B, G, N, D) with other heads than the first layer's: one head would be added to several."""
+    if v.shape[1] != first.shape[1] or v.shape[3] != first.shape[3]:
+        raise ValueError(
+            f"mixers must have as many key/value heads of one width in every layer, got {first.shape[1]} of width "
+            f"{first.shape[3]} in layer 0 and {v.shape[1]} of width {v.shape[3]} in layer {n}"
+        )

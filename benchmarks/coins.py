@@ -96,6 +96,10 @@ def judged(model: Any, tokenizer: Any, ids: Tensor, opening: str) -> dict[str, A
     x, y = exact[:, late].flatten(), said[:, late].flatten()
     return {
         "divergence": {name: interval(divergence(exact, one).mean(1)) for name, one in others.items()},
+        "the model - one half always": {
+            name: interval((divergence(exact, said) - divergence(exact, torch.full_like(exact, 0.5)))[:, part].mean(1))
+            for name, part in {"first eight flips": slice(8), "last eight flips": slice(-8, None)}.items()
+        },
         "by flips": {
             name: [round(v, 5) for v in divergence(exact, one).mean(0).tolist()] for name, one in others.items()
         },

@@ -46,6 +46,8 @@ def test_a_model_that_follows_laplace_s_rule_is_found_to(monkeypatch):
     ids = coins.flips(8, 12, generator=torch.Generator().manual_seed(0))
     found = benchmark.judged(model, Words(), ids, "")
     assert abs(found["divergence"]["the model"]["mean"]) < 1e-6 < found["divergence"]["one half always"]["low"]
+    for part in ("first eight flips", "last eight flips"):  # following the rule, it is nearer than one half
+        assert found["the model - one half always"][part]["high"] < 0
     assert found["fitted"]["a"] == 1.0 and found["fitted"]["half-life"] is None
     assert found["correlation in the second half"] == pytest.approx(1, abs=1e-3)
 

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from benchmarks import in_context, in_context_run
+from benchmarks import in_context, in_context_few, in_context_run
 from benchmarks.in_context import SEEDS, SWEEP_SEED, index, interval, swept
 from benchmarks.in_context_run import MAPPED, NOISE, PENALTY, D, Run, carry_out, on_the_map, one_step
 from nondual.language_models.in_context_learning import gradient_descent, predict, ridge, stored_tasks
@@ -30,6 +30,12 @@ def test_it_runs_and_writes_nothing(small, monkeypatch, capsys):
     in_context.main(["--tiny"])
     said = capsys.readouterr().out
     assert "functions 16" in said and "layer 16" in said and "coins 1" in said and "one layer" in said
+
+
+def test_the_one_of_three_tasks_runs_and_writes_nothing(small, monkeypatch, capsys):
+    monkeypatch.setattr(in_context_few, "write", None)
+    in_context_few.main(["--tiny"])
+    assert "functions 3" in capsys.readouterr().out
 
 
 def test_a_run_is_kept_and_not_made_again(small, tmp_path, monkeypatch):

@@ -9,7 +9,14 @@ from analysis_cases import IDS, B, D, E, H, N, draw, layer, watched
 from torch import nn
 
 from nondual import MultiHeadAttention
-from nondual.analysis import attention_layers, composition_score, ov_circuit, qk_circuit, weights_of
+from nondual.analysis import (
+    antisymmetric_share,
+    attention_layers,
+    composition_score,
+    ov_circuit,
+    qk_circuit,
+    weights_of,
+)
 from nondual.ops.attention import attention
 
 # --- circuits --------------------------------------------------------------------------------------------------------
@@ -147,3 +154,37 @@ def test_circuits_of_what_has_none_are_refused():
     nn.init.zeros_(silent.out_proj.weight)
     with pytest.raises(ValueError, match="composition needs circuits that are not zero"):
         composition_score((silent, 0), (module, 0))
+
+
+# --- symmetric and antisymmetric parts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_the_antisymmetric_share_is_that_of_the_circuit(n_kv_heads):
+    module = layer(n_kv_heads=n_kv_heads)
+    for head in range(H):
+        qk = qk_circuit(module, head).detach()
+        part = (qk - qk.T) / 2
+        assert antisymmetric_share(module, head) == pytest.approx(float((part.norm() / qk.norm()) ** 2), abs=1e-6)
+
+
+def test_equal_projections_are_symmetric_and_a_turn_by_a_right_angle_is_antisymmetric():
+    module = MultiHeadAttention(2, 1, bias=False)
+    with torch.no_grad():
+        module.k_proj.weight.copy_(module.q_proj.weight)
+        assert antisymmetric_share(module, 0) == pytest.approx(0, abs=1e-12)
+        module.q_proj.weight.copy_(torch.eye(2))
+        module.k_proj.weight.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+        assert antisymmetric_share(module, 0) == pytest.approx(1, abs=1e-12)
+        module.k_proj.weight.zero_()
+    with pytest.raises(ValueError, match="circuit that is not zero"):
+        antisymmetric_share(module, 0)
+    with pytest.raises(ValueError, match="got 6 and 4: cross-attention"):
+        antisymmetric_share(MultiHeadAttention(6, 2, d_memory=4), 1)
+
+
+def test_unrelated_projections_have_a_half():
+    torch.manual_seed(0)
+    module = MultiHeadAttention(96, 12)
+    shares = [antisymmetric_share(module, head) for head in range(12)]
+    assert all(0.4 < share < 0.6 for share in shares) and abs(sum(shares) / 12 - 0.5) < 0.02

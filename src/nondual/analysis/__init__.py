@@ -38,7 +38,7 @@ It is the same head. (MiniLM's weights are fetched once: `python -m nondual.pret
 
 from nondual.analysis.attention_distance import attention_distance, patch_distances
 from nondual.analysis.attention_layers import AttentionLayer, all_heads, attention_layer, attention_layers
-from nondual.analysis.circuits import composition_score, ov_circuit, qk_circuit
+from nondual.analysis.circuits import antisymmetric_share, composition_score, ov_circuit, qk_circuit
 from nondual.analysis.critical_path import is_arithmetic, longest_chain, products
 from nondual.analysis.direct_paths import (
     DirectPaths,
@@ -83,6 +83,7 @@ __all__ = [
     "PathEffect",
     "Prompts",
     "all_heads",
+    "antisymmetric_share",
     "ask",
     "attention_distance",
     "attention_layer",

@@ -100,6 +100,35 @@ def composition_score(
     }
 
 
+def antisymmetric_share(attention: nn.Module | AttentionLayer, head: int) -> float:
+    """|A|² / |QK|², where A = (QK - QKᵀ) / 2: how much of a head's reading tells the one who asks from the one asked.
+
+    0 is a symmetric circuit, under which two tokens score each other equally; 1 an antisymmetric one, under which each
+    scores the other as much above 0 as it is scored below. Two unrelated matrices W_Q and W_K give ½ on average.
+    Norms are Frobenius norms; biases and positions are left out, as in `qk_circuit`.
+
+    Args:
+        attention: as in `qk_circuit`, of self-attention.
+        head: a query head; where heads share keys, the key is that of its group.
+
+    Raises:
+        TypeError, ValueError: as in `qk_circuit`; cross-attention from another width; a head of zeros.
+
+    Source: Saponati et al. 2025 (2502.10927), section 3, whose symmetry score is 1 - 2 · this.
+    """
+    query, key = _reads(attention, head)
+    if len(query) != len(key):
+        raise ValueError(f"queries and keys must be of one width, got {len(query)} and {len(key)}: cross-attention")
+    size = float(_norm(query, key.T)) ** 2
+    if not size > 0:
+        raise ValueError("head must have a circuit that is not zero, got a norm of 0")
+    # --8<-- [start:antisymmetric_share]
+    inner = key.detach().double().T @ query.detach().double()  # (D, D); tr(QK QK) = tr(inner inner)
+    share = (1 - float((inner * inner.T).sum()) / size) / 2  # |A|² = (|QK|² - tr(QK QK)) / 2
+    # --8<-- [end:antisymmetric_share]
+    return min(max(share, 0.0), 1.0)
+
+
 def _reads(attention: nn.Module | AttentionLayer, head: int) -> tuple[Tensor, Tensor]:
     """W_Q and W_K of one head, (E, D) each."""
     layer = attention_layer(attention)

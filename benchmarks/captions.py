@@ -390,6 +390,17 @@ def written(model: Llava | Flamingo, task: Task, data: Captions, shown: int = SH
     return [{"hexcode": data.hexcodes[i], "name": data.names[i], "written": text} for i, text in zip(which, said)]
 
 
+def all_written(whole: Plan, arm: str, data: Captions) -> list[dict[str, str]]:
+    """What the first seed of an arm writes for every test picture, from the weights that its training kept."""
+    run = Run(whole.kind, arm, whole.best(arm), whole.seeds[0], whole.steps, whole.folder, "all").file
+    file = run.with_suffix(".written.json")
+    if not file.exists():
+        model = whole.task.made(arm)
+        model.load_state_dict(torch.load(run.with_suffix(".pt"), weights_only=True), strict=False)
+        keep(file, {"captions": written(model.eval(), whole.task, data, len(data.test))})
+    return json.loads(file.read_text())["captions"]
+
+
 # --- what came of several runs -------------------------------------------------------------------------------------
 
 
@@ -408,6 +419,14 @@ def shares(data: Captions, chosen: list[int]) -> dict[str, Any]:
     groups = [data.groups[int(i)] for i in data.test]
     same = torch.tensor([groups[i] == groups[j] for i, j in enumerate(chosen)])
     return {"name": interval((picked == torch.arange(len(picked))).double()), "group": interval(same.double())}
+
+
+def compared(data: Captions, a: list[int], b: list[int]) -> dict[str, Any]:
+    """The share of right choices in a less that in b, paired by test picture, for name and group: [mean, low, high]."""
+    groups = [data.groups[int(i)] for i in data.test]
+    names = torch.tensor([(i == k) - (j == k) for k, (i, j) in enumerate(zip(a, b, strict=True))])
+    kinds = torch.tensor([(groups[i] == own) - (groups[j] == own) for own, i, j in zip(groups, a, b, strict=True)])
+    return {"name": interval(names.double()), "group": interval(kinds.double())}
 
 
 def summed_up(runs: list[dict[str, Any]], data: Captions) -> dict[str, Any]:

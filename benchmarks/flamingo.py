@@ -15,7 +15,6 @@ batches alike for all arms.
     nox -s bench -- flamingo --tiny    two steps of each, which writes nothing
 """
 
-import json
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from benchmarks.captions import (
     FULL_STOP,
     Captions,
     Plan,
-    Run,
     Task,
+    all_written,
     captions,
     difference,
     language_model,
@@ -36,10 +35,9 @@ from benchmarks.captions import (
     shares,
     summed_up,
     tiny,
-    written,
 )
 from benchmarks.clip_judge import interval
-from benchmarks.record import keep, write
+from benchmarks.record import write
 from nondual.multimodal.flamingo import Flamingo, PerceiverResampler
 from nondual.training import decay_groups
 
@@ -128,17 +126,6 @@ def swapped(model: Flamingo, data: Captions) -> dict[str, Any]:
 TASK = Task(
     made, [BEGIN, MARK, *INTRODUCTION], False, opened, lambda model, data: {"swapped": swapped(model, data)}, adam
 )
-
-
-def all_written(whole: Plan, arm: str, data: Captions) -> list[dict[str, str]]:
-    """What the first seed of an arm writes for every test picture, from the weights that its training kept."""
-    run = Run(whole.kind, arm, whole.best(arm), whole.seeds[0], whole.steps, whole.folder, "all").file
-    file = run.with_suffix(".written.json")
-    if not file.exists():
-        model = made(arm)
-        model.load_state_dict(torch.load(run.with_suffix(".pt"), weights_only=True), strict=False)
-        keep(file, {"captions": written(model.eval(), TASK, data, len(data.test))})
-    return json.loads(file.read_text())["captions"]
 
 
 def main(options: list[str]) -> None:

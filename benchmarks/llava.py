@@ -29,7 +29,9 @@ from benchmarks.captions import (
     Plan,
     Run,
     Task,
+    all_written,
     captions,
+    compared,
     difference,
     language_model,
     plan,
@@ -78,6 +80,8 @@ def main(options: list[str]) -> None:
 
 def record(whole: Plan, results: dict[str, list[dict[str, Any]]], untrained: dict[str, Any], data: Captions) -> None:
     """Write what was found to docs/measured."""
+    test, clip = data.test.tolist(), data.clip.tolist()
+    gained = {arm: runs[0]["gained"] for arm, runs in results.items()}
     figures = {
         "arms": {
             **{arm: summed_up(runs, data) for arm, runs in results.items()},
@@ -87,6 +91,13 @@ def record(whole: Plan, results: dict[str, list[dict[str, Any]]], untrained: dic
         "linear - deaf": difference(results["linear"], results["deaf"]),
         "linear - MLP": difference(results["linear"], results["MLP"]),
         "linear - untrained": difference(results["linear"][:1], [untrained]),
-        "CLIP's nearest name": shares(data, data.clip.tolist()),
+        "CLIP's nearest name": shares(data, clip),
+        "choices": {
+            "concepts": [{"hexcode": data.hexcodes[i], "name": data.names[i], "group": data.groups[i]} for i in test],
+            "chosen": {**gained, "CLIP": clip},
+            **{f"linear - {other}": compared(data, gained["linear"], gained[other]) for other in ("deaf", "MLP")},
+            "linear - CLIP": compared(data, gained["linear"], clip),
+        },
+        "written": {arm: all_written(whole, arm, data) for arm in ("linear", "deaf")},
     }
     write("llava", "nox -s bench -- llava", figures, **whole.settings(data))

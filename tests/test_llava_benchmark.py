@@ -126,6 +126,8 @@ def test_differences_are_paired_by_concept_and_shares_count_groups(captions, dat
     assert found["interval"][0] == -1 and found["by seed"] == [-1]
     shares = captions.shares(data, [0, 1, 0])  # concepts 5, 6, 7 of groups b, a, b
     assert math.isclose(shares["name"][0], 2 / 3, abs_tol=1e-3) and shares["group"][0] == 1
+    less = captions.compared(data, [0, 1, 0], [1, 1, 2])  # names: one right more, one less; groups: one right more
+    assert less["name"][0] == 0 and math.isclose(less["group"][0], 1 / 3, abs_tol=1e-3)
 
 
 @torch.no_grad()
@@ -162,8 +164,7 @@ def test_captions_are_written_by_the_weights_that_the_training_kept_and_written_
         asked.append((shown, {round(float(gate), 4) for layer in model.gated_layers for gate in layer.openness()}))
         return [{"name": "thing 5", "written": "thing"}]
 
-    monkeypatch.setattr(flamingo, "made", made)
-    monkeypatch.setattr(flamingo, "written", written)
+    monkeypatch.setattr(captions, "written", written)
     monkeypatch.setattr(captions.Plan, "best", lambda self, arm: 1e-3)
     trained = made("gated")
     with torch.no_grad():
@@ -171,9 +172,10 @@ def test_captions_are_written_by_the_weights_that_the_training_kept_and_written_
             layer.attention_gate.fill_(1.0)
             layer.feed_forward_gate.fill_(1.0)
     torch.save(trained.trained_state_dict(), tmp_path / "flamingo_gated_0.001_1_7.pt")
-    whole = captions.Plan("flamingo", flamingo.TASK, tmp_path, 7, (1, 2), first={"gated": 1e-3}, of={})
+    task = flamingo.TASK._replace(made=made)
+    whole = captions.Plan("flamingo", task, tmp_path, 7, (1, 2), first={"gated": 1e-3}, of={})
     for _ in range(2):
-        assert flamingo.all_written(whole, "gated", data) == [{"name": "thing 5", "written": "thing"}]
+        assert captions.all_written(whole, "gated", data) == [{"name": "thing 5", "written": "thing"}]
     assert asked == [(3, {round(math.tanh(1.0), 4)})]  # all three test pictures, by open gates, once
 
 

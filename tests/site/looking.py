@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from axe import faults_by_axe, load_axe
 from documents import SITE
 
-AXE = Path(__file__).parent.parent / "assets" / "axe.min.js"
 HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
@@ -76,14 +76,6 @@ AT_ONCE = """async () => {
   await document.fonts.ready;
 }"""
 
-# axe fetches every style sheet once more for one experimental rule, which is off: it preloads sound and film alone.
-AXE_RUN = """(rules) => axe.run(document, {
-  resultTypes: ["violations"], preload: {assets: ["media"]}, ...(rules && {runOnly: {type: "rule", values: rules}}),
-}).then((found) => found.violations
-  .filter((v) => ["serious", "critical"].includes(v.impact))
-  .map((v) => "axe " + v.id + ": " + v.nodes.slice(0, 3).map((n) => n.target.join(" ")).join(" | ")))"""
-OF_COLOUR = ["color-contrast", "link-in-text-block"]  # axe's rules that look at colours
-
 # Code in folds is looked at too.
 UNFOLD = """() => { for (const fold of document.querySelectorAll("details")) fold.open = true; }"""
 CODE = """async () => {
@@ -122,11 +114,15 @@ def turn(page, palette: str) -> None:
     assert page.evaluate(SETTLED, SCHEMES[palette]) == SCHEMES[palette], f"the page does not turn {palette}"
 
 
-def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",)) -> list[str]:
+def faults_of(
+    page, address: str, *, axe: bool = False, palettes: tuple[str, ...] = ("light",), every_text: bool = True
+) -> list[str]:
     """What goes wrong when `page` loads `address`: requests elsewhere, errors, failures, what the page's policy
     refuses, what moves while the page comes, and what LOOK and axe see.
 
-    It is loaded in the first palette and turned to the others where it stands; there axe looks at its colours alone.
+    It is loaded in the first palette and turned to the others where it stands. All of axe's rules are asked in the
+    first; in the others those of colour, for each look of a text that has not passed in this palette yet. So they are
+    in the first too where `every_text` is false.
     """
     faults, host, unanswered = [], urlsplit(address).netloc, set()
 
@@ -164,12 +160,13 @@ def faults_of(page, address: str, *, axe: bool = False, palettes: tuple[str, ...
         faults.append(f"moves by {moved:.3f} while it comes: {what}")
     page.evaluate(AT_ONCE)
     if axe:
-        page.evaluate(AXE.read_text(encoding="utf-8") + ";0")
+        load_axe(page)
     for palette in palettes:
         turn(page, palette)
         seen = page.evaluate(LOOK)
         if axe:
-            seen += page.evaluate(AXE_RUN, None if palette == palettes[0] else OF_COLOUR)
+            first = palette == palettes[0]
+            seen += faults_by_axe(page, palette, all_rules=first, every_text=first and every_text)
         faults += [f"{palette}: {fault}" for fault in seen]
         page.evaluate(DRAWN)  # what only this palette shows has been asked for by now
     patience = time.monotonic() + MOST_PATIENCE
@@ -203,11 +200,15 @@ def faults_of_code(page, size: str) -> list[str]:
 
 
 def faults_of_pages(browser, site: str, names: list[str], size: str) -> dict[str, list[str]]:
-    """What is wrong with these pages of the site. Each is loaded once, and looked at in both palettes."""
+    """What is wrong with these pages of the site. Each is loaded once, and looked at in both palettes.
+
+    Texts lie over each other or do not in both palettes alike: axe looks at every text of a page once, on a desk.
+    """
     context, faults = still(browser, size), {}
     page = context.new_page()
     for name in names:
-        found = faults_of(page, site + name.removesuffix("index.html"), axe=True, palettes=PALETTES[size])
+        address, desk = site + name.removesuffix("index.html"), size == "desktop"
+        found = faults_of(page, address, axe=True, palettes=PALETTES[size], every_text=desk)
         weight = weight_of(page, SITE, site) / 1000
         print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
         if weight > HEAVIEST:

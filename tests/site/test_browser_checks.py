@@ -1,12 +1,15 @@
 """The checks of a page in a browser fail when they should."""
 
 import time
+from collections import Counter
 
 import pytest
-from looking import OF_COLOUR, PALETTES, faults_of
+from axe import ASKED, OF_COLOUR, TIMES
+from looking import PALETTES, faults_of
 from pages.security import with_policy
 
 NOWHERE = "http://nowhere.invalid/x.js"
+LINK = "a long line of words and <a href='#top'>a link</a> within it"
 
 
 @pytest.mark.browser
@@ -68,7 +71,7 @@ def test_what_a_pages_policy_refuses_is_caught(browser, serve, small, body, faul
     [
         ("p { color: #999; background: #fff }", "<p>faint</p>", "axe color-contrast"),
         ("p { color: #000; background: #fff } a { color: #030; text-decoration: none }",
-         "<p>a long line of words and <a href='#top'>a link</a> within it</p>", "axe link-in-text-block"),
+         f"<p>{LINK}</p>", "axe link-in-text-block"),
         ("p { width: 900px }", "<p>wide</p>", "scrolls sideways"),
         ("p { background: url(gone.png) }", "<p>bare</p>", "404: "),
     ],
@@ -104,6 +107,31 @@ def test_axes_rules_of_colour_are_all_run_in_both_palettes(browser, serve, small
         faults_of(page, address, axe=True)
         rules = page.evaluate("axe.getRules(['cat.color']).map((rule) => rule.ruleId)")
     assert set(rules) - {"color-contrast-enhanced"} == set(OF_COLOUR)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("palettes", PALETTES.values(), ids="-".join)
+def test_each_look_of_a_text_is_asked_about_until_it_has_passed(browser, serve, small, monkeypatch, palettes):
+    """What passed is known on the next page; the same colour over another background, or of a link, is another look."""
+    for palette in palettes:
+        monkeypatch.setitem(ASKED, palette, Counter())
+    bodies = {
+        "sound": "<p style='color: #757575; background: #fff'>plain</p>",
+        "on grey": "<p style='color: #757575; background: #ddd'>faint</p>",
+        "behind": "<div style='background: #ddd'><p style='color: #757575'>faint</p></div>",
+        "veiled": "<p style='color: #757575; background: #fff; opacity: 0.7'>faint</p>",
+        "a link": f"<style>a {{ text-decoration: none; color: #030 }} p {{ background: #fff }}</style><p>{LINK}</p>",
+    }
+    faults, asked = {}, []
+    with browser.new_page(viewport={"width": 390, "height": 844}) as page:
+        for name in ("sound", "sound", "on grey", "on grey", "behind", "veiled", "a link"):
+            with serve(small(bodies[name])) as address:
+                faults[name] = faults_of(page, address, axe=True, palettes=palettes, every_text=False)
+            asked.append([sum(ASKED[palette].values()) for palette in palettes])
+    assert faults.pop("sound") == [] and asked[0] == asked[1] and min(asked[0]) >= TIMES
+    for name, found in faults.items():
+        rule = "axe link-in-text-block" if name == "a link" else "axe color-contrast"
+        assert [one.partition(": ")[0] for one in found if rule in one] == list(palettes), (name, found)
 
 
 @pytest.mark.browser

@@ -20,6 +20,7 @@ import checks_of_depth as depth
 import checks_of_images as images
 import checks_of_memories as memories
 import checks_of_sequences as sequences
+import checks_of_texts as texts
 import checks_of_ticks as ticks
 import torch
 from checking import NotYetError
@@ -41,6 +42,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "ctm": {"one_tick": ticks.check_one_tick, "when_to_stop": ticks.check_when_to_stop},
     "denseformer": {"without": depth.check_without, "average": depth.check_average},
     "ttt": {"dual": memories.check_dual},
+    "bytes": {"spread": texts.check_spread},
     "sparse_attention": {"two_layers": sequences.check_two_layers},
     "gpt_family": {"step": decoding.check_step, "prefix_mask": decoding.check_prefix_mask},
     "clip": {"symmetric_loss": images.check_symmetric_loss, "class_weights": images.check_class_weights},

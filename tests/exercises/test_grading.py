@@ -295,7 +295,20 @@ def online(q, k, v, rate, w):
     return torch.stack(outs)
 
 
+def spreading(smoothed=lambda z, p, cut: mixed(z, p[cut]), back=lambda cut: cut.cumsum(0) - 1):
+    return lambda z, p, cut: smoothed(z, p, cut)[back(cut)]
+
+
+def mixed(z, share):
+    """Each piece with its share, and the rest from the one before it."""
+    out = [z[0]]
+    for piece, new in zip(z[1:], share[1:]):
+        out.append(new * piece + (1 - new) * out[-1])
+    return torch.stack(out)
+
+
 RIGHT = [
+    ("bytes", "spread", spreading()),
     ("ttt", "dual", learning()),
     ("denseformer", "without", leaving()),
     ("denseformer", "without", lambda i, j: torch.eye(i + 1)[i] - torch.eye(i + 1)[j] + torch.eye(i + 1)[j - 1]),
@@ -340,6 +353,11 @@ RIGHT = [
     ("sparse_attention", "two_layers", lambda n: fixed(math.isqrt(n)).mask(n)),
 ]
 WRONG = [
+    ("bytes", "spread", spreading(lambda z, p, cut: z), "the pieces are not smoothed"),
+    ("bytes", "spread", spreading(lambda z, p, cut: mixed(z, 1 - p[cut])), "the shares are swapped"),
+    ("bytes", "spread", spreading(lambda z, p, cut: mixed(z, p)), "P is p at the cuts"),
+    ("bytes", "spread", spreading(back=lambda cut: (cut.cumsum(0) - 2).clamp(min=0)), "the piece before its own"),
+    ("bytes", "spread", spreading(lambda z, p, cut: -z), "some read something else"),
     ("ttt", "dual", learning(lambda q, k: q @ k.T), "reads the steps of later ones too"),
     ("ttt", "dual", learning(lambda q, k: (q @ k.T).tril(-1)), "read before its own step"),
     ("ttt", "dual", learning(sign=1), "the steps go uphill"),

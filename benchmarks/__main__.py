@@ -42,6 +42,7 @@ HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
 HELPERS += ("ctm_run",)
 HELPERS += ("bytes_run", "bytes_cuts")
+HELPERS += ("proposals_run",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

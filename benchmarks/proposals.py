@@ -1,0 +1,199 @@
+"""The essay's proposals against ordinary attention, by the protocol of docs/measured/protocol.md.
+
+Each arm meets each task: the rate is chosen by whole trainings with two seeds of their own, then eight paired seeds are
+trained. What a run ended with is kept in `runs/proposals` of the cache folder, so that the plan goes on where it was
+stopped. A job is one arm on one task.
+
+    nox -s bench -- proposals                        on all cores of this machine
+    nox -s bench -- proposals --jobs=2               on two of them
+    nox -s bench -- proposals --only=fusion          arms with this in their name, and what they are compared with
+    nox -s bench -- proposals --tasks=copy,Gita      on these tasks
+    nox -s bench -- proposals --minutes=30           begin no job after half an hour; writes nothing if some are left
+    nox -s bench -- proposals --slurm=PARTITION      each job as one of a Slurm cluster, by submitit; the cache folder
+                                                     must be one that all its machines see (NONDUAL_CACHE)
+    nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice, product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+from tqdm import tqdm
+
+from benchmarks.proposals_run import ARMS, BOTH_WAYS, FUSION, MADE_UP, TASKS, Run, carry_out
+from benchmarks.record import write
+from benchmarks.sweeps import grown, highest, lowest
+from nondual.store import cache_folder
+
+RATES, CHOOSING, SEEDS = (0.001, 0.003, 0.01), (101, 102), tuple(range(1, 9))
+NAMED = {False: 0.02, True: 0.01}
+"""The effect named beforehand: two points of right answers, or 0.01 bit."""
+
+
+class Job(NamedTuple):
+    """One arm on one task: its rates, then its seeds."""
+
+    task: str
+    arm: str
+    folder: Path
+    steps: int | None = None
+    rates: tuple[float, ...] = RATES
+    choosing: tuple[int, ...] = CHOOSING
+    seeds: tuple[int, ...] = SEEDS
+
+
+def carry_out_job(job: Job) -> dict[str, Any]:
+    """The rates that were tried, the one chosen, and the runs of the paired seeds."""
+    torch.set_num_threads(1)
+    text = job.task not in MADE_UP
+
+    def value_at(rate: float) -> float:
+        return mean(carry_out(Run(*job[:2], rate, seed, job.steps, job.folder))["outcome"] for seed in job.choosing)
+
+    tried = grown(value_at, job.rates, lowest if text else highest, beyond=4)
+    rate = (lowest if text else highest)(tried)
+    return {
+        "task": job.task,
+        "arm": job.arm,
+        "rates": {f"{each:g}": round(value, 4) for each, value in tried.items()},
+        "rate": rate,
+        "inside": min(tried) < rate < max(tried),
+        "runs": [carry_out(Run(*job[:2], rate, seed, job.steps, job.folder)) for seed in job.seeds],
+    }
+
+
+# --- the judgement -------------------------------------------------------------------------------------------------
+
+
+def control_of(arm: str) -> str:
+    """What an arm is compared with."""
+    return next((f"base{end}" for end in (", both ways", ", rotary") if arm.endswith(end)), "base")
+
+
+def compared(ours: Sequence[float], others: Sequence[float], text: bool) -> dict[str, Any]:
+    """The paired differences, ours less the other's, signed so that above 0 is better, and the protocol's word."""
+    sign = -1 if text else 1
+    each = [sign * (a - b) for a, b in zip(ours, others, strict=True)]
+    n, middle, named = len(each), mean(each), NAMED[text]
+    error = stdev(each) / n**0.5
+    half95, half90 = (error * student.ppf(at, n - 1) for at in (0.975, 0.95))
+    low, high = middle - half95, middle + half95
+    p = float(2 * student.sf(abs(middle) / error, n - 1)) if error else (1.0 if middle == 0 else 0.0)
+    return {
+        "mean": round(middle, 5),
+        "interval": [round(low, 5), round(high, 5)],
+        "p": round(p, 6),
+        "is": said(low, high, middle - half90, middle + half90, named),
+    }
+
+
+def said(low: float, high: float, low90: float, high90: float, named: float) -> str:
+    """The protocol's word for an interval."""
+    if low > 0 or high < 0:
+        word = "better" if low > 0 else "worse"
+        return f"{word} as named" if min(abs(low), abs(high)) > named else word
+    return "equivalent" if -named < low90 and high90 < named else "not decided"
+
+
+def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several results remain at this level, by Holm's method."""
+    remains, order = [False] * len(ps), sorted(range(len(ps)), key=lambda i: ps[i])
+    for rank, i in enumerate(order):
+        if ps[i] > level / (len(ps) - rank):
+            break
+        remains[i] = True
+    return remains
+
+
+def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """Every arm against its control on every task, and the fusion against its placebo."""
+    pairs = [(arm, control_of(arm)) for arm in ARMS if arm != control_of(arm)]
+    pairs += [(arm, "fusion, placebo") for arm in FUSION if arm != "fusion, placebo"]
+    out: dict[str, Any] = {}
+    for arm, control in pairs:
+        rows = {}
+        for task in TASKS:
+            if (task, arm) in found and (task, control) in found:
+                ours, others = ([run["outcome"] for run in found[task, a]["runs"]] for a in (arm, control))
+                rows[task] = compared(ours, others, task not in MADE_UP)
+        for row, remains in zip(rows.values(), holm([row["p"] for row in rows.values()])):
+            row["remains with Holm"] = remains
+        if rows:
+            out[f"{arm} less {control}"] = rows
+    return out
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+def jobs(options: list[str], folder: Path) -> list[Job]:
+    """The jobs that the options ask for. The arms that see both ways meet the made-up tasks alone."""
+    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    tasks = given["tasks"].split(",") if "tasks" in given else list(TASKS)
+    if unknown := set(tasks) - set(TASKS):
+        raise SystemExit(f"there is no task {', '.join(sorted(unknown))}; there are: {', '.join(TASKS)}")
+    arms = [arm for arm in ARMS if given.get("only", "") in arm]
+    if not arms:
+        raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(ARMS)}")
+    arms = [arm for arm in ARMS if arm in {*arms, *(control_of(arm) for arm in arms)}]
+    whole = [Job(task, arm, folder) for task, arm in product(tasks, arms) if task in MADE_UP or arm not in BOTH_WAYS]
+    if "--tiny" in options:
+        return [
+            job._replace(steps=3, rates=(0.003,), choosing=(101,), seeds=(1, 2))
+            for job in whole
+            if job.task in ("copy", "recall") and job.arm in ("base", "symmetric")
+        ]
+    return whole
+
+
+def done(plan: list[Job], options: list[str]) -> list[dict[str, Any]]:
+    """Carry out the jobs on this machine's cores or on a cluster; what was not begun in time is left out."""
+    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    until = time.monotonic() + 60 * float(given.get("minutes", "inf"))
+    if "slurm" in given:
+        from submitit import AutoExecutor
+
+        executor = AutoExecutor(folder=plan[0].folder / "slurm")
+        executor.update_parameters(slurm_partition=given["slurm"], cpus_per_task=1, timeout_min=480)
+        with executor.batch():
+            waiting = [executor.submit(carry_out_job, job) for job in plan]
+        return [each.result() for each in tqdm(waiting, desc="arms on tasks")]
+    cores = int(given.get("jobs", os.cpu_count() or 1))
+    results: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, context) as pool:
+        left = iter(plan)
+        running = {pool.submit(carry_out_job, job) for job in islice(left, cores)}
+        with tqdm(total=len(plan), desc="arms on tasks") as bar:
+            while running:
+                finished = {each for each in running if each.done()}
+                for each in finished:
+                    results.append(each.result())
+                    bar.update()
+                    if time.monotonic() < until and (job := next(left, None)) is not None:
+                        running.add(pool.submit(carry_out_job, job))
+                running -= finished
+                time.sleep(0.05)
+    return results
+
+
+def main(options: list[str]) -> None:
+    folder = cache_folder() / "runs" / "proposals"
+    plan = jobs(options, folder)
+    if "--tiny" in options:
+        with tempfile.TemporaryDirectory() as apart:
+            print([each["rate"] for each in done([job._replace(folder=Path(apart)) for job in plan], options)])
+        return
+    found = {(each["task"], each["arm"]): each for each in done(plan, options)}
+    print(f"{len(found)} of {len(plan)} jobs done")
+    if len(found) == len(plan) and not any("=" in option for option in options if not option.startswith("--jobs")):
+        write("proposals", "nox -s bench -- proposals", {"jobs": list(found.values()), "compared": judged(found)})

@@ -1,0 +1,325 @@
+"""One run of `proposals`: a small model with one mechanism, one task, trained once to the end.
+
+All of it follows docs/measured/protocol.md. The model has two layers of width 64 with four heads; arms differ in the
+mixer, in what joins its queries and keys, or in the width of the feed-forward part where parameters are given back.
+Inputs are one or several rows of ids whose vectors are added up; scores come from a matrix of their own.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.plays import drawn, in_numbers, windows
+from benchmarks.record import keep
+from nondual.data.gita import gita
+from nondual.extensions import EnergyFlow, HeadFusion, Roles, TalkingHeads, alone, fixed_point
+from nondual.ops.attention import attention
+from nondual.relative_positions import Rotary
+from nondual.self_attention import MultiHeadAttention
+from nondual.tasks import conjunction, copying, induction, recall, selective_copying, successors
+from nondual.training import optimiser, warmup_cosine
+from nondual.transformer import FeedForward, TransformerLayer
+
+WIDTH, LAYERS, HEADS, WIDE, CONTEXT = 64, 2, 4, 256, 128
+HEAD = WIDTH // HEADS
+FRESH, FRESH_SEED = 1024, 9999
+HELD_OUT, WINDOWS = ("macbeth", "the-tempest"), 64
+SPIKE, BEFORE = 1.5, 20
+"""A step is a spike when its loss exceeds the median of the 20 before it by more than a half."""
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What is asked, and of what.
+
+    Attributes:
+        inputs: for each row of ids how many kinds there are.
+        scores: among how many answers is chosen.
+        draw: (batch, generator) -> (the rows of ids, each (B, N), answers (B, Q)), which belong to the last Q places.
+        fresh: batches to be judged on.
+        steps: of a training.
+        batch: sequences for each step.
+        chance: the share of right answers by guessing; for text the bits of its single characters.
+        text: whether the outcome is bits for each character.
+    """
+
+    inputs: tuple[int, ...]
+    scores: int
+    draw: Callable[[int, torch.Generator], tuple[tuple[Tensor, ...], Tensor]]
+    fresh: Callable[[], Iterator[tuple[tuple[Tensor, ...], Tensor]]]
+    steps: int
+    batch: int
+    chance: float
+    text: bool = False
+
+
+def made_up(inputs: tuple[int, ...], scores: int, draw: Callable[..., Any], steps: int = 600) -> Task:
+    """A task whose sequences are drawn anew at each step."""
+
+    def rows(batch: int, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        *given, answers = draw(batch, generator=generator)
+        return tuple(given), answers
+
+    def fresh() -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        given, answers = rows(FRESH, torch.Generator().manual_seed(FRESH_SEED))
+        return zip(zip(*(row.split(128) for row in given)), answers.split(128))
+
+    return Task(inputs, scores, rows, fresh, steps, 64, 1 / scores)
+
+
+def of_text(train: Tensor, held_out: Tensor, kinds: int) -> Task:
+    """The next character of a text."""
+
+    def rows(batch: int, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
+        ids = drawn(train, batch, CONTEXT, generator)
+        return (ids[:, :-1],), ids[:, 1:]
+
+    def fresh() -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        for part in held_out.split(16):
+            yield (part[:, :-1],), part[:, 1:]
+
+    shares = train.bincount(minlength=kinds) / len(train)
+    return Task((kinds,), kinds, rows, fresh, 1200, 16, float(torch.special.entr(shares).sum()) / math.log(2), True)
+
+
+@cache
+def shakespeare_task() -> Task:
+    plays = in_numbers(HELD_OUT)
+    held_out = torch.cat([windows(plays.of[name], CONTEXT, WINDOWS // 2) for name in HELD_OUT])
+    return of_text(plays.train, held_out, len(plays.alphabet))
+
+
+@cache
+def gita_task() -> Task:
+    """The Gita in Latin letters; its last two chapters are held out."""
+    verses = gita()
+    late = [verse.number.split(".")[0] in ("17", "18") for verse in verses]
+    texts = ["\n".join(" ".join(v.iast) for v, last in zip(verses, late) if last is which) for which in (False, True)]
+    alphabet = sorted(set("".join(texts)))
+    train, held_out = (torch.tensor([alphabet.index(c) for c in text]) for text in texts)
+    return of_text(train, windows(held_out, CONTEXT, WINDOWS), len(alphabet))
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "copy": lambda: made_up((10,), 8, partial(copying, length=16)),
+    "reverse": lambda: made_up((10,), 8, partial(copying, length=16, latest_first=True)),
+    "selective copy": lambda: made_up((10,), 8, partial(selective_copying, length=32, tokens=8)),
+    "induction": lambda: made_up((32,), 32, partial(induction, length=24)),
+    "recall": lambda: made_up((32, 9), 8, partial(recall, pairs=16)),
+    "conjunction": lambda: made_up((8, 8, 9), 8, partial(conjunction, rows=4, columns=3)),
+    "direction": lambda: made_up((32,), 16, partial(successors, ring=12)),
+    "long range": lambda: made_up((10,), 8, partial(copying, length=8, gap=96)),
+    "Shakespeare": shakespeare_task,
+    "Gita": gita_task,
+}
+MADE_UP = tuple(name for name in TASKS if name not in ("Shakespeare", "Gita"))
+
+
+# --- arms ----------------------------------------------------------------------------------------------------------
+
+
+class Arm(NamedTuple):
+    """What an arm's layers are made of.
+
+    Attributes:
+        op: what joins queries and keys, made anew for each layer; None for plain attention.
+        mixer: in place of an attention with this op.
+        rotary: rotary positions in place of learned ones.
+        causal: no position sees a later one.
+        tied: one projection for queries and keys.
+        as_wide: widen the feed-forward part until the model has as many parameters as the base.
+    """
+
+    op: Callable[[], nn.Module] | None = None
+    mixer: Callable[[bool], nn.Module] | None = None
+    rotary: bool = False
+    causal: bool = True
+    tied: bool = False
+    as_wide: bool = False
+
+
+def flow(causal: bool) -> nn.Module:
+    return EnergyFlow(WIDTH, HEADS, causal=causal)
+
+
+CONTINUOUS = {
+    "base": Arm(),
+    "symmetric": Arm(lambda: Roles(HEADS, 0.0)),
+    "one projection": Arm(tied=True, as_wide=True),
+    "base, rotary": Arm(rotary=True),
+    "symmetric, rotary": Arm(lambda: Roles(HEADS, 0.0), rotary=True),
+    "learned share": Arm(lambda: Roles(HEADS, 0.5, learned=True)),
+    "flow": Arm(mixer=flow, as_wide=True),
+}
+BOTH_WAYS = {
+    f"{name}, both ways": CONTINUOUS[name]._replace(causal=False)
+    for name in ("base", "symmetric", "one projection", "learned share", "flow")
+}
+FUSION = {
+    "talking heads": Arm(lambda: TalkingHeads(HEADS)),
+    "fusion": Arm(lambda: HeadFusion(HEAD)),
+    "fusion, fixed point": Arm(lambda: HeadFusion(HEAD, solver=fixed_point(1e-4))),
+    "fusion, placebo": Arm(lambda: HeadFusion(HEAD, couple=alone)),
+}
+ARMS = {**CONTINUOUS, **BOTH_WAYS, **FUSION}
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Reader(nn.Module):
+    """Rows of ids, whose vectors are added up, positions, layers, a norm, and scores."""
+
+    def __init__(self, task: Task, arm: Arm, wide: int = WIDE):
+        super().__init__()
+        self.inputs = nn.ModuleList(nn.Embedding(kinds, WIDTH) for kinds in task.inputs)
+        self.places = None if arm.rotary else nn.Embedding(CONTEXT, WIDTH)
+        self.layers = nn.ModuleList(
+            TransformerLayer(self.mixer(arm), FeedForward(WIDTH, wide), WIDTH, norm_first=True) for _ in range(LAYERS)
+        )
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, task.scores)
+        for one in (*self.inputs, *([] if self.places is None else [self.places])):
+            nn.init.normal_(one.weight, std=WIDTH**-0.5)  # type: ignore[arg-type]
+
+    @staticmethod
+    def mixer(arm: Arm) -> nn.Module:
+        if arm.mixer is not None:
+            return arm.mixer(arm.causal)
+        op = attention if arm.op is None else arm.op()
+        mixer = MultiHeadAttention(
+            WIDTH, HEADS, bias=False, causal=arm.causal, op=op, positions=Rotary(HEAD) if arm.rotary else None
+        )
+        if arm.tied:
+            mixer.k_proj = mixer.q_proj
+        return mixer
+
+    def forward(self, given: tuple[Tensor, ...]) -> Tensor:
+        """The rows of ids, each (B, N) -> scores (B, N, answers)."""
+        x = torch.stack([one(row) for one, row in zip(self.inputs, given)]).sum(0)
+        if self.places is not None:
+            x = x + self.places.weight[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def model_of(task: Task, arm: Arm, seed: int) -> Reader:
+    """A new model; what it shares with the base by name and shape begins as the base of this seed does."""
+    torch.manual_seed(seed)
+    base = Reader(task, Arm())
+    wide = WIDE
+    if arm.as_wide:
+        each = 2 * WIDTH + 1  # parameters of one more hidden unit
+        wide += round((size(base) - size(Reader(task, arm))) / (LAYERS * each))
+    model = Reader(task, arm, wide)
+    start = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in start and start[name].shape == parameter.shape:
+                parameter.copy_(start[name])
+    return model
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One model, trained once, and where its result is kept."""
+
+    task: str
+    arm: str
+    rate: float
+    seed: int
+    steps: int | None
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        name = f"{self.task}_{self.arm}_{self.rate:g}_{self.seed}_{self.steps or 'all'}.json"
+        return self.folder / name.replace(" ", "-").replace(",", "")
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """Train from the beginning, unless that was done before; keep what it ended with."""
+    if not run.file.exists():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        keep(run.file, trained(run))
+    return json.loads(run.file.read_text())
+
+
+def trained(run: Run) -> dict[str, Any]:
+    """The outcome, and what else is kept of each run."""
+    task, began = TASKS[run.task](), time.process_time()
+    model = model_of(task, ARMS[run.arm], run.seed)
+    steps = task.steps if run.steps is None else run.steps
+    step = optimiser(model, run.rate)
+    generator = torch.Generator().manual_seed(run.seed)
+    losses: list[float] = []
+    failed: str | None = None
+    for i in range(steps):
+        for group in step.param_groups:
+            group["lr"] = run.rate * warmup_cosine(i, steps)
+        given, answers = task.draw(task.batch, generator)
+        try:
+            loss = loss_of(model, given, answers)
+            step.zero_grad(set_to_none=True)
+            loss.backward()
+        except RuntimeError as error:  # a fixed point that was not reached
+            failed = str(error)
+            break
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            failed = "the loss is not finite"
+            break
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step.step()
+    outcome = None if failed else judged(model.eval(), task)
+    if outcome is None or not math.isfinite(outcome):
+        outcome, failed = task.chance, failed or "the outcome is not finite"
+    return {
+        "rate": run.rate,
+        "seed": run.seed,
+        "outcome": round(outcome, 5),
+        "failed": failed,
+        "spikes": spikes(losses),
+        "loss": [round(each, 4) for each in losses[:: max(steps // 20, 1)]],
+        "parameters": size(model),
+        "seconds": round(time.process_time() - began, 1),
+    }
+
+
+def loss_of(model: nn.Module, given: tuple[Tensor, ...], answers: Tensor) -> Tensor:
+    """Cross-entropy at the places where an answer is due, in nats."""
+    said = model(given)[:, -answers.shape[1] :]
+    return F.cross_entropy(said.flatten(0, 1), answers.flatten())
+
+
+@torch.no_grad()
+def judged(model: nn.Module, task: Task) -> float:
+    """The share of right answers, or for text the bits for each character."""
+    total, count = 0.0, 0
+    for given, answers in task.fresh():
+        if task.text:
+            total += loss_of(model, given, answers).item() / math.log(2) * answers.numel()
+        else:
+            said = model(given)[:, -answers.shape[1] :].argmax(-1)
+            total += (said == answers).sum().item()
+        count += answers.numel()
+    return total / count
+
+
+def spikes(losses: list[float]) -> int:
+    """How many losses exceed the median of those before them by more than a half."""
+    return sum(losses[i] > SPIKE * median(losses[i - BEFORE : i]) for i in range(BEFORE, len(losses)))

@@ -1,0 +1,200 @@
+"""The benchmark of the essay's proposals: its tasks, arms, judgement and plan, at a small size."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import proposals_run
+from benchmarks.proposals import Job, carry_out_job, compared, control_of, done, holm, jobs, judged, said
+from benchmarks.proposals_run import ARMS, CONTEXT, MADE_UP, TASKS, Arm, Reader, Run, carry_out, model_of, size, spikes
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_draws_what_its_model_reads(name):
+    task = TASKS[name]()
+    given, answers = task.draw(5, torch.Generator().manual_seed(0))
+    assert len(given) == len(task.inputs) and all(row.shape == given[0].shape for row in given)
+    assert all(int(row.max()) < kinds for row, kinds in zip(given, task.inputs)) and int(answers.max()) < task.scores
+    assert given[0].shape[1] <= CONTEXT and answers.shape[1] <= given[0].shape[1]
+    again, _ = task.draw(5, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(given, again))
+    parts = [(given[0].shape, answers.shape) for given, answers in task.fresh()]
+    assert sum(shape[0] for shape, _ in parts) == (64 if task.text else 1024)
+    assert task.text == (name not in MADE_UP) and (task.chance > 3) == task.text
+
+
+def test_held_out_text_is_not_trained_on():
+    for name in ("Shakespeare", "Gita"):
+        task = TASKS[name]()
+        held_out = torch.cat([answers for _, answers in task.fresh()])
+        generator = torch.Generator().manual_seed(0)
+        starts = {tuple(row[:100].tolist()) for row in held_out}
+        trained = torch.cat([task.draw(256, generator)[1] for _ in range(4)])
+        windows = {tuple(each) for each in trained.unfold(1, 100, 1).flatten(0, 1).tolist()}
+        assert not starts & windows
+
+
+def test_arms_begin_alike_and_are_of_one_size():
+    task = TASKS["recall"]()
+    base = model_of(task, ARMS["base"], 3)
+    for name, arm in ARMS.items():
+        model = model_of(task, arm, 3)
+        start = dict(base.named_parameters())
+        for key, ours in model.named_parameters():
+            theirs = start.get(key)
+            assert theirs is None or ours.shape != theirs.shape or torch.equal(ours, theirs), (name, key)
+        control = size(model_of(task, ARMS[control_of(name)], 3))
+        assert abs(size(model) / control - 1) < 0.015, name
+    assert size(model_of(task, ARMS["fusion"], 3)) == size(model_of(task, ARMS["fusion, placebo"], 3))
+    assert not torch.equal(base.head.weight, model_of(task, ARMS["base"], 4).head.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "symmetric", "learned share", "talking heads", "fusion", "flow", "base, rotary"]
+)
+def test_a_causal_arm_sees_nothing_later_and_the_others_do(name):
+    task = TASKS["induction"]()
+    given, _ = task.draw(2, torch.Generator().manual_seed(0))
+    changed = given[0].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 32
+    same = torch.allclose(*(model_of(task, ARMS[name], 1)((row,))[:, :-1] for row in (given[0], changed)), atol=1e-5)
+    assert same
+    if f"{name}, both ways" in ARMS:
+        model = model_of(task, ARMS[f"{name}, both ways"], 1)
+        assert not torch.allclose(model(given)[:, :-1], model((changed,))[:, :-1], atol=1e-5)
+
+
+def test_one_projection_is_one():
+    model = Reader(TASKS["copy"](), Arm(tied=True))
+    assert model.layers[0].mixer.q_proj is model.layers[0].mixer.k_proj
+
+
+def test_a_run_is_kept_and_read_again(tmp_path):
+    run = Run("copy", "base", 0.003, 1, 4, tmp_path)
+    first = carry_out(run)
+    assert run.file.name == "copy_base_0.003_1_4.json" and json.loads(run.file.read_text()) == first
+    assert 0 <= first["outcome"] < 0.5 and first["failed"] is None and first["parameters"] > 100_000
+    run.file.write_text(json.dumps({**first, "outcome": 0.75}))
+    assert carry_out(run)["outcome"] == 0.75
+
+
+def test_a_training_learns(tmp_path):
+    """Some of the tokens are copied after 80 steps; guessing gives an eighth."""
+    found = carry_out(Run("copy", "base", 0.01, 1, 80, tmp_path))
+    assert found["outcome"] > 0.14 and found["loss"][-1] < found["loss"][0]
+
+
+def test_what_diverges_counts_as_chance_and_says_why(tmp_path):
+    found = carry_out(Run("recall", "base", 1e30, 1, 6, tmp_path))
+    assert found["failed"] and found["outcome"] == 1 / 8
+    found = carry_out(Run("recall", "fusion, fixed point", 1e6, 1, 6, tmp_path))
+    assert found["failed"] and found["outcome"] == 1 / 8
+
+
+def test_spikes():
+    assert spikes([1.0] * 30) == 0
+    assert spikes([1.0] * 25 + [1.6] + [1.0] * 5 + [1.4, 2.0]) == 2
+
+
+# --- the judgement ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "interval, word",
+    [
+        ((0.001, 0.05, 0.004, 0.04), "better"),
+        ((0.021, 0.05, 0.024, 0.04), "better as named"),
+        ((-0.05, -0.021, -0.04, -0.024), "worse as named"),
+        ((-0.05, -0.001, -0.04, -0.004), "worse"),
+        ((-0.015, 0.021, -0.012, 0.019), "equivalent"),
+        ((-0.015, 0.03, -0.012, 0.025), "not decided"),
+    ],
+)
+def test_what_an_interval_is_called(interval, word):
+    assert said(*interval, 0.02) == word
+
+
+def test_differences_are_paired_and_turned_so_that_above_0_is_better():
+    ours, others = [0.5, 0.6, 0.7, 0.8], [0.45, 0.56, 0.64, 0.75]
+    found = compared(ours, others, text=False)
+    assert found["mean"] == pytest.approx(0.05) and found["is"] == "better as named"
+    judge = torch.tensor(ours, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    half = 3.182446 * judge.std().item() / 2
+    assert found["interval"] == [round(0.05 - half, 5), round(0.05 + half, 5)]
+    assert compared(ours, others, text=True)["mean"] == pytest.approx(-0.05)
+    assert compared([0.5] * 3, [0.5] * 3, text=False) == {
+        "mean": 0, "interval": [0, 0], "p": 1.0, "is": "equivalent",
+    }  # fmt: skip
+
+
+def test_holm():
+    assert holm([0.04, 0.001, 0.02, 0.5]) == [False, True, False, False]
+    assert holm([0.01, 0.011, 0.012]) == [True, True, True]
+    assert holm([]) == []
+
+
+def test_controls_differ_in_the_mechanism_alone():
+    assert control_of("symmetric") == "base" == control_of("fusion")
+    assert control_of("flow, both ways") == "base, both ways" and control_of("symmetric, rotary") == "base, rotary"
+    runs = {
+        (task, arm): {"runs": [{"outcome": 0.1 * i + (arm == "fusion")} for i in range(3)]}
+        for task in ("copy", "Gita")
+        for arm in ("base", "fusion", "fusion, placebo")
+    }
+    found = judged(runs)
+    assert set(found) == {"fusion less base", "fusion, placebo less base", "fusion less fusion, placebo"}
+    assert found["fusion less base"]["copy"]["mean"] == 1 == -found["fusion less base"]["Gita"]["mean"]
+    assert (
+        found["fusion less base"]["copy"]["remains with Holm"]
+        and not found["fusion, placebo less base"]["copy"]["remains with Holm"]
+    )
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan(tmp_path):
+    whole = jobs([], tmp_path)
+    assert len(whole) == len(set(whole)) == 10 * len(ARMS) - 2 * len(proposals_run.BOTH_WAYS)
+    some = jobs(["--only=fusion", "--tasks=copy,Gita"], tmp_path)
+    assert {job.arm for job in some} == {"base", "fusion", "fusion, fixed point", "fusion, placebo"}
+    assert {job.task for job in some} == {"copy", "Gita"}
+    with pytest.raises(SystemExit, match="there is no task Hamlet"):
+        jobs(["--tasks=Hamlet"], tmp_path)
+    with pytest.raises(SystemExit, match="no arm has nothing in its name"):
+        jobs(["--only=nothing"], tmp_path)
+
+
+def test_a_job_chooses_its_rate_and_runs_its_seeds(tmp_path):
+    job = Job("copy", "base", tmp_path, steps=2, rates=(0.001, 0.003), choosing=(101,), seeds=(1, 2))
+    found = carry_out_job(job)
+    assert len(found["rates"]) >= 2 and [run["seed"] for run in found["runs"]] == [1, 2]
+    assert all(run["rate"] == found["rate"] for run in found["runs"])
+    assert math.isfinite(found["rate"])
+
+
+@pytest.mark.timeout(400)
+def test_the_plan_is_carried_out_by_several_processes(tmp_path):
+    """Each of them a process of its own; a second time everything is read."""
+    plan = [job._replace(folder=tmp_path) for job in jobs(["--tiny"], tmp_path)]
+    assert len(plan) == 4
+    found = done(plan, ["--jobs=2"])
+    assert {(each["task"], each["arm"]) for each in found} == {(job.task, job.arm) for job in plan}
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert len(files) == 12
+    assert len(done(plan, ["--jobs=1", "--minutes=0"])) == 1  # one was begun at once; no other after the time was over
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files

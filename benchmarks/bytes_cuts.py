@@ -91,7 +91,8 @@ def where_it_cuts(model: CausalLM, name: str, text: str, devanagari: str | None 
             "of_cuts": round((cut & there & counts).sum().item() / max((cut & counts).sum().item(), 1), 4),
             "of_bytes": round((there & counts).sum().item() / counts.sum().item(), 4),
         }
-    sample = text[: text.index("\n", 120)]
+    end = text.find("\n", 120)
+    sample = text if end < 0 else text[:end]
     return {
         "rate": round(cut[counts].float().mean().item(), 4),
         "kinds": kinds,

@@ -1,7 +1,7 @@
 """The claims A7.2, A7.3, A7.4 and D17: what is learnt from a context, and whether it is recognition, descent or Bayes.
 
-Small models are trained here in seconds; the measured ones, in docs/measured/in_context.json, are larger and have
-intervals.
+Small models are trained here in seconds; the measured ones, in docs/measured/in_context.json and in_context_few.json,
+are larger and have intervals.
 """
 
 import json
@@ -143,16 +143,21 @@ def test_trained_on_many_tasks_it_says_what_one_bayesian_says_and_on_few_what_an
 
 
 @pytest.mark.claim("A7.3", "does not hold")
-def test_measured_the_answers_lie_between_ridge_and_ten_steps_and_those_of_one_linear_layer_at_one_step():
-    """Trained on 16 tasks, a model of this size is at no corner, and farther from stored tasks than from ridge."""
-    found = measured()
+def test_measured_where_a_model_recognises_it_infers_and_elsewhere_it_does_not_recognise():
+    """Three stored tasks: recognition, which is Bayes' rule. Sixteen: near nothing. Endless ones: ridge and descent."""
+    found, three = measured(), measured("in_context_few")
+    for run in three["arms"]["3"]["runs"]:
+        far = {name: mean(values[1:16]) for name, values in run["distances"]["new"].items()}
+        assert run["unchanged"] and min(far, key=lambda name: far[name]) == "stored tasks", far
     for run in found["functions"]["arms"]["0"]["runs"]:
         far = {name: mean(values[1:16]) for name, values in run["distances"]["new"].items()}
         assert min(far, key=lambda name: far[name]) in ("ridge", "descent 10"), far
         assert max(far["ridge"], far["descent 10"]) < 0.1 < far["descent 1"]
-        assert max(run["map"]["shares"]) == run["map"]["shares"][1]
+        error, least = run["errors"]["as trained"], found["functions"]["by rule"]["as trained"]
+        assert error[15] > least["descent 10"][15] > least["ridge"][15]  # near, with a larger error than either
     for run in found["functions"]["arms"]["16"]["runs"]:
-        assert max(run["map"]["shares"]) < 0.6 and run["map"]["left over"] > 0.1
+        far = {name: mean(values[1:16]) for name, values in run["distances"]["new"].items()}
+        assert min(far.values()) > 0.14 and far["stored tasks"] > 0.3
     for run in found["one layer"]["runs"]:
         assert run["map"]["shares"][2] == pytest.approx(1, abs=0.02) and run["map"]["distances"][2] < 0.002
 
@@ -161,8 +166,8 @@ def test_measured_the_answers_lie_between_ridge_and_ten_steps_and_those_of_one_l
 
 
 @pytest.mark.claim("A7.4", "holds if")
-def test_what_lies_outside_of_the_training_is_not_learnt_from_any_number_of_examples():
-    """Ten examples of squares are enough to learn them, and the model does no better than saying 0."""
+def test_squares_are_not_learnt_from_twenty_examples_and_few_stored_tasks_are_not_enough_for_new_ones():
+    """Ten examples are enough to learn squares for one who expects them; the model does no better than saying 0."""
     given = prompts(1000, 21, D, functions=quadratic, noise=NOISE, generator=seeded(5))
     assert functions(trained(0), given)[10:].min() > 0.8 * given.target.square().mean()
     squares = given.x.square() - 1
@@ -172,14 +177,16 @@ def test_what_lies_outside_of_the_training_is_not_learnt_from_any_number_of_exam
 
 
 @pytest.mark.claim("A7.4", "holds if")
-def test_measured_only_what_the_training_held_can_be_called_up():
+def test_measured_functions_of_the_trained_family_are_learnt_and_those_of_other_kinds_not_or_in_part():
     arms, rule = (measured()["functions"][name] for name in ("arms", "by rule"))
     for run in arms["0"]["runs"]:
         size = {name: told["mean square of the answers"] for name, told in rule.items()}
         late = {name: mean(values[5:16]) / size[name] for name, values in run["errors"].items()}
         least = {name: mean(rule[name]["ridge"][5:16]) / size[name] for name in late}
         assert late["as trained"] < 0.25 and late["one input counts"] < 0.3
-        assert late["squares of the inputs"] > 1
+        assert all(late[name] < 0.35 for name in ("inputs shifted by 1", "weights three times as large"))
+        assert late["squares of the inputs"] > 1 and late["a ReLU network"] > 0.5
+        assert mean(run["errors"]["squares of the inputs"][16:32]) > size["squares of the inputs"]
         assert late["inputs twice as large"] > 1.5 * least["inputs twice as large"]
     for run in arms["16"]["runs"]:
         assert mean(run["errors"]["as trained"][5:16]) > 2 * mean(run["stored"][5:16])
@@ -224,10 +231,10 @@ def test_measured_each_model_follows_the_rule_of_its_own_prior():
 
 
 @pytest.mark.claim("D17", "holds if")
-def test_measured_a_language_model_moves_too_but_not_by_this_rule():
+def test_measured_a_language_model_does_not_follow_the_even_prior_s_rule():
     found = measured("coins")
     assert found["unchanged"]
     for told in found["openings"].values():
         model, half = (told["by flips"][name] for name in ("the model", "one half always"))
-        assert mean(model[:8]) > mean(half[:8]) and mean(model[-8:]) < mean(half[-8:])
+        assert mean(model[:8]) > mean(half[:8])
         assert told["correlation in the second half"] > 0.7 and told["divergence"]["the model"]["low"] > 0.1

@@ -144,7 +144,6 @@ class GPTFamily(CausalLM):
         self.size, self.dropout = size, nn.Dropout(dropout)
         self._initialise_as_the_papers()
 
-    # --8<-- [start:initialise]
     @torch.no_grad()
     def _initialise_as_the_papers(self) -> None:
         for name, module in self.named_modules():
@@ -153,8 +152,6 @@ class GPTFamily(CausalLM):
                 nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.size.n_layers) if last else 0.02)
                 if module.bias is not None:
                     module.bias.zero_()
-
-    # --8<-- [end:initialise]
 
     def _through_layers(
         self, x: Tensor, cache: Any, reset: Any, before: Callable[[int, Tensor], Tensor] | None, mixing: Any = None

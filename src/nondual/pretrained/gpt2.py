@@ -151,13 +151,11 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _of_layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One tensor of a layer, turned if it is a matrix; queries, keys and values apart."""
-    # --8<-- [start:conv1d]
     turned = tensor.T.contiguous() if tensor.ndim == 2 else tensor  # Conv1D (in, out) to nn.Linear (out, in)
     if ".attn.c_attn." in name:
         stem, kind = name.split("attn.c_attn.")
         thirds = turned.chunk(3) if len(turned) % 3 == 0 else (turned,) * 3
         return {f"{stem}mixer.{part}_proj.{kind}": third.contiguous() for part, third in zip("qkv", thirds)}
-    # --8<-- [end:conv1d]
     for theirs, ours in IN_LAYER.items():
         name = name.replace(f".{theirs}", f".{ours}")
     return {name: turned}

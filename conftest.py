@@ -246,6 +246,7 @@ def pytest_collection():
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 10, 20)  # by default a ninth of the time of tests that compile
         gc.enable()
 
 

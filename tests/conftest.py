@@ -11,7 +11,6 @@ quick_interpreter         for every test: Triton's interpreter works out once wh
 import contextlib
 import importlib.util
 import inspect
-import math
 import os
 import re
 import signal
@@ -223,11 +222,14 @@ def quick_interpreter() -> Iterator[None]:
     2. To find those functions it sorts through all names of `tl`: they do not change.
     3. It makes a table of all of NumPy's types to look up one of them: each is looked up once.
     4. Every tensor, and every type of a tensor, makes its shape and its size anew: those of one shape share them.
+    5. It compares two shapes number by number before each operation on blocks: those of one shape are seen at once.
+    6. It looks into everything for a constant that is wrapped: not into a number, a text, a tensor or a type.
+    7. It computes with integers once more in 64 bits to see an overflow, which it says only where `debug` is on.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from triton.language import core
+    from triton.language import core, semantic
     from triton.runtime import interpreter
 
     patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
@@ -264,28 +266,59 @@ def quick_interpreter() -> Iterator[None]:
             numpy_types[scalar.name] = numpy_type(scalar)
         return numpy_types[scalar.name]
 
-    shapes: dict[tuple, tuple] = {}
+    # A block's shape is one object for all blocks of that shape, known by its identity.
+    shapes, sizes_of, of_tensors = {}, {}, {}
+    new_block, names_of_blocks = core.block_type.__init__, {}
+
+    def block(self, element_ty, shape):
+        sizes = sizes_of.get(id(shape)) or tuple(core._unwrap_shape(shape))
+        if (sizes, element_ty.name) not in names_of_blocks:
+            new_block(self, element_ty, shape)  # which also refuses what is no shape
+            if sizes not in shapes:
+                shapes[sizes] = self.shape, self.numel
+                sizes_of[id(self.shape)] = sizes
+                numbers = core.tuple([core.constexpr(size) for size in sizes])
+                of_tensors[id(self.shape)] = core.constexpr(self.numel), numbers
+            names_of_blocks[sizes, element_ty.name] = self.name
+        self.element_ty, self.name = element_ty, names_of_blocks[sizes, element_ty.name]
+        self.shape, self.numel = shapes[sizes]
+
+    of_scalars = core.constexpr(1), core.tuple([])
 
     def tensor(self, handle, type):
         super(core.tensor, self).__init__()
-        shape = tuple(type.shape) if type.is_block() else ()
-        if shape not in shapes:
-            shapes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = shapes[shape]
+        self.numel, self.shape = of_tensors[id(type.shape)] if type.is_block() else of_scalars
 
-    new_block, blocks = core.block_type.__init__, {}
+    broadcast = semantic.TritonSemantic.broadcast_impl_value
 
-    def block(self, element_ty, shape):
-        known = element_ty.name, *core._unwrap_shape(shape)
-        if known not in blocks:
-            new_block(self, element_ty, shape)  # which also refuses what is no shape
-            blocks[known] = self.shape, self.numel, self.name
-        self.element_ty = element_ty
-        self.shape, self.numel, self.name = blocks[known]
+    def broadcast_if_they_differ(self, lhs, rhs):
+        alike = lhs.type.shape is rhs.type.shape if lhs.type.is_block() and rhs.type.is_block() else False
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    types = {core.tensor, core.dtype, core.block_type, core.pointer_type}
+    unwrap, plain = core._unwrap_if_constexpr, {int, bool, float, str, type(None), *types}
+
+    def unwrap_what_is_wrapped(value):
+        return value if type(value) in plain else unwrap(value)
+
+    equal = core.dtype.__eq__
+
+    def same_or_equal(self, other):
+        return self is other or equal(self, other)
+
+    sanitize = semantic.TritonSemantic.binary_op_sanitize_overflow_impl
+
+    def sanitize_where_it_is_said(self, *operands):
+        if self.builder.options.debug:
+            sanitize(self, *operands)
 
     with pytest.MonkeyPatch.context() as quicker:
+        quicker.setattr(core, "_unwrap_if_constexpr", unwrap_what_is_wrapped)
+        quicker.setattr(core.dtype, "__eq__", same_or_equal)
         quicker.setattr(core.block_type, "__init__", block)
+        quicker.setattr(semantic.TritonSemantic, "broadcast_impl_value", broadcast_if_they_differ)
+        quicker.setattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", sanitize_where_it_is_said)
         quicker.setattr(interpreter, "_patch_lang", patch_once)
         quicker.setattr(interpreter.GridExecutor, "__call__", launch_patched)
         quicker.setattr(interpreter, "_patch_builtin", patch_builtin)

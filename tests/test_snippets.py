@@ -223,6 +223,36 @@ def test_alone_leaves_out_the_figures_that_the_build_has_run(tmp_path, capsys):
     assert capsys.readouterr().out == "1 fences run alone: 1 passed, 0 failed\n"
 
 
+def test_a_fence_that_imports_torch_is_run_as_if_by_a_fresh_python(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    first = (
+        "import atexit\nimport os\nimport sys\nimport torch\n"
+        "print(os.listdir(), __name__, sys.argv == [__file__], sys.path[0] == os.path.dirname(__file__))\n"
+        "print(sys.stdin.read() == '', torch.get_num_threads(), 'hooks' in str(sys.path))\n"
+        "os.environ['LEFT'] = '1'\natexit.register(lambda: print('at the end', flush=True))\n"
+    )
+    shown = "[] __main__ True True\nTrue 1 False\nat the end\n"
+    second = "import os\nimport torch\nassert 'LEFT' not in os.environ\nraise SystemExit(3)\n"
+    third = "import torch\nimport os\nos._exit(9)\n"
+    page.write_text(
+        f"```python\n{first}```\n\n{OUTPUT}\n\n```\n{shown}```\n\n```python\n{second}```\n\n```python\n{third}```\n"
+    )
+    assert alone.main([str(page)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix(f"{page}:") for line in said] == [
+        "20: exit code 3", "27: exit code 9", "3 fences run alone: 1 passed, 2 failed"
+    ]  # fmt: skip
+
+
+def test_a_fence_that_goes_on_for_too_long_is_ended_and_the_next_is_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(alone, "SECONDS", 20)
+    monkeypatch.setattr(alone.os, "cpu_count", lambda: 1)
+    page = tmp_path / "page.md"
+    page.write_text("```python\nimport torch\n\nwhile True:\n    pass\n```\n\n```python\nimport torch\n```\n")
+    assert alone.main([str(page)]) == 1
+    assert capsys.readouterr().out == (f"{page}:1: still running after 20 s\n2 fences run alone: 1 passed, 1 failed\n")
+
+
 def test_alone_passes_what_is_right(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"```python\nprint('ṛ')\n```\n\n{OUTPUT}\n\n```\nṛ\n```\n")

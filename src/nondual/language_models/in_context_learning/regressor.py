@@ -80,6 +80,18 @@ class InContextRegressor(nn.Module):
             TypeError: x or y is not a Tensor.
             ValueError: x or y of another shape, or not floating point.
         """
+        return self.read_out(self.read(x, y))[..., 0]
+
+    def read(self, x: Float[Tensor, "b n d"], y: Float[Tensor, "b n"]) -> Float[Tensor, "b n e"]:
+        """What the model has made of each question, (B, N, E), before a prediction is read from it.
+
+        Args:
+            x: as in `forward`.
+            y: as in `forward`.
+
+        Raises:
+            TypeError, ValueError: as in `forward`.
+        """
         check_tensors({"x": x, "y": y})
         if x.ndim != 3 or x.shape[2] != self.d or not x.is_floating_point():
             raise ValueError(f"x must be floating point (B, N, {self.d}), got {x.dtype} {tuple(x.shape)}")
@@ -90,8 +102,7 @@ class InContextRegressor(nn.Module):
         questions = torch.cat([x, torch.zeros_like(given)], -1)  # (B, N, D + 2)
         answers = torch.cat([x, given], -1)
         tokens = torch.stack([questions, answers], 2).flatten(1, 2)  # (B, 2N, D + 2)
-        read = self.encoder(self.read_in(tokens))
-        return self.read_out(read[:, ::2])[..., 0]
+        return self.encoder(self.read_in(tokens))[:, ::2]  # what stands at the questions
         # --8<-- [end:tokens]
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward

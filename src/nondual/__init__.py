@@ -9,6 +9,8 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
     nondual.kv_cache              the key/value cache
     nondual.token_ids             token ids, checked where they enter a model
+    nondual.tokenization          bytes, characters, subwords and words as tokens; bits per byte
+    nondual.chunking              cuts that are learned: a sequence in pieces, and back
     nondual.positional_encoding   positions added to embeddings: sinusoidal, learned
     nondual.relative_positions    positions inside attention: rotary, ALiBi, T5's learned bias
     nondual.feed_forward          what a layer does at each position by itself, plain or gated
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from nondual import (
         analysis,
         attention_mechanism,
+        chunking,
         connections,
         data,
         decoder,
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
         self_attention,
         tasks,
         token_ids,
+        tokenization,
         training,
         transformer,
         transformer_layer,
@@ -181,6 +185,7 @@ __all__ = [
     "attention_mechanism",
     "beam_search",
     "causal_conv1d",
+    "chunking",
     "connections",
     "data",
     "decoder",
@@ -223,6 +228,7 @@ __all__ = [
     "ssd_step",
     "tasks",
     "token_ids",
+    "tokenization",
     "training",
     "transformer",
     "transformer_layer",

@@ -78,3 +78,15 @@ def test_one_linear_layer_tells_a_frozen_language_model_something_about_unseen_p
     assert FOUND["linear - deaf"]["interval"][2] < 0
     chosen = FOUND["arms"]["linear"]["gains most"]["name"]
     assert chosen[1] > 1 / 150 and chosen[2] < 0.5  # above guessing, and far from "powerful"
+
+
+@pytest.mark.claim("A6.5", "holds if")
+def test_measured_the_kind_gets_across_more_than_the_thing_and_nine_names_of_ten_are_wrong():
+    """Paired by picture. Against the MLP loss and choices contradict each other; against CLIP nothing is certain."""
+    choices, written = FOUND["choices"], FOUND["written"]["linear"]
+    against = {name: choices[f"linear - {name}"] for name in ("deaf", "MLP", "CLIP")}
+    assert against["deaf"]["name"][1] > 0.05 and against["deaf"]["group"][1] > 0.3
+    assert FOUND["linear - MLP"]["interval"][1] > 0 and against["MLP"]["name"][1] > 0 and against["MLP"]["group"][1] > 0
+    assert against["CLIP"]["name"][2] >= 0 and against["CLIP"]["group"][1] < 0 < against["CLIP"]["group"][0]
+    right = sum(chosen == i for i, chosen in enumerate(choices["chosen"]["linear"]))
+    assert right == 17 and not any(each["written"] == each["name"] for each in written)

@@ -75,6 +75,8 @@ class _Listed:
     """Pieces by a list: id 0 is unknown, and id i the piece i - 1 of the list."""
 
     unknown: int | None = 0
+    known: list[str]
+    _ids: dict[str, int]
 
     def __init__(self, known: Sequence[str]):
         if len(set(known)) != len(known) or "" in known:

@@ -29,7 +29,7 @@ import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from benchmarks.proposals_run import ARMS, BOTH_WAYS, FUSION, MADE_UP, TASKS, Run, carry_out
+from benchmarks.proposals_run import ARMS, BOTH_WAYS, FUSION, MADE_UP, TASKS, Run, carry_out, control_of
 from benchmarks.record import write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
@@ -72,11 +72,6 @@ def carry_out_job(job: Job) -> dict[str, Any]:
 
 
 # --- the judgement -------------------------------------------------------------------------------------------------
-
-
-def control_of(arm: str) -> str:
-    """What an arm is compared with."""
-    return next((f"base{end}" for end in (", both ways", ", rotary") if arm.endswith(end)), "base")
 
 
 def compared(ours: Sequence[float], others: Sequence[float], text: bool) -> dict[str, Any]:

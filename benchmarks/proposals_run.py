@@ -20,9 +20,26 @@ from torch import Tensor, nn
 
 from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.record import keep
+from nondual.attention_mechanism import AdditiveAttention
+from nondual.connections import LayerCall, stream
 from nondual.data.gita import gita
-from nondual.extensions import EnergyFlow, HeadFusion, Roles, TalkingHeads, alone, fixed_point
+from nondual.efficient_attention.linear_attention import DeltaNet, LinearAttentionMixer
+from nondual.efficient_attention.mamba import Mamba
+from nondual.efficient_attention.mamba2 import Mamba2
+from nondual.efficient_attention.sparse_attention import SparseAttention, fixed, local
+from nondual.extensions import (
+    DecayingAttention,
+    EnergyFlow,
+    HeadFusion,
+    PersistentScores,
+    Roles,
+    TalkingHeads,
+    alone,
+    fixed_point,
+)
+from nondual.ops import masks
 from nondual.ops.attention import attention
+from nondual.recurrent import LSTM, Recurrent
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.tasks import conjunction, copying, induction, recall, selective_copying, successors
@@ -134,31 +151,54 @@ class Arm(NamedTuple):
 
     Attributes:
         op: what joins queries and keys, made anew for each layer; None for plain attention.
-        mixer: in place of an attention with this op.
-        rotary: rotary positions in place of learned ones.
+        mixer: in place of an attention with this op, made by the layer's number and whether it is causal.
+        places: "learned" positions, "rotary" ones, or "none" besides what the mixer knows.
         causal: no position sees a later one.
         tied: one projection for queries and keys.
-        as_wide: widen the feed-forward part until the model has as many parameters as the base.
+        as_wide: widen or narrow the feed-forward part until the model has as many parameters as its control.
+        persistent: scores are carried on to the next layer.
     """
 
-    op: Callable[[], nn.Module] | None = None
-    mixer: Callable[[bool], nn.Module] | None = None
-    rotary: bool = False
+    op: Callable[[], Any] | None = None
+    mixer: Callable[[int, bool], nn.Module] | None = None
+    places: str = "learned"
     causal: bool = True
     tied: bool = False
     as_wide: bool = False
+    persistent: bool = False
 
 
-def flow(causal: bool) -> nn.Module:
+def flow(_: int, causal: bool) -> nn.Module:
     return EnergyFlow(WIDTH, HEADS, causal=causal)
+
+
+def decaying(_: int, __: bool, *, forgets: bool = True, rotary: bool = True) -> nn.Module:
+    return DecayingAttention(WIDTH, HEADS, forgets=forgets, positions=Rotary(HEAD) if rotary else None)
+
+
+class Additive(nn.Module):
+    """Additive attention within one sequence: every position asks all positions up to its own."""
+
+    def __init__(self, _: int, __: bool):
+        super().__init__()
+        self.attend, self.out = AdditiveAttention(WIDTH, WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, E) -> (B, N, E)."""
+        return self.out(self.attend(x, x, masks.causal(x.shape[1], device=x.device))[0])
+
+
+def hybrid(i: int, _: bool) -> nn.Module:
+    """Mamba first, attention after it."""
+    return Mamba(WIDTH) if i == 0 else MultiHeadAttention(WIDTH, HEADS, bias=False, causal=True)
 
 
 CONTINUOUS = {
     "base": Arm(),
     "symmetric": Arm(lambda: Roles(HEADS, 0.0)),
     "one projection": Arm(tied=True, as_wide=True),
-    "base, rotary": Arm(rotary=True),
-    "symmetric, rotary": Arm(lambda: Roles(HEADS, 0.0), rotary=True),
+    "base, rotary": Arm(places="rotary"),
+    "symmetric, rotary": Arm(lambda: Roles(HEADS, 0.0), places="rotary"),
     "learned share": Arm(lambda: Roles(HEADS, 0.5, learned=True)),
     "flow": Arm(mixer=flow, as_wide=True),
 }
@@ -172,7 +212,32 @@ FUSION = {
     "fusion, fixed point": Arm(lambda: HeadFusion(HEAD, solver=fixed_point(1e-4))),
     "fusion, placebo": Arm(lambda: HeadFusion(HEAD, couple=alone)),
 }
-ARMS = {**CONTINUOUS, **BOTH_WAYS, **FUSION}
+LIBERATING = {  # queries and keys are normalised in all of them, so that the first is their control
+    "normalised": Arm(mixer=partial(decaying, forgets=False), places="none", as_wide=True),
+    "decay": Arm(mixer=decaying, places="none"),
+    "persistence": Arm(mixer=partial(decaying, forgets=False), places="none", as_wide=True, persistent=True),
+    "decay and persistence": Arm(mixer=decaying, places="none", persistent=True),
+    "decay, no positions": Arm(mixer=partial(decaying, rotary=False), places="none"),
+}
+ARC = {
+    "LSTM": Arm(mixer=lambda _, __: Recurrent(WIDTH, LSTM(WIDTH, WIDTH)), places="none", as_wide=True),
+    "additive": Arm(mixer=Additive, as_wide=True),
+    "window of 16": Arm(lambda: SparseAttention(local(16), block=16, impl="reference")),
+    "fixed, stretches of 16": Arm(lambda: SparseAttention(fixed(16), block=16, impl="reference")),
+    "linear": Arm(mixer=lambda _, __: LinearAttentionMixer(WIDTH, HEADS), as_wide=True),
+    "delta rule": Arm(mixer=lambda _, __: DeltaNet(WIDTH, HEADS), as_wide=True),
+    "Mamba": Arm(mixer=lambda _, __: Mamba(WIDTH), places="none", as_wide=True),
+    "Mamba-2": Arm(mixer=lambda _, __: Mamba2(WIDTH, d_state=64, d_head=HEAD), places="none", as_wide=True),
+    "hybrid": Arm(mixer=hybrid, as_wide=True),
+}
+ARMS = {**CONTINUOUS, **BOTH_WAYS, **LIBERATING, **FUSION, **ARC}
+
+
+def control_of(arm: str) -> str:
+    """What an arm is compared with, and of whose size it is."""
+    if arm in LIBERATING:
+        return "normalised"
+    return next((f"base{end}" for end in (", both ways", ", rotary") if arm.endswith(end)), "base")
 
 
 def size(model: nn.Module) -> int:
@@ -185,22 +250,24 @@ class Reader(nn.Module):
     def __init__(self, task: Task, arm: Arm, wide: int = WIDE):
         super().__init__()
         self.inputs = nn.ModuleList(nn.Embedding(kinds, WIDTH) for kinds in task.inputs)
-        self.places = None if arm.rotary else nn.Embedding(CONTEXT, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH) if arm.places == "learned" else None
         self.layers = nn.ModuleList(
-            TransformerLayer(self.mixer(arm), FeedForward(WIDTH, wide), WIDTH, norm_first=True) for _ in range(LAYERS)
+            TransformerLayer(self.mixer(arm, i), FeedForward(WIDTH, wide), WIDTH, norm_first=True)
+            for i in range(LAYERS)
         )
+        self.connection = PersistentScores(LAYERS) if arm.persistent else stream
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, task.scores)
         for one in (*self.inputs, *([] if self.places is None else [self.places])):
             nn.init.normal_(one.weight, std=WIDTH**-0.5)  # type: ignore[arg-type]
 
     @staticmethod
-    def mixer(arm: Arm) -> nn.Module:
+    def mixer(arm: Arm, i: int) -> nn.Module:
+        """The mixer of layer i."""
         if arm.mixer is not None:
-            return arm.mixer(arm.causal)
+            return arm.mixer(i, arm.causal)
         op = attention if arm.op is None else arm.op()
-        mixer = MultiHeadAttention(
-            WIDTH, HEADS, bias=False, causal=arm.causal, op=op, positions=Rotary(HEAD) if arm.rotary else None
-        )
+        positions = Rotary(HEAD) if arm.places == "rotary" else None
+        mixer = MultiHeadAttention(WIDTH, HEADS, bias=False, causal=arm.causal, op=op, positions=positions)
         if arm.tied:
             mixer.k_proj = mixer.q_proj
         return mixer
@@ -210,25 +277,25 @@ class Reader(nn.Module):
         x = torch.stack([one(row) for one, row in zip(self.inputs, given)]).sum(0)
         if self.places is not None:
             x = x + self.places.weight[: x.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
+        x = self.connection(x, [LayerCall(layer, {}) for layer in self.layers])
         return self.head(self.norm(x))
 
 
-def model_of(task: Task, arm: Arm, seed: int) -> Reader:
-    """A new model; what it shares with the base by name and shape begins as the base of this seed does."""
-    torch.manual_seed(seed)
-    base = Reader(task, Arm())
-    wide = WIDE
+def model_of(task: Task, name: str, seed: int) -> Reader:
+    """A new model; what it shares with its control by name and shape begins as the control of this seed does."""
+    arm, control, wide = ARMS[name], control_of(name), WIDE
     if arm.as_wide:
-        each = 2 * WIDTH + 1  # parameters of one more hidden unit
-        wide += round((size(base) - size(Reader(task, arm))) / (LAYERS * each))
+        wanted = size(Reader(task, ARMS["decay" if name in LIBERATING else control]))
+        each = LAYERS * (2 * WIDTH + 1)  # parameters of one more hidden unit in every layer
+        wide += round((wanted - size(Reader(task, arm))) / each)
+    torch.manual_seed(seed)
     model = Reader(task, arm, wide)
-    start = dict(base.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in start and start[name].shape == parameter.shape:
-                parameter.copy_(start[name])
+    if control != name:
+        start = dict(model_of(task, control, seed).named_parameters())
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key in start and start[key].shape == parameter.shape:
+                    parameter.copy_(start[key])
     return model
 
 
@@ -262,7 +329,7 @@ def carry_out(run: Run) -> dict[str, Any]:
 def trained(run: Run) -> dict[str, Any]:
     """The outcome, and what else is kept of each run."""
     task, began = TASKS[run.task](), time.process_time()
-    model = model_of(task, ARMS[run.arm], run.seed)
+    model = model_of(task, run.arm, run.seed)
     steps = task.steps if run.steps is None else run.steps
     step = optimiser(model, run.rate)
     generator = torch.Generator().manual_seed(run.seed)

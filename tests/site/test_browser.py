@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(600)  # on a busy machine
 COLOURS = """() => [...document.querySelectorAll("body, body *:not(.katex *)")].flatMap((node) =>
   ["", "::before", "::after"].map((part) => {
   const style = getComputedStyle(node, part || null);
+  if (part && ["none", "normal"].includes(style.content)) return "";  // it is not there
   const names = ["color", "backgroundColor", "backgroundImage", "fill", "stroke", "opacity", "filter", "boxShadow",
     "borderTopColor", "borderBottomColor", "borderLeftColor", "outlineColor", "textDecorationColor", "colorScheme",
     "display", "visibility"];

@@ -41,7 +41,6 @@ class Cuts(NamedTuple):
     cut: Tensor
 
 
-# --8<-- [start:probabilities]
 def cut_probabilities(q: Float[Tensor, "b n d"], k: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
     """(1 - cos(q_t, k_{t-1})) / 2 for each position: 0 where the two point the same way, 1 where they are opposed.
 
@@ -54,9 +53,6 @@ def cut_probabilities(q: Float[Tensor, "b n d"], k: Float[Tensor, "b n d"]) -> F
     """
     q, k = at_least_float32(q), at_least_float32(k)
     return ((1 - F.cosine_similarity(q, k, dim=-1)) / 2).clamp(0, 1)
-
-
-# --8<-- [end:probabilities]
 
 
 class Router(nn.Module):
@@ -81,20 +77,17 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"], before: Float[Tensor, "b 1 e"] | None = None) -> Cuts:
         """x (B, N, E), and the position before it if there is one (B, 1, E) -> the cuts (B, N)."""
-        # --8<-- [start:router]
         earlier = x[:, :-1] if before is None else torch.cat([before, x[:, :-1]], 1)
         first = x.shape[1] - earlier.shape[1]  # 1 where a sequence begins here, else 0
         p = cut_probabilities(self.q_proj(x[:, first:]), self.k_proj(earlier))
         p = F.pad(p, (first, 0), value=1.0)
         return Cuts(p, p >= 0.5)
-        # --8<-- [end:router]
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         def __call__(self, x: Tensor, before: Tensor | None = None) -> Cuts: ...
 
 
-# --8<-- [start:pieces]
 def downsample(x: Float[Tensor, "b n ..."], cut: Bool[Tensor, "b n"]) -> Float[Tensor, "b m ..."]:
     """x at the cuts, in order. Rows with fewer cuts than others are filled up at their end with other positions.
 
@@ -145,10 +138,6 @@ def smooth(
     return smoothed.to(z.dtype), last
 
 
-# --8<-- [end:pieces]
-
-
-# --8<-- [start:ratio]
 def ratio_loss(cuts: Cuts, pieces_of: float, valid: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
     """Smallest, 1, where one position in `pieces_of` is a cut, and the probabilities say so.
 
@@ -169,9 +158,6 @@ def ratio_loss(cuts: Cuts, pieces_of: float, valid: Bool[Tensor, "b n"] | None =
     p, cut = (cuts.p, cuts.cut) if valid is None else (cuts.p[valid], cuts.cut[valid])
     share, mean = cut.to(p.dtype).mean(), p.mean()
     return pieces_of / (pieces_of - 1) * ((pieces_of - 1) * share * mean + (1 - share) * (1 - mean))
-
-
-# --8<-- [end:ratio]
 
 
 @dataclass(eq=False)

@@ -142,14 +142,11 @@ class HNet(CausalLM):
         """The layer that cuts."""
         return next(layer.mixer for layer in self.layers if isinstance(layer, ChunkingLayer))
 
-    # --8<-- [start:loss]
     def loss(self, ids: Int[Tensor, "b n"], *, reset: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, ""]:
         """As in `CausalLM`, and the ratio loss times its weight."""
         with self.noting_cuts() as noted:
             loss = super().loss(ids, reset=reset)
         return loss + self.ratio_weight * ratio_loss(noted[0], self.pieces_of)
-
-    # --8<-- [end:loss]
 
     @contextmanager
     def noting_cuts(self) -> Iterator[list[Cuts]]:

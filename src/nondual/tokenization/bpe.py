@@ -60,7 +60,6 @@ class BPE:
         """
         if vocabulary < 256:
             raise ValueError(f"vocabulary must be 256 or more, one for each byte, got {vocabulary}")
-        # --8<-- [start:train]
         frequency = Counter(words_of(text))
         words = [list(word.encode()) for word in frequency]
         times = list(frequency.values())
@@ -73,6 +72,7 @@ class BPE:
         heap = [(-n, pair) for pair, n in count.items()]
         heapify(heap)
         merges: list[Pair] = []
+        # --8<-- [start:train]
         while heap and len(merges) < vocabulary - 256:
             n, best = heappop(heap)
             if -n != count[best]:  # it was counted before some of its places were joined
@@ -120,14 +120,12 @@ class BPE:
 
     def _word(self, word: str) -> list[int]:
         if word not in self._of_word:
-            # --8<-- [start:encode]
             ids, never = list(word.encode()), len(self.merges)
             while len(ids) > 1:
                 first = min(pairwise(ids), key=lambda pair: self._rank.get(pair, never))
                 if first not in self._rank:
                     break
                 ids = joined(ids, first, 256 + self._rank[first])
-            # --8<-- [end:encode]
             self._of_word[word] = ids
         return self._of_word[word]
 

@@ -168,7 +168,6 @@ class Words(_Listed):
         return words_of(text)
 
 
-# --8<-- [start:words]
 def words_of(text: str) -> list[str]:
     """The words of a text, in order; put together they are the text.
 
@@ -196,10 +195,6 @@ def _kind(character: str) -> str:
     return "letter" if unicodedata.category(character)[0] in "LM" else "other"
 
 
-# --8<-- [end:words]
-
-
-# --8<-- [start:bits]
 def bits_per_byte(
     nats: Float[Tensor, " n"],
     ids: Sequence[int],
@@ -235,6 +230,3 @@ def bits_per_byte(
 def spelling_bits(piece: bytes) -> float:
     """What it costs to spell a piece: log₂ 257 bits for each byte, and for the sign that ends it."""
     return (len(piece) + 1) * math.log2(257)
-
-
-# --8<-- [end:bits]

@@ -257,8 +257,9 @@ def test_a_code_in_float32_leaves_a_narrow_model_narrow(dtype):
 # --- compiled, and shapes alone ------------------------------------------------------------------------------------
 
 # The compiler traces every layer anew, and a second of a kind as it traced the first. So only some models have two
-# layers: a GPT, a Mamba and those whose layers differ. One model has rotary positions, grouped heads and scores by a
-# matrix of their own: positions turn q and k whatever the number of their heads is, before the op groups them.
+# layers: a GPT and those whose layers differ. (A Mamba of two is exported in test_mamba_as_a_module.py.) One model has
+# rotary positions, grouped heads and scores by a matrix of their own: positions turn q and k whatever the number of
+# their heads is, before the op groups them.
 COMPILED = {
     "gpt": MODELS["gpt"],
     "gpt, rotary, grouped heads": partial(GPT, V, E, 1, 6, positions=Rotary(2), n_kv_heads=3, tied=False),
@@ -266,7 +267,7 @@ COMPILED = {
     "gpt, relative bias": lambda: GPT(V, E, 1, 4, positions=RelativeBias(4, n_buckets=6, max_distance=9, causal=True)),
     "hybrid": partial(HybridLM, V, E, 2, 4, every=2),
     "hybrid, mamba2": MODELS["hybrid, mamba2"],
-    "mamba": MODELS["mamba"],
+    "mamba": partial(MambaLM, V, E, 1),
     "linear attention": lambda: over(partial(LinearAttentionMixer, E, 3), 1),
     "gated delta rule": lambda: over(partial(GatedDeltaNet, E, 3), 1),
     "toy": toy,

@@ -10,7 +10,7 @@ Symbols: B batch, N features of the input, T ticks, D neurons, M pre-activations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ class ContinuousThoughtMachine(nn.Module):
             or a synchronisation over neurons that do not exist.
     """
 
-    no_weight_decay = ("first_history",)
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("first_history",)
 
     backbone: Callable[[Any], Tensor] | None
     out: tuple[int, ...]

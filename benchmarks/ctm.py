@@ -6,7 +6,8 @@ Tasks, arms and models are those of benchmarks/ctm_run.py. The plan, written bef
               at the edge; the one with the highest share of right answers on what was held out for this is taken
     seeds     three more for each arm: CTM and LSTM on fashion, digits and parity; on digits also "states" and
               "shared". A seed fixes the batches, so that arms are paired by it
-    ticks     on fashion, the CTM trained with 1, 2 and 4 ticks, three seeds, at the rate of 8
+    ticks     on fashion, the CTM trained with 1, 2 and 4 ticks, three seeds, at the rate of 8; and, added after the
+              first run, the LSTM with 1
     stopping  on fashion's test pictures, CTM and LSTM: mean ticks and right answers for each threshold of certainty;
               beside it, what the same numbers of ticks give when they are dealt to the pictures at random
     harder    the same pictures with noise added, or with a share of their patches put out: ticks needed at one
@@ -125,11 +126,8 @@ def carry_out_all(plan: Plan) -> dict[str, Any]:
             },
         }
         if task == "fashion":
-            rate = rates[task, "CTM"]
-            shorter = {
-                n: [carry_out(plan.run(task, f"CTM, {n} ticks", rate, seed)) for seed in plan.seeds] for n in SHORTER
-            }
-            trained_ticks = {str(n): summed_up(runs) for n, runs in shorter.items()}
+            trained_ticks = {str(n): shorter(plan, rates, "CTM", n) for n in SHORTER}
+            one_tick_lstm = shorter(plan, rates, "LSTM", 1)
     runs = {
         arm: [plan.run("fashion", arm, rates["fashion", arm], seed) for seed in plan.seeds] for arm in ARMS["fashion"]
     }
@@ -139,11 +137,18 @@ def carry_out_all(plan: Plan) -> dict[str, Any]:
         "sweeps": sweeps,
         "compared": compared,
         "trained_ticks": trained_ticks,
+        "one_tick_lstm": one_tick_lstm,
         "stopping": {arm: [stopping(model, test) for model in of_arm] for arm, of_arm in models.items()},
         "harder": {arm: [harder(model, test) for model in of_arm] for arm, of_arm in models.items()},
         "ticks_and_doubt": [ticks_and_doubt(*pair, test) for pair in zip(models["CTM"], models["LSTM"])],
         "longer": {arm: [longer(model, test) for model in of_arm] for arm, of_arm in models.items()},
     }
+
+
+def shorter(plan: Plan, rates: dict[tuple[str, str], float], arm: str, ticks: int) -> dict[str, Any]:
+    """An arm trained on fashion with fewer ticks, at its rate for all ticks."""
+    rate = rates["fashion", arm]
+    return summed_up([carry_out(plan.run("fashion", f"{arm}, {ticks} ticks", rate, seed)) for seed in plan.seeds])
 
 
 def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:

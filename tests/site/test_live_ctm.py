@@ -138,6 +138,17 @@ def test_the_stored_numbers_are_torchs_of_pictures_chosen_by_the_rule(data, mode
         torch.testing.assert_close(share * torch.tensor(picture["most"])[:, None], looks[i].float(), atol=1e-3, rtol=0)
 
 
+def test_the_pictures_stand_in_the_order_that_the_page_names(data):
+    """By the tick at which each is sure; then those that are not by tick 8, by their certainty there."""
+    sure = [torch.tensor(picture["sure"]) for picture in data["pictures"]]
+    ticks = [(each >= ENOUGH).nonzero().flatten().tolist() for each in sure]
+    early = [each[0] + 1 for each in ticks if each and each[0] < TRAINED]
+    last = [each[TRAINED - 1].item() for each in sure[len(early) :]]
+    assert early == sorted(early) and 0 < len(early) < COUNT and max(last) < ENOUGH
+    assert last == sorted(last, reverse=True)
+    assert all(each[0] < TRAINED for each in ticks[: len(early)])
+
+
 # --- the figure ----------------------------------------------------------------------------------------------------
 
 
@@ -158,11 +169,13 @@ def test_sentence_bars_and_glow_are_those_of_the_picture_and_the_tick(page_of, d
             verdict = "and is right" if right else f"but the right answer is {names[labels[i]]}"
             share = round(100 * chances[i, t].max().item())
             stops = (sure[i] >= ENOUGH).nonzero()
-            stop = (
-                f"Sure enough to stop at tick {stops[0].item() + 1}, saying {names[says[i, stops[0]].item()]}."
-                if len(stops)
-                else "It is never sure enough to stop."
-            )
+            stop = "It is never sure enough to stop."
+            if len(stops):
+                when = stops[0].item() + 1
+                early = (
+                    "Sure enough to stop" if when <= TRAINED else "Not sure enough by tick 8; going on, it would stop"
+                )
+                stop = f"{early} at tick {when}, saying {names[says[i, stops[0]].item()]}."
             count = sum(says[j, t].item() == labels[j] for j in range(COUNT))
             assert said(page) == (
                 f"Tick {tick}{past}: it says {names[says[i, t].item()]} ({share}%), {verdict}. Certainty "
@@ -177,6 +190,8 @@ def test_sentence_bars_and_glow_are_those_of_the_picture_and_the_tick(page_of, d
             assert dots == ["right" if k == labels[i] else "wrong" for k in says[i].tolist()]
             marked = page.get_by_role("radio").evaluate_all("(all) => all.map((x) => x.className)")
             assert marked == ["right" if says[j, t] == labels[j] else "wrong" for j in range(COUNT)]
+            mark = page.locator(".ctm-panels svg .stop + text").text_content()
+            assert mark == {"N": "would stop, if it went on", "S": "would stop", "I": "never sure enough"}[stop[0]]
     page.wait_for_function("document.querySelector('.spoken').textContent.startsWith('Tick 16')")
 
 
@@ -263,6 +278,9 @@ def test_hidden_places_and_noise_change_the_answer_as_in_torch(page_of, data, mo
     chances, sure, _ = thoughts_of(model, x[None])
     assert shares(page) == pytest.approx((100 * chances[0, 7]).tolist(), abs=0.501)
     says, was = names[chances[0, 7].argmax()], names[before.index(max(before))]
+    chosen_one = page.get_by_role("radio", checked=True)
+    assert chosen_one.get_attribute("class") == "wrong"
+    assert chosen_one.get_attribute("aria-label").endswith(f", here named {says}")
     assert says != was and f"it says {says} (" in said(page) and f"Certainty {sure[0, 7]:.2f}." in said(page)
     assert said(page).endswith(
         f"Of the picture as it was it says {was} here, certainty {data['pictures'][start]['sure'][7]:.2f}."
@@ -276,6 +294,7 @@ def test_hidden_places_and_noise_change_the_answer_as_in_torch(page_of, data, mo
     assert shares(page) == pytest.approx((100 * thoughts_of(model, x[None])[0][0, 7]).tolist(), abs=0.501)
     page.get_by_role("button", name="Reset").press("Enter")
     assert shares(page) == before and page.locator("[role=gridcell][aria-selected=true]").count() == 0
+    assert chosen_one.get_attribute("class") == "right"
     cells.nth(24).click()
     page.get_by_role("radio").first.click()  # another picture is whole
     assert page.locator("[role=gridcell][aria-selected=true]").count() == 0

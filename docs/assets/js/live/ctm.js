@@ -208,7 +208,8 @@ export default function begin(stage, { names, pictures, mean, deviation, trained
     move(Math.min(Math.max(Math.round(1 + ((x - X(1)) / (X(ticks) - X(1))) * (ticks - 1)), 1), ticks));
   } },
     svg("path", { class: "axis", d: `M${X(1) - 9} ${Y(1)}V${Y(0)}H${X(ticks) + 9}` }),
-    ...[0, 0.5, 1].map((c) => label(X(1) - 13, Y(c) + 4, c, "end")), ...[1, 4, 8, 12, 16].map((t) => label(X(t), Y(0) + 18, t, "middle")),
+    ...[0, 0.5, 1].map((c) => label(X(1) - 13, Y(c) + 4, c, "end")), label(0, Y(0) + 18, "tick"),
+    ...[1, 4, 8, 12, 16].map((t) => label(X(t), Y(0) + 18, t, "middle")),
     svg("path", { class: "guide", d: `M${X(1) - 9} ${Y(threshold)}H${X(ticks) + 9}` }), label(X(1) - 4, Y(threshold) - 5, `enough: ${threshold}`),
     svg("path", { class: "guide", d: `M${end} ${Y(1)}V${Y(0)}` }), label(end + 5, Y(0) - 6, "training ended here"),
     line, ...dots, ring, stop, stops);
@@ -265,7 +266,8 @@ export default function begin(stage, { names, pictures, mean, deviation, trained
     const before = stored[picture][tick - 1];
     said.say(`${first}Tick ${tick}${tick > trained ? `, ${tick - trained} past its training` : ""}: it says ${names[says]} (${percent(chances[says])}), ` +
       `${says === right ? "and is right" : `but the right answer is ${names[right]}`}. Certainty ${decimal(sure)}. ` +
-      (stopped ? `Sure enough to stop at tick ${stopped}, saying ${names[best(thoughts[stopped - 1].chances)]}. ` : "It is never sure enough to stop. ") +
+      (!stopped ? "It is never sure enough to stop. "
+        : `${stopped > trained ? `Not sure enough by tick ${trained}; going on, it would stop` : "Sure enough to stop"} at tick ${stopped}, saying ${names[best(thoughts[stopped - 1].chances)]}. `) +
       (changed() ? `Of the picture as it was it says ${names[best(before.chances)]} here, certainty ${decimal(before.sure)}.`
         : `At this tick it is right on ${count} of the ${pictures.length} pictures.`), { aloud: !timer });
   }
@@ -273,7 +275,7 @@ export default function begin(stage, { names, pictures, mean, deviation, trained
   function draw() {
     const { chances, looks } = thoughts[tick - 1], right = pictures[picture].label;
     thumbs.forEach((thumb, i) => {
-      const named = best(stored[i][tick - 1].chances);
+      const named = best((i === picture ? thoughts : stored[i])[tick - 1].chances); // the chosen one as it now is
       thumb.className = named === pictures[i].label ? "right" : "wrong";
       thumb.setAttribute("aria-checked", i === picture);
       thumb.tabIndex = i === picture ? 0 : -1;
@@ -302,23 +304,23 @@ export default function begin(stage, { names, pictures, mean, deviation, trained
     ring.setAttribute("cy", Y(thoughts[tick - 1].sure));
     const stopped = thoughts.findIndex(({ sure }) => sure >= threshold) + 1, x = X(stopped || 1), late = stopped > ticks / 2;
     stop.setAttribute("d", stopped ? `M${x - 5} 4h10l-5 9z` : "");
-    stops.textContent = stopped ? "would stop" : "never sure enough";
+    stops.textContent = !stopped ? "never sure enough" : stopped > trained ? "would stop, if it went on" : "would stop";
     stops.setAttribute("x", !stopped ? x - 4 : late ? x - 9 : x + 9);
     stops.setAttribute("text-anchor", late ? "end" : "start");
     say();
   }
 
   stage.append(
-    el("p", { class: "ask" }, "Choose a picture; the machine is sure of the first ones soonest. Under each: ",
+    el("p", { class: "ask" }, "Choose a picture: those it is sure of soonest first, unsure ones last. Under each: ",
       el("span", { class: "ctm-key right" }, "named rightly"), " or ", el("span", { class: "ctm-key wrong" }, "wrongly"), " at this tick."), gallery,
     el("div", { class: "ctm" },
       el("div", { class: "ctm-picture" }, large, grid),
+      el("div", { class: "ctm-change" }, how, el("div", { class: "controls" }, load, rough, restore)),
       el("div", { class: "ctm-side" },
         el("div", { class: "controls" }, el("div", { class: "control buttons" }, back, ...(still ? [] : [play]), next), scrub), said,
         el("div", { class: "ctm-panels" },
           el("div", {}, el("p", { class: "ask" }, "It says:"), el("ol", {}, ...bars.map(({ node }) => node))),
-          el("div", {}, el("p", { class: "ask" }, "Certainty at each tick; filled where it is right:"), curve))),
-      el("div", { class: "ctm-change" }, how, el("div", { class: "controls" }, load, rough, restore))));
+          el("div", {}, el("p", { class: "ask" }, "Certainty at each tick; filled where it is right:"), curve)))));
   at(24); // the place in the middle
   think();
 }

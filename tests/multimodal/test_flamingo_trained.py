@@ -10,13 +10,13 @@ FOUND = json.loads((Path(__file__).parents[2] / "docs" / "measured" / "flamingo.
 ]
 
 
-@pytest.mark.claim("A6.4", "holds")
+@pytest.mark.claim("A6.4", "holds if")
 def test_gates_open_in_training_and_those_of_the_attention_only_for_pictures_that_tell():
-    gated, deaf = ({k: v[-1] for k, v in FOUND["arms"][arm]["curve"].items()} for arm in ("gated", "gated deaf"))
+    gated, control = ({k: v[-1] for k, v in FOUND["arms"][arm]["curve"].items()} for arm in ("gated", "gated deaf"))
     assert all(
         abs(gated[f"{part} {layer}"]) > 0.4 for part in ("attention", "feed-forward") for layer in (6, 12, 18, 24)
     )
-    assert all(abs(deaf[f"attention {layer}"]) < 0.1 for layer in (6, 12, 18))
+    assert all(abs(control[f"attention {layer}"]) < 0.1 for layer in (6, 12, 18))
 
 
 def test_the_right_pictures_make_names_of_unseen_things_likelier():
@@ -24,11 +24,14 @@ def test_the_right_pictures_make_names_of_unseen_things_likelier():
     assert FOUND["gated - ungated"]["interval"][1] > 0  # without gates it was slightly better, in so few steps
 
 
-@pytest.mark.claim("A6.4", "holds")
-def test_a_caption_depends_on_the_last_picture_before_it_and_on_no_later_one():
+@pytest.mark.claim("A6.4", "holds if")
+def test_a_name_depends_on_the_last_picture_before_it_and_on_no_later_one():
     swapped = FOUND["swapped"]["gated"]
-    assert swapped["second picture swapped"]["first caption"]["largest"] == 0
+    assert swapped["second picture swapped"]["first caption"]["largest"] == 0  # true by construction: it comes later
     assert [round(x, 2) for x in swapped["first picture swapped"]["first caption"]["interval"]] == [2.65, 1.85, 3.5]
     assert swapped["second picture swapped"]["second caption"]["interval"][1] > 0
-    deaf = FOUND["swapped"]["gated deaf"]
-    assert all(each["largest"] < 0.01 for captions in deaf.values() for each in captions.values())
+    control = FOUND["swapped"]["gated deaf"]
+    assert all(each["largest"] < 0.01 for names in control.values() for each in names.values())
+    # Gates are not needed for it.
+    ungated = FOUND["swapped"]["ungated"]["first picture swapped"]["first caption"]["interval"]
+    assert [round(x, 2) for x in ungated] == [3.84, 2.86, 4.81]

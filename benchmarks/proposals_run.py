@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,8 @@ WIDTH, LAYERS, HEADS, WIDE, CONTEXT = 64, 2, 4, 256, 128
 HEAD = WIDTH // HEADS
 FRESH, FRESH_SEED = 1024, 9999
 HELD_OUT, WINDOWS = ("macbeth", "the-tempest"), 64
+CHECKS = (16, 8, 4, 2, 1)
+"""A model is judged after this part of its steps: a sixteenth, an eighth, and so on to the whole."""
 SPIKE, BEFORE = 1.5, 20
 """A step is a spike when its loss exceeds the median of the 20 before it by more than a half."""
 
@@ -334,7 +336,9 @@ def trained(run: Run) -> dict[str, Any]:
     step = optimiser(model, run.rate)
     generator = torch.Generator().manual_seed(run.seed)
     losses: list[float] = []
+    curve: list[float] = []
     failed: str | None = None
+    checks = [max(steps // part, 1) for part in CHECKS]
     for i in range(steps):
         for group in step.param_groups:
             group["lr"] = run.rate * warmup_cosine(i, steps)
@@ -343,22 +347,27 @@ def trained(run: Run) -> dict[str, Any]:
             loss = loss_of(model, given, answers)
             step.zero_grad(set_to_none=True)
             loss.backward()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                failed = "the loss is not finite"
+                break
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            step.step()
+            if i + 1 in checks:
+                curve += [judged(model, task)] * checks.count(i + 1)
         except RuntimeError as error:  # a fixed point that was not reached
             failed = str(error)
             break
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            failed = "the loss is not finite"
-            break
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step.step()
-    outcome = None if failed else judged(model.eval(), task)
-    if outcome is None or not math.isfinite(outcome):
-        outcome, failed = task.chance, failed or "the outcome is not finite"
+    if not failed and not all(math.isfinite(each) for each in curve):
+        failed = "an outcome is not finite"
+    if failed:  # from then on it counts as guessing
+        known = [each for each in curve if math.isfinite(each)]
+        curve = known + [task.chance] * (len(CHECKS) - len(known))
     return {
         "rate": run.rate,
         "seed": run.seed,
-        "outcome": round(outcome, 5),
+        "outcome": round(curve[-1] if task.text else mean(curve), 5),
+        "curve": [round(each, 5) for each in curve],
         "failed": failed,
         "spikes": spikes(losses),
         "loss": [round(each, 4) for each in losses[:: max(steps // 20, 1)]],
@@ -375,7 +384,7 @@ def loss_of(model: nn.Module, given: tuple[Tensor, ...], answers: Tensor) -> Ten
 
 @torch.no_grad()
 def judged(model: nn.Module, task: Task) -> float:
-    """The share of right answers, or for text the bits for each character."""
+    """The share of right answers, or for text the bits for each character. No arm behaves otherwise in training."""
     total, count = 0.0, 0
     for given, answers in task.fresh():
         if task.text:

@@ -104,14 +104,19 @@ def test_a_run_is_kept_and_read_again(tmp_path):
 def test_a_training_learns(tmp_path):
     """Some of the tokens are copied after 80 steps; guessing gives an eighth."""
     found = carry_out(Run("copy", "base", 0.01, 1, 80, tmp_path))
-    assert found["outcome"] > 0.14 and found["loss"][-1] < found["loss"][0]
+    assert found["curve"][-1] > 0.14 and found["loss"][-1] < found["loss"][0]
+    assert len(found["curve"]) == 5 and found["outcome"] == pytest.approx(sum(found["curve"]) / 5, abs=1e-4)
+
+
+def test_the_outcome_of_text_is_the_last_one(tmp_path):
+    found = carry_out(Run("Gita", "base", 0.003, 1, 4, tmp_path))
+    assert found["outcome"] == found["curve"][-1] > 3 and len(found["curve"]) == 5
 
 
 def test_what_diverges_counts_as_chance_and_says_why(tmp_path):
-    found = carry_out(Run("recall", "base", 1e30, 1, 6, tmp_path))
-    assert found["failed"] and found["outcome"] == 1 / 8
-    found = carry_out(Run("recall", "fusion, fixed point", 1e6, 1, 6, tmp_path))
-    assert found["failed"] and found["outcome"] == 1 / 8
+    for arm, rate in (("base", 1e30), ("fusion, fixed point", 1e6)):
+        found = carry_out(Run("recall", arm, rate, 1, 6, tmp_path))
+        assert found["failed"] and len(found["curve"]) == 5 and found["curve"][-1] == 1 / 8
 
 
 def test_spikes():
@@ -201,9 +206,7 @@ def test_the_plan_is_carried_out_by_several_processes(tmp_path):
     """Each of them a process of its own; a second time everything is read."""
     plan = [job._replace(folder=tmp_path) for job in jobs(["--tiny"], tmp_path)]
     assert len(plan) == 4
-    assert (
-        len(done(plan[:2], ["--jobs=1", "--minutes=0"])) == 1
-    )  # one begins at once, and no other
+    assert len(done(plan[:2], ["--jobs=1", "--minutes=0"])) == 1  # one begins at once, and no other
     found = done(plan[:3], ["--jobs=2"])
     assert {(each["task"], each["arm"]) for each in found} == {(job.task, job.arm) for job in plan[:3]}
     assert len(list(tmp_path.iterdir())) == 9

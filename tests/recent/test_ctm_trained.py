@@ -45,7 +45,10 @@ def one_thread():
 
 @pytest.mark.claim("A8.3", "holds if")
 def test_thinking_time_is_its_own_up_to_the_ticks_of_the_training(stored, pictures, measured):
-    """Any number of ticks runs; harder pictures take more; past the training it is surer and right less often."""
+    """Any number of ticks runs; harder pictures mostly take more; past the training it is surer and right less often.
+
+    Only in part: the threshold and the most ticks are given to it here, and an LSTM does as much.
+    """
     for ticks in (1, 3, 8):
         assert stored(pictures.x[:2], ticks=ticks).certainties.shape == (2, ticks)
 
@@ -62,10 +65,16 @@ def test_thinking_time_is_its_own_up_to_the_ticks_of_the_training(stored, pictur
 
     for pair in measured["ticks_and_doubt"]:
         assert pair["CTM's ticks, LSTM's doubt"] > 0.6
-    for seed in measured["harder"]["CTM"]:
+        assert pair["CTM's ticks where wrong"] > pair["CTM's ticks where right"] + 0.5
+        assert pair["LSTM's ticks, CTM's doubt"] > 0.55  # an LSTM, too, takes longer where the other is in doubt
+    strongest, plain = [], []
+    for seed in measured["harder"]["CTM"] + measured["harder"]["LSTM"]:
         hidden, noise = ([row["ticks"] for row in seed[kind]] for kind in ("hidden", "noise"))
-        assert hidden == sorted(hidden)
+        assert hidden == sorted(hidden) and noise[1] > noise[0]
         assert noise[3] < noise[2]  # strong noise ends its thinking earlier than weaker noise
+        strongest.append(noise[3])
+        plain.append(noise[0])
+    assert sum(strongest[:3]) < sum(plain[:3]) + 0.1  # and the CTM's, in the mean, no later than no noise
 
 
 def test_nothing_was_gained_here_by_the_machines_own_parts(measured):
@@ -76,6 +85,7 @@ def test_nothing_was_gained_here_by_the_machines_own_parts(measured):
             assert low < 0 < high
     ctm = measured["compared"]["fashion"]["arms"]["CTM"]["mean"]
     assert abs(measured["trained_ticks"]["1"]["mean"] - ctm) < 0.01
+    assert measured["one_tick_lstm"]["mean"] > measured["compared"]["fashion"]["arms"]["LSTM"]["mean"]
     lstm, ours = (measured["stopping"][arm] for arm in ("LSTM", "CTM"))
     at = [row["threshold"] for row in ours[0]].index(ENOUGH)
     assert all(a[at]["ticks"] < b[at]["ticks"] - 1 for a, b in zip(lstm, ours))

@@ -201,6 +201,9 @@ def test_more_ticks_make_it_surer_and_right_less_often_as_the_page_says(data):
     sure = [each["sure"] for each in data["pictures"]]
     assert sum(row[15] for row in right) < sum(row[7] for row in right)
     assert sum(row[15] for row in sure) > sum(row[7] for row in sure)
+    third = data["pictures"][2]  # not for every picture: this one becomes less sure
+    assert data["names"][third["label"]] == "trouser"
+    assert (round(third["sure"][7], 2), round(third["sure"][15], 2)) == (0.99, 0.70)
     first = data["start"]["picture"]
     assert right[first][7] and not right[first][15] and sure[first][15] > 0.99
 

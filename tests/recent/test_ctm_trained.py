@@ -60,6 +60,9 @@ def test_thinking_time_is_its_own_up_to_the_ticks_of_the_training(stored, pictur
     assert taken[~correct].mean() > taken[correct].mean() + 0.3  # what it gets wrong takes it longer
     assert table[:, 15].mean() < table[:, 7].mean() - 0.1  # twice the ticks
     assert thoughts.certainties[:, 15].mean() > thoughts.certainties[:, 7].mean() + 0.05
+    fell = thoughts.certainties[:, 15] < thoughts.certainties[:, 7]
+    assert 0.2 < fell.float().mean() < 0.3  # not surer on every picture
+    assert within.certainties.argmax(1).eq(7).float().mean() > 0.6  # most are answered at the last tick
     last = thoughts.predictions[:, 15]
     torch.testing.assert_close(certainty(last), thoughts.certainties[:, 15])  # sure, as the paper defines it
 

@@ -20,7 +20,7 @@ _UNTURNED = re.compile(r' transform="rotate\(-?0(?:\.0*)? [^)"]*\)"')
 _FAMILY = re.compile(r'(?<=[";])(\s*)font-family: [^;"]*;?\s*')
 _BETWEEN = re.compile(r"(?<=>)\s+(?=</?(?:clipPath|defs|g|image|path|rect|svg|text|use)\b)(?!</text)")
 _RASTER = re.compile(r"data:image/png;base64,\s*(?P<data>[A-Za-z0-9+/=\s]{800,})")
-_COLOURS, _QUALITY = 300, 82  # a picture of more colours than a colour map has may lose a little
+_COLOURS, _QUALITY = 300, 72  # a picture of more colours than a colour map has may lose a little
 _UNSEEN = re.compile(r' d="[^"]*" style="fill: none"')
 _DATA = re.compile(
     r'(?P<opening><figure class="drawn[^>]* id="(?P<name>[^"]+)" data-live="\w+")>(?P<before>(?:(?!</figure>).)*?)'

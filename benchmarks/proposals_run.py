@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.plays import drawn, in_numbers, windows
+from benchmarks.recall_run import size
 from benchmarks.record import keep
 from nondual.attention_mechanism import AdditiveAttention
 from nondual.connections import LayerCall, stream
@@ -240,10 +241,6 @@ def control_of(arm: str) -> str:
     if arm in LIBERATING:
         return "normalised"
     return next((f"base{end}" for end in (", both ways", ", rotary") if arm.endswith(end)), "base")
-
-
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class Reader(nn.Module):

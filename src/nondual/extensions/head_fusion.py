@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.ops import masks
-from nondual.ops.attention import attention, check_qkv, masked_softmax
+from nondual.ops.attention import attention, check_mask, check_qkv, masked_softmax
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import accumulation_dtype
@@ -89,11 +89,8 @@ class TalkingHeads(nn.Module):
         check_qkv(q, k, v)
         if q.shape[1] != len(self.before):
             raise ValueError(f"q must have {len(self.before)} heads, got {q.shape[1]}")
-        shape = (*q.shape[:3], k.shape[2])
-        if mask is not None and not (
-            mask.ndim in (2, 4) and all(a in (1, b) for a, b in zip(mask.shape, shape[-mask.ndim :]))
-        ):
-            raise ValueError(f"mask must be (N, M) = {shape[2:]} or broadcast to {shape}, got {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
         wide, share = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
         q, k_all, v_all = q.to(wide), *(x.to(wide).repeat_interleave(share, dim=1) for x in (k, v))
         before, after = self.before.to(wide), self.after.to(wide)

@@ -127,7 +127,7 @@ def attention(
     if mask is not None:
         if q.dtype != torch.float64:
             (mask,) = as_autocast_does(mask)
-        _check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
+        check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
     engine = choose(impl, ENGINES, Inputs(q, k, v, mask, return_weights))
     n, m = q.shape[2], k.shape[2]
     if n == 1:  # a single query is the last one: it sees everything (`causal and n != 1` may be a SymBool)
@@ -245,7 +245,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q's heads must be a multiple of k's, got {h} and {g}")
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
+def check_mask(mask: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> None:
+    """Refuse a mask that does not fit queries q and scores of this shape, (B, H, N, M).
+
+    Raises:
+        ValueError: a dtype, device or shape that does not fit.
+    """
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise ValueError(
             f"mask must be torch.bool (True where attending is allowed), or q's {q.dtype} or torch.float32 (added to "

@@ -28,6 +28,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# --- names of tests --------------------------------------------------------------------------------------------------
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are not part of a test's name: an archive holds the time when it was made, and pytest-xdist asks that every
+    worker finds the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 # --- processes of their own ------------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,7 @@ def test_what_unpacks_to_more_than_the_limit_is_refused(file, monkeypatch, tmp_p
         (ar(("data.tar.xz", b"x"))[:40], "its ar header at byte 8 cannot be read"),
         (ar(("data.tar.xz", b"12345678"))[:-3], "its ar header at byte 8 cannot be read"),
         (ar(("data.tar.xz", b"no xz")), "its tar file cannot be read"),
-        (ar(("data.tar.gz", gzip.compress(b"no tar"))), "its tar file cannot be read"),
+        (ar(("data.tar.gz", gzip.compress(b"no tar", mtime=0))), "its tar file cannot be read"),
         (ar(("data.tar.gz", tar("w:gz", ("x", b"y"))[:-9])), "its tar file cannot be read|There is no item named 'z'"),
         (ar(("data.tar.lzo", b"x")), "its compression must be xz, gz or zst, got 'lzo'"),
     ],

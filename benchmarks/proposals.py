@@ -29,7 +29,17 @@ import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from benchmarks.proposals_run import ARMS, BOTH_WAYS, FUSION, MADE_UP, TASKS, Run, carry_out, control_of
+from benchmarks.proposals_run import (
+    ARMS,
+    BOTH_WAYS,
+    FUSION,
+    MADE_UP,
+    SEEN_BOTH_WAYS,
+    TASKS,
+    Run,
+    carry_out,
+    control_of,
+)
 from benchmarks.record import write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
@@ -131,7 +141,7 @@ def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
 
 
 def jobs(options: list[str], folder: Path) -> list[Job]:
-    """The jobs that the options ask for. The arms that see both ways meet the made-up tasks alone."""
+    """The jobs that the options ask for. The arms that see both ways meet three tasks."""
     given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
     tasks = given["tasks"].split(",") if "tasks" in given else list(TASKS)
     if unknown := set(tasks) - set(TASKS):
@@ -140,7 +150,9 @@ def jobs(options: list[str], folder: Path) -> list[Job]:
     if not arms:
         raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in {*arms, *(control_of(arm) for arm in arms)}]
-    whole = [Job(task, arm, folder) for task, arm in product(tasks, arms) if task in MADE_UP or arm not in BOTH_WAYS]
+    whole = [
+        Job(task, arm, folder) for task, arm in product(tasks, arms) if task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS
+    ]
     if "--tiny" in options:
         return [
             job._replace(steps=3, rates=(0.003,), choosing=(101,), seeds=(1, 2))

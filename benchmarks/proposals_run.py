@@ -84,7 +84,7 @@ class Task(NamedTuple):
     text: bool = False
 
 
-def made_up(inputs: tuple[int, ...], scores: int, draw: Callable[..., Any], steps: int = 600) -> Task:
+def made_up(inputs: tuple[int, ...], scores: int, draw: Callable[..., Any], steps: int = 300, batch: int = 16) -> Task:
     """A task whose sequences are drawn anew at each step."""
 
     def rows(batch: int, generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -95,7 +95,7 @@ def made_up(inputs: tuple[int, ...], scores: int, draw: Callable[..., Any], step
         given, answers = rows(FRESH, torch.Generator().manual_seed(FRESH_SEED))
         return zip(zip(*(row.split(128) for row in given)), answers.split(128))
 
-    return Task(inputs, scores, rows, fresh, steps, 64, 1 / scores)
+    return Task(inputs, scores, rows, fresh, steps, batch, 1 / scores)
 
 
 def of_text(train: Tensor, held_out: Tensor, kinds: int) -> Task:
@@ -110,7 +110,7 @@ def of_text(train: Tensor, held_out: Tensor, kinds: int) -> Task:
             yield (part[:, :-1],), part[:, 1:]
 
     shares = train.bincount(minlength=kinds) / len(train)
-    return Task((kinds,), kinds, rows, fresh, 1200, 16, float(torch.special.entr(shares).sum()) / math.log(2), True)
+    return Task((kinds,), kinds, rows, fresh, 600, 16, float(torch.special.entr(shares).sum()) / math.log(2), True)
 
 
 @cache
@@ -138,12 +138,14 @@ TASKS: dict[str, Callable[[], Task]] = {
     "induction": lambda: made_up((32,), 32, partial(induction, length=24)),
     "recall": lambda: made_up((32, 9), 8, partial(recall, pairs=16)),
     "conjunction": lambda: made_up((8, 8, 9), 8, partial(conjunction, rows=4, columns=3)),
-    "direction": lambda: made_up((32,), 16, partial(successors, ring=12)),
+    "direction": lambda: made_up((32,), 16, partial(successors, ring=12), steps=600, batch=32),
     "long range": lambda: made_up((10,), 8, partial(copying, length=8, gap=96)),
     "Shakespeare": shakespeare_task,
     "Gita": gita_task,
 }
 MADE_UP = tuple(name for name in TASKS if name not in ("Shakespeare", "Gita"))
+SEEN_BOTH_WAYS = ("recall", "conjunction", "direction")
+"""The tasks that the arms without causality meet."""
 
 
 # --- arms ----------------------------------------------------------------------------------------------------------

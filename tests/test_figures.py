@@ -157,3 +157,42 @@ def test_an_interactive_figure_carries_its_drawing_and_its_numbers():
         figures.live(panel(), script="../ask", data={}, **WORDS)
     with pytest.raises(ValueError):
         figures.live(panel(), script="ask", data={"x": float("nan")}, **WORDS)
+
+
+def compared(**changes):
+    """What an experiment on two tasks found for two arms, as benchmarks/proposals.py writes it."""
+    row = {"mean": -0.05, "interval": [-0.07, -0.03], "p": 0.001, "is": "worse as named", "remains with Holm": True}
+    text = {"mean": 0.002, "interval": [-0.004, 0.008], "p": 0.4, "is": "equivalent", "remains with Holm": False}
+    return {"a less base": {"copy": row | changes, "Gita": text}, "b less base": {"copy": row}}
+
+
+def test_differences_are_drawn_in_units_of_the_effects_that_were_named():
+    first, second = figures.differences(compared(), {"a less base": "a", "b less base": "b"})
+    ax, above = first.axes
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_color() != "black"]
+    assert [[round(x, 6) for x in line.get_xdata()] for line in lines] == [[-3.5, -1.5], [-0.4, 0.8]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["copy", "Gita"]
+    ticks = dict(zip(ax.get_xticks(), zip(*([t.get_text() for t in x.get_xticklabels()] for x in (ax, above)))))
+    assert ticks[1] == ("+2", "+0.01") and ticks[0] == ("0", "0") and ticks[-1] == ("−2", "−0.01")
+    assert ax.get_xlim() == above.get_xlim() == second.axes[0].get_xlim()
+    assert (ax.get_title("left"), second.axes[0].get_title("left"), len(second.axes)) == ("a", "b", 1)
+    band = ax.patches[0]
+    assert (band.get_x(), band.get_x() + band.get_width()) == (-1, 1)
+
+
+def test_differences_show_the_word_and_whether_it_remains():
+    panels = figures.differences(compared(), ["a less base"])
+    (worse, equivalent) = (line for line in panels[0].axes[0].lines if line.get_marker() not in ("None", None))
+    assert (worse.get_marker(), equivalent.get_marker()) == ("<", "o")
+    assert worse.get_markerfacecolor() == figures.OKABE_ITO[3] and equivalent.get_markerfacecolor() == "none"
+    for word in ("better", "better as named", "worse", "equivalent", "not decided"):
+        figures.differences(compared(**{"is": word}), ["a less base"])
+
+
+def test_differences_that_were_not_found_are_refused():
+    with pytest.raises(ValueError, match="at least one comparison"):
+        figures.differences(compared(), [])
+    with pytest.raises(ValueError, match="arms must be among a less base, b less base, got c"):
+        figures.differences(compared(), ["c"])
+    with pytest.raises(ValueError, match="got a"):
+        figures.differences({"a": {}}, ["a"])

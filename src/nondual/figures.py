@@ -122,6 +122,99 @@ def attention(
     return image
 
 
+def differences(
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    arms: Mapping[str, str] | Sequence[str],
+    *,
+    in_bits: Sequence[str] = ("Shakespeare", "Gita"),
+) -> list[Figure]:
+    """A panel for each arm of an experiment: its paired differences from its control, a row for each task.
+
+    What lies to the right of 0 is better. Right answers have their scale below, bits above; 2 points stand over 0.01
+    bit, the effects that docs/measured/protocol.md names. The band between them is shaded, and the scale is linear in
+    it and logarithmic outside. A filled mark remains with Holm's correction, an open one does not.
+
+        panels = differences(run["figures"]["compared"], {"symmetric less base": "symmetric"})
+        print(show(panels, name="table", alt=..., caption=...))
+
+    Args:
+        found: for each comparison and task a row of `mean`, `interval`, `is` and `remains with Holm`, as
+            benchmarks/proposals.py writes them in "compared".
+        arms: the comparisons to draw, with the title of each panel; its own name where they are a sequence.
+        in_bits: the tasks whose differences are bits; those of all others are shares of right answers.
+
+    Returns:
+        The panels, 3 inches wide, in the order of `arms`, all with the same scale.
+
+    Raises:
+        ValueError: no comparison is asked for, or one that was not made, or whose rows are empty.
+    """
+    _matplotlib()
+    from matplotlib import pyplot
+
+    titles = dict(arms) if isinstance(arms, Mapping) else {arm: arm for arm in arms}
+    if not titles:
+        raise ValueError("arms must name at least one comparison, got none.")
+    if missing := [arm for arm in titles if not found.get(arm)]:
+        raise ValueError(f"arms must be among {', '.join(found) or 'none'}, got {', '.join(missing)}.")
+    rows = {  # in the effects that were named: 1 is 2 points, or 0.01 bit
+        arm: [
+            (task, row, [x / (0.01 if task in in_bits else 0.02) for x in (row["mean"], *row["interval"])])
+            for task, row in found[arm].items()
+        ]
+        for arm in titles
+    }
+    widest = max(abs(x) for of_arm in rows.values() for _, _, found_here in of_arm for x in found_here)
+    reach = max(1.6 * widest, 3.0)
+    ticks = [each for each in (-50, -10, -5, -1, 0, 1, 5, 10, 50) if abs(each) <= reach]
+    if widest > 12:  # otherwise the labels of a narrow panel touch
+        ticks = [each for each in ticks if abs(each) != 5]
+    return [_differences(pyplot, titles[arm], rows[arm], in_bits, reach, ticks) for arm in titles]
+
+
+_WORDS = {"better": (2, ">"), "worse": (3, "<"), "equivalent": (0, "o"), "not decided": (6, "D")}
+"""For each word of the protocol a colour of OKABE_ITO and a mark."""
+
+
+def _differences(
+    pyplot: Any,
+    title: str,
+    rows: Sequence[tuple[str, Mapping[str, Any], list[float]]],
+    in_bits: Sequence[str],
+    reach: float,
+    ticks: Sequence[float],
+) -> Figure:
+    """One panel of `differences`."""
+    fig, ax = pyplot.subplots(figsize=(3.0, 1.1 + 0.2 * len(rows)))
+    ax.axvspan(-1, 1, color=OKABE_ITO[6], alpha=0.25, linewidth=0)
+    ax.axvline(0, linewidth=0.8, color="black")
+    for at, (_, row, (middle, low, high)) in enumerate(rows):
+        number, mark = _WORDS[row["is"].removesuffix(" as named")]
+        colour = OKABE_ITO[number]
+        ax.plot([low, high], [at, at], color=colour, linewidth=1.8)
+        face = colour if row["remains with Holm"] else "none"
+        ax.plot(middle, at, mark, color=colour, markerfacecolor=face, markersize=5.5)
+    ax.set_yticks(range(len(rows)), [task for task, _, _ in rows])
+    ax.set(ylim=(len(rows) - 0.4, -0.6), title=title)
+    ax.set_xscale("symlog", linthresh=1.0, linscale=0.8)
+    ax.set(xlim=(-reach, reach))
+    signed = [f"{each:+g}".replace("-", "\N{MINUS SIGN}") if each else "0" for each in (2 * tick for tick in ticks)]
+    ax.set_xticks(ticks, signed, fontsize=8.5)
+    ax.set_xlabel("points of right answers", fontsize=9)
+    ax.minorticks_off()
+    ax.tick_params(axis="y", length=0)
+    if texts := [task for task, _, _ in rows if task in in_bits]:
+        above = ax.twiny()
+        above.set_xscale("symlog", linthresh=1.0, linscale=0.8)
+        above.set(xlim=(-reach, reach))
+        bits = [f"{each:+g}".replace("-", "\N{MINUS SIGN}") if each else "0" for each in (tick / 100 for tick in ticks)]
+        above.set_xticks(ticks, bits, fontsize=8.5)
+        above.minorticks_off()
+        above.spines["top"].set_visible(True)
+        above.set_xlabel(f"bits fewer ({', '.join(texts)})", fontsize=9)
+    return fig
+
+
 def show(
     fig: Figure | Sequence[Figure],
     *,

@@ -42,7 +42,8 @@ HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
 HELPERS += ("ctm_run",)
 HELPERS += ("bytes_run", "bytes_cuts")
-HELPERS += ("proposals_run",)
+HELPERS += ("proposals_run", "self_liberating_run")
+HELPERS += ("assignments_smollm2", "assignments_words", "assignments_prompt", "assignments_tiny")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -176,6 +176,9 @@ def test_differences_are_drawn_in_units_of_the_effects_that_were_named():
     assert ticks[1] == ("+2", "+0.01") and ticks[0] == ("0", "0") and ticks[-1] == ("−2", "−0.01")
     assert ax.get_xlim() == above.get_xlim() == second.axes[0].get_xlim()
     assert (ax.get_title("left"), second.axes[0].get_title("left"), len(second.axes)) == ("a", "b", 1)
+    assert set(ax.get_xticks()) == {-5, -1, 0, 1, 5}
+    wide = compared(mean=-0.3, interval=[-0.4, -0.2])
+    assert set(figures.differences(wide, ["a less base"])[0].axes[0].get_xticks()) == {-10, -1, 0, 1, 10}
     band = ax.patches[0]
     assert (band.get_x(), band.get_x() + band.get_width()) == (-1, 1)
 

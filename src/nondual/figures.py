@@ -166,9 +166,8 @@ def differences(
     }
     widest = max(abs(x) for of_arm in rows.values() for _, _, found_here in of_arm for x in found_here)
     reach = max(1.6 * widest, 3.0)
-    ticks = [each for each in (-50, -10, -5, -1, 0, 1, 5, 10, 50) if abs(each) <= reach]
-    if widest > 12:  # otherwise the labels of a narrow panel touch
-        ticks = [each for each in ticks if abs(each) != 5]
+    far = 10 if reach > 10 else 5 if reach > 5 else 1
+    ticks = sorted({-far, -1, 0, 1, far})
     return [_differences(pyplot, titles[arm], rows[arm], in_bits, reach, ticks) for arm in titles]
 
 

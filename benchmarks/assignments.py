@@ -32,6 +32,7 @@ HELD_OUT = ("macbeth", "the-tempest")
 TASKS = ("capital", "opposite", "past")
 SEEDS = (1, 2, 3)
 TEXTS, KINDS = ("play", "random rows"), ("low rank", "largest")
+PLACES = ("trained", "one position", "dealt out")
 
 
 def interval(each: Sequence[float] | Tensor) -> list[float]:
@@ -135,6 +136,38 @@ def judged(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 # --8<-- [end:judged]
+
+
+def arms(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """For each assignment what its interventions and controls gave, as means with intervals over the same units."""
+
+    def means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
+        return {name: interval([row[name] for row in rows]) for name in names}
+
+    rows = {stage: list(found[stage].values()) for stage in ("powers", "doors", "positions", "prompt")}
+    size = {kind: sum(row[f"spread, {kind}"] for row in rows["positions"]) / len(rows["positions"]) for kind in PLACES}
+    moves = {"exchanged": "trained", "moved on": "trained"} | {f"replaced, {kind}": kind for kind in PLACES}
+    kinds = {}
+    for text, one in found["tables"].items():
+        alone = sum(one["alone"]) / len(one["alone"])
+        for kind in KINDS:
+            for rank, each in one[kind].items():
+                kinds[f"{text}, {kind} {rank}"] = [round(x / alone, 4) for x in interval(each)]
+    pulse, rest = found["state"]["pulse"], found["state"]["rest"]
+    return {
+        "powers": means(rows["powers"], ("moved", "exchanged", "control")),
+        "doors": means(rows["doors"], ("closed", "wrong door", "scrambled")),
+        "positions": {
+            name: interval([row[name] / size[kind] for row in rows["positions"]]) for name, kind in moves.items()
+        },
+        "tables": kinds,
+        "state": {name: interval(each) for name, each in pulse.items()}
+        | {name: [float(f"{x:.3g}") for x in bootstrap(torch.tensor(rest[name]))] for name in ("text", "blank")},
+        "prompt": {
+            name: interval([row[name]["share"] for row in rows["prompt"]])
+            for name in ("bare", *(f"{way}, {label}" for way in ("prompt", "weights") for label in by_prompt.LABELS))
+        },
+    }
 
 
 def verdict(parts: dict[str, dict[str, Any]]) -> str:
@@ -271,7 +304,7 @@ def main(options: list[str]) -> None:
         from benchmarks.assignments_tiny import tiny_bench
 
         found = run(*tiny_bench(), tiny=True)
-        print("tiny", {name: verdict(parts) for name, parts in judged(found).items()})
+        print("tiny", {name: verdict(parts) for name, parts in judged(found).items()}, list(arms(found)))
         return
     stages = {
         "powers": range(30),
@@ -284,6 +317,7 @@ def main(options: list[str]) -> None:
     parts = judged(found)
     figures = {
         "judged": {name: {"verdict": verdict(each), "parts": each} for name, each in parts.items()},
+        "arms": arms(found),
         **found,
     }
     for name, each in figures["judged"].items():

@@ -329,6 +329,11 @@ def carry_out(run: Run) -> dict[str, Any]:
 
 def trained(run: Run) -> dict[str, Any]:
     """The outcome, and what else is kept of each run."""
+    return fitted(run)[1]
+
+
+def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
+    """The model at the end of its training, and what is kept of the run."""
     task, began = TASKS[run.task](), time.process_time()
     model = model_of(task, run.arm, run.seed)
     steps = task.steps if run.steps is None else run.steps
@@ -362,7 +367,7 @@ def trained(run: Run) -> dict[str, Any]:
     if failed:  # from then on it counts as guessing
         known = [each for each in curve if math.isfinite(each)]
         curve = known + [task.chance] * (len(CHECKS) - len(known))
-    return {
+    kept = {
         "rate": run.rate,
         "seed": run.seed,
         "outcome": round(curve[-1] if task.text else mean(curve), 5),
@@ -373,6 +378,7 @@ def trained(run: Run) -> dict[str, Any]:
         "parameters": size(model),
         "seconds": round(time.process_time() - began, 1),
     }
+    return model, kept
 
 
 def loss_of(model: nn.Module, given: tuple[Tensor, ...], answers: Tensor) -> Tensor:

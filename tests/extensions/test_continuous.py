@@ -15,6 +15,7 @@ from nondual.ops.attention import attention
 from nondual.ops.flash_attention import flash_attention
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
+from nondual.tasks import successors
 from nondual.transformer import FeedForward, TransformerLayer
 
 B, H, N, D = 2, 3, 7, 5
@@ -132,6 +133,56 @@ def test_what_roles_refuses():
     assert cache.length == 4
 
 
+# ---- direction -------------------------------------------------------------------------------------------------------
+
+
+def test_with_positions_mutual_scores_tell_direction():
+    """Two layers by hand: the two of a pair look at each other; then a question looks for its character's partner."""
+    kinds, ring = 7, 5
+    ids, answers = successors(64, ring, characters=kinds, questions=3, generator=torch.Generator().manual_seed(0))
+    place, end = torch.arange(ids.shape[1]), 2 * ring
+    pair = F.one_hot(torch.where(place < end, place // 2, ring)).float()
+    second, asks = ((place < end) & (place % 2 == 1)).float()[:, None], (place >= end).float()[:, None]
+    shown, asked = F.one_hot(ids, 2 * kinds).float().split(kinds, -1)
+    parts = {"pair": pair, "second": second, "asks": asks}
+    given = [each.expand(len(ids), *each.shape) for each in parts.values()]
+
+    def look(x, matrix, causal):
+        """One head of attention with this matrix, its share 0, whose values are the characters that are shown."""
+        roles = Roles(1, 0.0)
+        out = roles((x @ matrix)[:, None], x[:, None], shown[:, None], causal=causal, scale=1.0)
+        return out[:, 0]
+
+    sizes = [kinds, kinds, ring + 1, 1, 1, kinds]
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    at = dict(zip(("shown", "asked", "pair", "second", "asks", "partner"), map(slice, starts, starts[1:])))
+    for causal in (False, True):
+        first, then = torch.zeros(2, starts[-1], starts[-1])
+        first[at["pair"], at["pair"]] = 30 * torch.eye(ring + 1)
+        then[at["asked"], at["partner"]] = 30 * torch.eye(kinds)
+        then[at["asks"], at["second"]] = 30
+        x = torch.cat([shown, asked, *given, torch.zeros_like(shown)], -1)
+        both = look(x, first, causal)
+        x = torch.cat([shown, asked, *given, 2 * both - shown], -1)
+        assert torch.equal(look(x, then + then.mT, causal)[:, end:].argmax(-1), answers)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_without_positions_and_with_all_visible_no_score_tells_direction(share):
+    """Pairs the other way round are the same tokens, and the ring runs the other way: the answers stay as they were."""
+    torch.manual_seed(0)
+    ids, answers = successors(9, 5, characters=7, questions=3)
+    turned = ids.clone()
+    turned[:, 0:10:2], turned[:, 1:10:2] = ids[:, 1:10:2], ids[:, 0:10:2]
+    read = nn.Embedding(14, 12)
+    layers = nn.Sequential(
+        *(TransformerLayer(MultiHeadAttention(12, 3, op=Roles(3, share)), FeedForward(12, 29), 12) for _ in range(2))
+    )
+    torch.testing.assert_close(layers(read(ids))[:, 10:], layers(read(turned))[:, 10:], atol=1e-5, rtol=1e-5)
+    preceding = (turned[:, None, 0:10:2] == (ids[:, 10:] - 7)[..., None]).long().argmax(-1)
+    assert (turned[:, 1:10:2].gather(1, preceding) != answers).all()
+
+
 # ---- the flow --------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +222,18 @@ def test_the_energy_of_one_position_by_hand():
     flow, x = made(), drawn(1, 1, H * D)
     q, k = (proj(flow.gain * F.layer_norm(x, x.shape[-1:]) + flow.shift) for proj in (flow.q_proj, flow.k_proj))
     torch.testing.assert_close(flow.energy(x), -(q * k).sum((1, 2)))
+
+
+def test_two_tokens_at_right_angles_by_hand():
+    """Each scores 1 with itself and 0 with the other, and moves by as much because it asks as because it is asked."""
+    flow = EnergyFlow(4, 1, eps=0.0).double()
+    with torch.no_grad():
+        for proj in (flow.q_proj, flow.k_proj):
+            proj.weight.copy_(torch.eye(4) / math.sqrt(2))
+    x = torch.tensor([[[1.0, 1, -1, -1], [1, -1, 1, -1]]], dtype=torch.float64)
+    torch.testing.assert_close(flow.energy(x).item(), -4 * math.log(1 + math.e))
+    own = math.e / (1 + math.e)
+    torch.testing.assert_close(flow.velocity(x), own * x + (1 - own) * x.flip(1))
 
 
 def test_the_energy_never_rises_in_small_steps():

@@ -11,6 +11,7 @@ Streams run in float64, so that an error is what letting go did and not a roundi
 import copy
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks import proposals_run
-from benchmarks.plays import in_numbers, windows
+from benchmarks.plays import Plays, in_numbers, windows
 from benchmarks.proposals_run import CONTEXT, HELD_OUT, LIBERATING, TASKS, WINDOWS, Reader, fitted
 from benchmarks.record import keep
 from nondual.extensions import CertifiedStream, DecayingAttention
@@ -104,13 +105,17 @@ def read_by(model: Reader, ids: Tensor) -> list[Tensor]:
     return seen
 
 
+@cache
+def plays() -> Plays:
+    return in_numbers(HELD_OUT)
+
+
 # --- loss by position ------------------------------------------------------------------------------------------------
 
 
 def held_out(long: int, rows: int) -> Tensor:
     """Windows (rows, long + 1) of the plays that no training draws from."""
-    plays = in_numbers(HELD_OUT)
-    return torch.cat([windows(plays.of[name], long, rows // len(HELD_OUT)) for name in HELD_OUT])
+    return torch.cat([windows(plays().of[name], long, rows // len(HELD_OUT)) for name in HELD_OUT])
 
 
 @torch.no_grad()
@@ -142,7 +147,7 @@ def half_life(log_gate: float) -> float | None:
 
 def gates(model: Reader) -> list[dict[str, Any]]:
     """Of every head, on held-out windows of 128: layer by layer."""
-    alphabet = in_numbers(HELD_OUT).alphabet
+    alphabet = plays().alphabet
     ids = torch.cat([given[0] for given, _ in TASKS["Shakespeare"]().fresh()])
     kinds = {name: kind_of(ids, alphabet, of) for name, of in KINDS.items()}
     found = []
@@ -254,8 +259,7 @@ def kept_by_rule(log_forget: Tensor, bound: Tensor, epsilon: float) -> Tensor:
 @torch.no_grad()
 def streams(model: Reader, run: Run) -> dict[str, Any]:
     """What streams of each ε keep of a held-out play and how far they are off, and the model that keeps all."""
-    plays = in_numbers(HELD_OUT)
-    ids = plays.of["the-tempest"][: run.stream + 1][None]
+    ids = plays().of["the-tempest"][: run.stream + 1][None]
     model = copy.deepcopy(model).double()
     whole = copy.deepcopy(model)
     for layer, mixer in zip(whole.layers, mixers(model)):
@@ -265,7 +269,7 @@ def streams(model: Reader, run: Run) -> dict[str, Any]:
     cache = [2 * n * model.layers[0].mixer.q_proj.out_features * 8 for n in marks(run.stream)]  # type: ignore[union-attr, operator]
     found: dict[str, Any] = {"exact_bits": round(exact, 6), "cache_bytes": cache, "streams": of_each}
     if run.arm == "decay" and run.seed == 1:
-        found["passage"] = passage(model, plays.alphabet, ids[:, : min(PASSAGE, run.stream)])
+        found["passage"] = passage(model, plays().alphabet, ids[:, : min(PASSAGE, run.stream)])
     return found
 
 

@@ -6,6 +6,7 @@ the page first uses it. Neither is marked in a heading or in a link.
 
 import re
 import unicodedata
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -19,7 +20,13 @@ _ABBR = re.compile(r"<abbr\b[^>]*>(.*?)</abbr>", re.S)
 
 def terms(docs: Path) -> list[dict]:
     """The terms in the order of docs/glossary.yml."""
-    return yaml.safe_load((docs / "glossary.yml").read_text(encoding="utf-8"))
+    return _parsed((docs / "glossary.yml").read_text(encoding="utf-8"))
+
+
+@cache
+def _parsed(text: str) -> list[dict]:
+    """Every page asks for the terms, and the file takes half a second to be read."""
+    return yaml.safe_load(text)
 
 
 def with_terms(markdown: str, terms: list[dict]) -> str:
@@ -36,8 +43,8 @@ def marks(entry: dict) -> list[str]:
 
 
 def as_tooltips(terms: list[dict]) -> str:
-    """Abbreviation definitions."""
-    return "\n".join(f"*[{form}]: {curled(entry['gloss'])}" for entry in terms for form in marks(entry))
+    """Abbreviation definitions, each a block of its own: Python-Markdown tests a block anew after every one in it."""
+    return "\n\n".join(f"*[{form}]: {curled(entry['gloss'])}" for entry in terms for form in marks(entry))
 
 
 def as_list(terms: list[dict]) -> str:

@@ -375,6 +375,7 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
         "failed": failed,
         "spikes": spikes(losses),
         "loss": [round(each, 4) for each in losses[:: max(steps // 20, 1)]],
+        "shares": [one.share.tolist() for one in model.modules() if isinstance(one, Roles)],
         "parameters": size(model),
         "seconds": round(time.process_time() - began, 1),
     }

@@ -14,6 +14,7 @@ chosen as there, with the same seeds, and what `proposals` has already trained i
 A run is kept as it ends in `runs/self_liberating` of the cache folder, so that the plan goes on where it was stopped.
 """
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def promises(runs: dict[str, list[dict[str, Any]]], epsilons: Sequence[float]) -
                 "most_in_second_half_over_first": round(max(second / first for first, second in halves), 3),
                 "all_as_the_rule": all(layer["as_the_rule"] for layer in layers),
                 "bytes_most": max(max(layer["bytes"]) for layer in layers),
-                "bits_more": interval([s["bits"] - each["exact_bits"] for s, each in zip(streams, found)]),
+                "bits_moved_most": max(abs(s["bits"] - each["exact_bits"]) for s, each in zip(streams, found)),
             }
     return out
 
@@ -173,5 +174,15 @@ def carried_out(
         "losses": {name: losses(runs, of) for name, of in STRETCHES.items() if of[1] <= long},
         "half_lives": heads(runs),
         "streams": promises(runs, more.get("epsilons", EPSILONS)),
-        "runs": runs,
+        "runs": {arm: [shorter(found) for found in of] for arm, of in runs.items()},
     }
+
+
+def shorter(found: dict[str, Any]) -> dict[str, Any]:
+    """A run without its learning curve, and without what `promises` has summed up."""
+    out = copy.deepcopy(found)
+    out["trained"] = {key: value for key, value in found["trained"].items() if key not in ("loss", "curve")}
+    for stream in out.get("streams", {}).values():
+        for layer in stream["layers"]:
+            del layer["kept_by_part"]
+    return out

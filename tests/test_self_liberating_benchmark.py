@@ -175,4 +175,5 @@ def test_the_whole_plan(tmp_path, monkeypatch):
     assert all(of["outputs_within"] for arm in found["streams"].values() for of in arm.values())
     assert "passage" in found["runs"]["decay"][0] and "passage" not in found["runs"]["decay"][1]
     kept = carry_out(Run("decay", 0.003, 1, tmp_path / "own", tmp_path / "shared", **small))
-    assert kept == found["runs"]["decay"][0]
+    assert self_liberating.shorter(kept) == found["runs"]["decay"][0]
+    assert len(kept["streams"]["0.1"]["layers"][0]["kept_by_part"]) == 16 and len(kept["trained"]["curve"]) == 5

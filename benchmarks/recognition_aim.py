@@ -3,7 +3,8 @@
 A small transformer reads examples of linear functions, of which M are stored: they come again and again in training.
 Arms differ in what is to be named beside the next answer, with what weight, and in how often each task comes; see
 `recognition_aim_run`. Each arm's rate is chosen by whole trainings with two seeds of their own, by the error on prompts
-like those of its training; then eight paired seeds are trained. Beside them stand, on the same prompts, the two
+like those of its training; then eight paired seeds are trained. Four of the arms are then trained twice as long, with
+rates chosen anew and other seeds. Beside them stand, on the same prompts, the two
 predictors between which the index is taken, and the exact errors of one layer of linear attention trained on the same
 tables of tasks, which has no name to give.
 
@@ -64,6 +65,10 @@ ARMS = [
     for law in (False, True)
     for name, weight in (("next", 0.0), ("task", MIDDLE), ("inputs", MIDDLE), ("random", MIDDLE))
 ] + [Arm("task", weight) for weight in WEIGHTS if weight != MIDDLE]
+
+LONGER = [arm for arm in ARMS if not arm.law and arm.weight in (0, MIDDLE)]
+"""The arms that are trained twice as long too, with other seeds."""
+LONGER_STEPS, LONGER_SEEDS = 2 * STEPS, tuple(range(11, 19))
 
 OUTCOMES: dict[str, Callable[[dict[str, Any]], float]] = {
     "stored": lambda run: run["stored"],
@@ -267,11 +272,16 @@ def main(options: list[str]) -> None:
     if not chosen:
         raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(map(str, ARMS))}")
     arms: dict[str, dict[str, Any]] = {}
+    longer: dict[str, dict[str, Any]] = {}
+    twice = plan._replace(steps=LONGER_STEPS, seeds=LONGER_SEEDS)
     try:
-        for arm in chosen:
-            arms[str(arm)] = of_arm(plan, arm)
-            told = {name: round(mean(of(run) for run in arms[str(arm)]["runs"]), 4) for name, of in OUTCOMES.items()}
-            print(arm, arms[str(arm)]["rates"], told, flush=True)
+        for done, one, arm in [
+            *((arms, plan, arm) for arm in chosen),
+            *((longer, twice, arm) for arm in chosen if arm in LONGER),
+        ]:
+            done[str(arm)] = of_arm(one, arm)
+            told = {name: round(mean(of(run) for run in done[str(arm)]["runs"]), 4) for name, of in OUTCOMES.items()}
+            print(arm, one.steps, done[str(arm)]["rates"], told, flush=True)
     except OutOfTime:
         print(f"{len(arms)} of {len(chosen)} arms done in the time given: call again to go on")
         return
@@ -288,5 +298,9 @@ def main(options: list[str]) -> None:
         "predictors": predictors(SEEDS),
         "linear attention": exact(SEEDS),
         "arms": arms,
+        "longer": {
+            "steps": LONGER_STEPS, "points": points(longer), "compared": judged(longer), "arms": longer,
+            "predictors": predictors(LONGER_SEEDS),
+        },
     }  # fmt: skip
     write("recognition_aim", "nox -s bench -- recognition_aim", figures, threads=1)

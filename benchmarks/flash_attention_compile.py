@@ -1,7 +1,7 @@
 """Every flash attention kernel in every configuration, compiled for four chips.
 
 `nox -s bench -- flash_attention_compile`; the options are in benchmarks/compiled.py. --brief keeps one mask of three,
-powers of two, some float32.
+powers of two, some float32. Forget gates: with one mask, in bfloat16, for two chips.
 """
 
 import sys
@@ -15,6 +15,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = HALF | {"fp32": torch.float32}
 BRIEF = {"forward": "window", "decode": "full", "dkdv": "full", "dq": "full"}
 MASKS = {"full": (False, False), "causal": (True, False), "window": (True, True)}
+GATES = {"p_high": "*fp32", "p_low": "*fp32", "p_first": "*i32", "p_dc": "*fp32"}
 
 
 def cases(target: str, brief: bool = False):
@@ -44,14 +45,20 @@ def cases(target: str, brief: bool = False):
                     constants = {"SHARE": 8 if name == "decode" else 1, "D": d, "DV": d, "BLOCK_D": block}
                     constants |= {"BLOCK_DV": block, "CAUSAL": causal, "WINDOWED": windowed, **config}
                     title = f"{name} D{d} {label} {mask}"
-                    yield Case(title, kernel, types(kernel, label), constants, warps, stages)
+                    yield Case(title, kernel, types(kernel, label), constants | without_gates(kernel), warps, stages)
+        for d in (64, 128) if target in ("sm_80", "sm_90") else ():
+            config = flash.configuration(name, target, d, d, torch.bfloat16, gates=True)
+            warps, stages = config.pop("num_warps"), config.pop("num_stages")
+            constants = {"SHARE": 8 if name == "decode" else 1, "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d}
+            constants |= {"CAUSAL": True, "WINDOWED": False, **config}
+            yield Case(f"{name} D{d} bf16 causal, gates", kernel, types(kernel, "bf16"), constants, warps, stages)
     for d in (128, 256):
         config = flash.configuration("decode", target, d, d, torch.bfloat16) | {"BLOCK_Q": flash.MOST_ROWS}
         warps, stages = config.pop("num_warps"), config.pop("num_stages")
         constants = {"SHARE": 8, "D": d, "DV": d, "BLOCK_D": d, "BLOCK_DV": d, "CAUSAL": True, "WINDOWED": False}
         kernel = flash.decode_kernel
         title = f"decode D{d} bf16 causal, 64 rows"
-        yield Case(title, kernel, types(kernel, "bf16"), constants | config, warps, stages)
+        yield Case(title, kernel, types(kernel, "bf16"), constants | config | without_gates(kernel), warps, stages)
     for d in (64, 128, 256):
         config = flash.configuration("delta", target, d, d, torch.bfloat16)
         constants = {"DV": d, "BLOCK_DV": d, "BLOCK_Q": config["BLOCK_Q"]}
@@ -63,11 +70,18 @@ def cases(target: str, brief: bool = False):
         yield Case(title, kernel, types(kernel, "bf16"), constants, warps, 3)
 
 
+def without_gates(kernel) -> dict[str, None]:
+    """The constants of a kernel that is compiled without forget gates."""
+    return {name: None for name in GATES if name in kernel.arg_names}
+
+
 def types(kernel, label: str) -> dict[str, str]:
     """Triton's type for each argument, by its name."""
     float32 = {"p_top", "p_total", "p_delta", "p_dtotal", "p_part", "p_part_m", "p_part_l"}
     return {
-        name: ("*fp32" if name in float32 else f"*{label}")
+        name: GATES[name]
+        if name in GATES
+        else ("*fp32" if name in float32 else f"*{label}")
         if name.startswith("p_")
         else "fp32"
         if name in ("scale", "factor")

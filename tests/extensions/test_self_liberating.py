@@ -1,6 +1,7 @@
 """Attention that fades over time and persists over depth: the laws of `nondual.extensions.self_liberating`."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nondual.extensions import CertifiedStream, DecayingAttention, PersistentSco
 from nondual.language_models.causal import CausalLM
 from nondual.ops import masks
 from nondual.ops.attention import attention
+from nondual.ops.flash_attention import flash_attention
 from nondual.relative_positions import ALiBi, Rotary
 from nondual.transformer import FeedForward, TransformerLayer
 
@@ -77,6 +79,52 @@ def test_gates_of_1_leave_ordinary_attention_and_none_do_so_to_the_bit():
     wanted = plain.out_proj(attention(q, k, v, causal=True).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixer(x), wanted)
     torch.testing.assert_close(plain(x), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": Rotary(D)}, {"forgets": False}])
+def test_the_flash_path_gives_the_same_and_the_same_gradients(options):
+    formed, x = made(**options), drawn(B, N, E)
+    flash = made(**options, op=flash_attention)
+    flash.load_state_dict(formed.state_dict())
+    for a, b in zip(formed.parts(x), flash.parts(x)):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(flash(x), formed(x))
+    d_out = drawn(B, N, E, seed=1)
+    grads = ([*torch.autograd.grad(mixer(x), mixer.parameters(), d_out)] for mixer in (formed, flash))
+    for (name, _), a, b in zip(formed.named_parameters(), *grads):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_flash_path_in_half_precision_and_with_gates_of_0():
+    mixer, x = made(op=partial(flash_attention, impl="reference")), drawn(B, N, E)
+    half = DecayingAttention(E, H, op=flash_attention).bfloat16()
+    half.load_state_dict(mixer.state_dict())
+    found = half(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and (found.double() - mixer(x)).norm() < 0.03 * mixer(x).norm()
+    with torch.no_grad():
+        mixer.forget.weight.zero_()
+        mixer.forget.bias.fill_(-2e6)  # log f is below what counts as a gate of 0
+        v = mixer.parts(x).v.transpose(1, 2).flatten(2)
+        torch.testing.assert_close(mixer(x), mixer.out_proj(v))  # each position sees itself alone
+
+
+def test_one_program_for_any_length_by_the_flash_path():
+    torch.manual_seed(0)
+    mixer = DecayingAttention(E, H, op=flash_attention)
+    compiled = torch.compile(mixer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for n in (5, 9):
+        x = torch.randn(2, n, E)
+        torch.testing.assert_close(compiled(x), mixer(x))
+
+
+def test_the_flash_path_refuses_what_needs_the_scores():
+    mixer, x = made(op=flash_attention), drawn(B, N, E)
+    with pytest.raises(ValueError, match="return_weights must be False with an op"):
+        mixer(x, return_weights=True)
+    with pytest.raises(ValueError, match="scores must be None with an op, which forms no scores"):
+        mixer(x, scores=lambda s: s)
+    with pytest.raises(TypeError, match="op must be a function such as flash_attention, or None, got str"):
+        made(op="flash")
 
 
 def test_rows_sum_to_one_and_a_gate_lowers_all_earlier_weights_alike():
@@ -246,6 +294,13 @@ def test_the_error_of_every_output_is_within_what_was_certified(positions, epsil
     assert (missing <= epsilon).all()
     assert (error <= 2 * missing.transpose(1, 2) * largest + 1e-12).all()
     assert missing.max() > epsilon / 10 and kept[-1] < 150, "something was let go"
+
+
+def test_a_mixer_on_the_flash_path_can_be_streamed():
+    mixer, x = made(half_life=2.0, op=flash_attention), drawn(B, 40, E)
+    with torch.no_grad():
+        found, _, _ = streamed(mixer, x, 1e-9)
+        torch.testing.assert_close(found, mixer(x), atol=1e-7, rtol=1e-7)
 
 
 def test_it_keeps_a_bounded_number_of_keys_and_fewer_with_a_larger_epsilon():

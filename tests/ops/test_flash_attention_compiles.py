@@ -27,6 +27,11 @@ def compiled(compiled_alone):
     return json.loads(compiled_alone("-m", "benchmarks.flash_attention_compile", "--brief", KNOWN))
 
 
+def with_gates(figures, yes):
+    """The kernels with forget gates, or those without."""
+    return {name: by_chip for name, by_chip in figures.items() if name.endswith(", gates") == yes}
+
+
 @pytest.fixture(scope="module")
 def report():
     return json.loads(REPORT.read_text())["figures"]
@@ -35,22 +40,25 @@ def report():
 LAUNCH = """
 import harness
 import torch
+from nondual.ops.flash_attention.forget import sums_of
 from nondual.ops.flash_attention.triton import launch as flash
 
 harness.compile_instead_of_launching(lambda name, code: print(name, "wgmma.mma_async" in code["ptx"]))
 flash.chip_of = lambda device: "sm_90"
-for b, h, g, n, m, d, dv in ((2, 4, 2, 37, 61, 64, 64), (1, 1, 1, 1, 1, 1, 1)):
+for b, h, g, n, m, d, dv, gates in ((2, 4, 2, 37, 61, 64, 64, 0), (1, 1, 1, 1, 1, 1, 1, 0), (1, 1, 1, 1, 1, 1, 1, 1)):
+    forget = sums_of(torch.zeros(b, h, m)) if gates else None
     q, k, v = (torch.zeros(b, *x, dtype=torch.bfloat16) for x in ((h, n, d), (g, m, d), (g, m, dv)))
-    out, top, total = flash.launch_forward(q, k, v, True, 3, 0.5)
-    flash.launch_backward(out, total, q, k, v, out, top, total, True, 3, 0.5)
-    flash.launch_decode(q[:, :, :1], k, v, True, 3, 0.5, 2)
+    out, top, total = flash.launch_forward(q, k, v, True, 3, 0.5, forget)
+    flash.launch_backward(out, total, q, k, v, out, top, total, True, 3, 0.5, forget)
+    flash.launch_decode(q[:, :, :1], k, v, True, 3, 0.5, 2, forget)
 """
 
 
 def test_what_the_launchers_hand_to_the_compiler_is_what_it_takes(compiled_alone):
-    """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled."""
+    """The launchers as they are, up to the launch: arguments bound, specialised (sizes of 1 too) and compiled; and
+    with forget gates."""
     said = compiled_alone("-c", LAUNCH).split()
-    assert said[::2] == 2 * [f"{x}_kernel" for x in ("forward", "delta", "dq", "dkdv", "decode", "combine")]
+    assert said[::2] == 3 * [f"{x}_kernel" for x in ("forward", "delta", "dq", "dkdv", "decode", "combine")]
     assert {name for name, tensor in zip(said[::2], said[1::2]) if tensor == "True"} == {
         "forward_kernel",
         "dq_kernel",
@@ -84,7 +92,12 @@ def demand(figures, chip):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_line_of_the_table_compiles_well(compiled, chip):
-    assert demand(compiled, chip) == (4 * 3 + 3 + 3 + 2) + (4 if chip == "sm_90" else 0)
+    assert demand(with_gates(compiled, False), chip) == (4 * 3 + 3 + 3 + 2) + (4 if chip == "sm_90" else 0)
+
+
+@pytest.mark.parametrize("chip", CHIPS[:2])
+def test_forget_gates_compile_as_well(compiled, chip):
+    assert demand(with_gates(compiled, True), chip) == 4 * 2
 
 
 def test_float32_is_multiplied_in_float32(compiled):
@@ -100,7 +113,7 @@ def test_the_report_holds_for_every_mask_and_head(report, chip):
 
 def test_the_report_is_of_these_kernels(report, compiled):
     """The report's tiles are the table's, and what is compiled now is near what it says: a compiler's figures move."""
-    for name, by_chip in compiled.items():
+    for name, by_chip in with_gates(compiled, False).items():  # the report is older than gates
         for chip, row in by_chip.items():
             said = report[name][chip]
             assert said["tiles"] == row["tiles"], f"{name} on {chip}: python -m benchmarks flash_attention_compile"

@@ -5,6 +5,7 @@
     CertifiedStream      decoding that lets a key go once what it can still weigh is less than ε
 
     TransformerLayer(DecayingAttention(64, 4), FeedForward(64, 256), 64, norm_first=True)
+    DecayingAttention(512, 8, op=flash_attention)    # the same without ever holding the N x N weights
 
 Sources: forget gates in softmax attention, Lin et al. 2025, "Forgetting Transformer" (2503.02130), section 3; scores
 carried on, He et al. 2020, "RealFormer" (2012.11747), section 3. The certified stream is ours. Symbols: x (B, N, E), H
@@ -61,6 +62,9 @@ class DecayingAttention(nn.Module):
     Queries and keys are normalised to a root mean square of 1 and multiplied by a learned gain for each head. So no
     score exceeds `bound`, which `CertifiedStream` rests on. Gates that are all 1 leave ordinary attention.
 
+    Without `op` the weights (B, H, N, N) are formed. With op=flash_attention, of `nondual.ops.flash_attention`, the
+    results are the same in memory linear in N, and its kernels run on a GPU (where they are not yet measured).
+
     Args:
         d_model: E.
         n_heads: H.
@@ -68,9 +72,11 @@ class DecayingAttention(nn.Module):
         half_life: of how many steps the gates begin, for x = 0: half of a weight is gone after so many.
         positions: where queries and keys stand, as in `MultiHeadAttention`; rotary ones alone, since a bias is not
             bounded.
+        op: what joins queries, keys and values, called as op(q, k, v, causal=True, log_forget=...), with log f (B, H,
+            N) or None without gates; the weights are formed where it is left out. `partial` binds its other options.
 
     Raises:
-        TypeError: positions of another kind.
+        TypeError: positions of another kind, or an op that is not callable.
         ValueError: a size below 1, heads that do not divide d_model, a half-life that is not finite or not above 0,
             positions of another width or with a bias.
     """
@@ -78,6 +84,7 @@ class DecayingAttention(nn.Module):
     n_heads: int
     d_head: int
     positions: RelativePositions | None
+    op: Callable[..., Any] | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -93,6 +100,7 @@ class DecayingAttention(nn.Module):
         forgets: bool = True,
         half_life: float = 64.0,
         positions: RelativePositions | None = None,
+        op: Callable[..., Any] | None = None,
     ):
         super().__init__()
         check_sizes(d_model=d_model, n_heads=n_heads)
@@ -100,7 +108,9 @@ class DecayingAttention(nn.Module):
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
         if not 0 < half_life < math.inf:
             raise ValueError(f"half_life must be above 0 and finite, got {half_life}")
-        self.n_heads, self.d_head, self.positions = n_heads, d_model // n_heads, positions
+        if op is not None and not callable(op):
+            raise TypeError(f"op must be a function such as flash_attention, or None, got {type(op).__name__}")
+        self.n_heads, self.d_head, self.positions, self.op = n_heads, d_model // n_heads, positions, op
         if positions is not None:
             if not isinstance(positions, RelativePositions):
                 raise TypeError(f"positions must be Rotary, got {type(positions).__name__}")
@@ -156,12 +166,18 @@ class DecayingAttention(nn.Module):
 
         Raises:
             TypeError: x is not a tensor.
-            ValueError: x of another rank or width.
+            ValueError: x of another rank or width; scores or the weights asked of a layer with an op.
         """
         check_tensors({"x": x})
         if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
             raise ValueError(f"x must be (B, N, {self.q_proj.in_features}), got {tuple(x.shape)}")
+        if self.op is not None and (scores is not None or return_weights):
+            asked = "return_weights must be False" if scores is None else "scores must be None"
+            raise ValueError(f"{asked} with an op, which forms no scores to show or to add to; leave op out")
         q, k, v, log_forget = self.parts(x)
+        if self.op is not None:
+            out = self.op(q, k, v, causal=True, log_forget=log_forget if self.forget is not None else None)
+            return self.out_proj(rearrange(out.to(v.dtype), "b h n d -> b n (h d)"))
         with autocast_off(x.device.type):  # it would multiply in half precision
             # --8<-- [start:decay]
             s = at_least_float32(q) @ at_least_float32(k).mT / self.d_head**0.5

@@ -7,7 +7,8 @@ they rescale and write O once for each tile of keys; the recurrences, that paper
 Symbols: B batch, H query heads, G key/value heads, N queries, M keys, D head width; a tile of queries is Q_i, a tile of
 keys K_j; S scores, P their softmax, m a row's highest score so far, l (the papers' ℓ) its sum of exponentials so far,
 L = m + log l their log-sum-exp. Where we differ: M may differ from N, heads may be grouped, tiles that causality or a
-window leaves empty are never visited, and a row with nothing to attend gives 0 with L = -inf.
+window leaves empty are never visited, scores may decay by forget gates (`nondual.ops.flash_attention.forget`), and a
+row with nothing to attend gives 0 with L = -inf.
 
 N x M is never held: beyond input and output, memory is one tile of scores and a few rows.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from nondual.ops.autocast import autocast_off, without_autocast
 from nondual.ops.dtypes import accumulation_dtype
+from nondual.ops.flash_attention.forget import Forget, between
 from nondual.ops.impl import refuses_transforms
 
 
@@ -75,6 +77,7 @@ def flash_attention(
     tile: tuple[int, int] = (128, 128),
     count: Count | None = None,
     trace: Callable[[Step], None] | None = None,
+    forget: Forget | None = None,
 ) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
     """Attention and its log-sum-exp, tile by tile; `nondual.ops.flash_attention` has checked the inputs.
 
@@ -88,6 +91,7 @@ def flash_attention(
         tile: how many queries and how many keys a tile has.
         count: what was computed, forward and backward, is added to it.
         trace: called after every tile of the forward pass with what is on the chip then.
+        forget: forget gates, with causal.
 
     Returns:
         out (B, H, N, Dv) in q's dtype, and lse (B, H, N), natural, in float32 or better.
@@ -96,16 +100,18 @@ def flash_attention(
         RuntimeError: when differentiated twice, in forward mode, or under a transform of torch.func;
             `nondual.ops.attention.attention(impl="reference")` can be.
     """
-    refused = refuses_transforms(q, k, v)
+    refused = refuses_transforms(q, k, v, *(forget or ()))
     if refused:
         raise RuntimeError(
             f"reference.flash_attention {refused}; use nondual.ops.attention.attention(impl='reference')"
         )
     causal = causal or window is not None
     if torch.compiler.is_compiling() and count is None and trace is None:
+        if forget is not None:
+            return _forgetting(q, k, v, *forget, window or 0, float(scale), *tile)[:2]
         return _forward(q, k, v, causal, window or 0, float(scale), *tile)[:2]
     visible = Visible(q.shape[2], k.shape[2], causal, window, q.device)
-    return _FlashAttention.apply(q, k, v, visible, scale, tile, count, trace)
+    return _FlashAttention.apply(q, k, v, *(forget or (None, None)), visible, scale, tile, count, trace)
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,13 @@ class Visible:
             first = max(0, queries[0] + self.m - self.n - self.window + 1)
         return range(first, last)
 
+    def positions(self, queries: range) -> Tensor:
+        """Where these queries stand among the keys, (queries,); below 0 where N > M and they see none."""
+        return torch.arange(queries.start, queries.stop, device=self.device) + self.m - self.n
+
     def mask(self, queries: range, keys: range) -> Tensor:
         """(queries, keys), True where allowed."""
-        i = torch.arange(queries.start, queries.stop, device=self.device)[:, None] + self.m - self.n
+        i = self.positions(queries)[:, None]
         j = torch.arange(keys.start, keys.stop, device=self.device)
         allowed = torch.ones(len(queries), len(keys), dtype=torch.bool, device=self.device)
         if self.causal:
@@ -147,7 +157,7 @@ def tiles(of: range, size: int) -> Iterator[range]:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, tile: tuple[int, int],
-    count: Count | None = None, trace: Callable[[Step], None] | None = None,
+    count: Count | None = None, trace: Callable[[Step], None] | None = None, forget: Forget | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: for each tile of queries, over all tiles of keys. Gives O, L, and what rounding took from L."""
     wide = accumulation_dtype(q.dtype)
@@ -163,6 +173,7 @@ def forward(
             k_j, v_j = (_share(_load(x, keys, wide, count), q) for x in (k, v))  # 7
             allowed = visible.mask(queries, keys)
             s = _scores(q_i, k_j, scale, allowed, count)  # 8: S = Q_i K_jᵀ
+            s = _decayed(s, forget, visible, queries, keys)  # by forget gates, if any
             m_new = torch.maximum(m, s.amax(-1))  # 9: m; P̃ = exp(S - m); l
             # A row without a visible key so far: exp(-inf - 0) = 0, not NaN.
             shift = m_new.masked_fill(m_new == -torch.inf, 0)
@@ -186,11 +197,15 @@ def forward(
 
 def backward(
     d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: Tensor,
-    visible: Visible, scale: float, tile: tuple[int, int], count: Count | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Algorithm 2: for each tile of keys, over all tiles of queries; P is computed again from L. Gives dQ, dK, dV."""
+    visible: Visible, scale: float, tile: tuple[int, int], count: Count | None = None, forget: Forget | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Algorithm 2: for each tile of keys, over all tiles of queries; P is computed again from L. Gives dQ, dK, dV.
+
+    With gates dc besides, in float64: of each position, the sum of its row of dS less the sum of its column.
+    """
     wide = lse.dtype
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))  # 3
+    dc = torch.zeros_like(forget.sums) if forget is not None else None
     # 4: D = rowsum(dO ∘ O). L is an output too here, with dL/dS = P: its gradient is added to dS below as part of -D.
     delta = torch.linalg.vecdot(d_out.to(wide), out.to(wide)) - d_lse
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without a visible key: P = exp(S - inf) = 0
@@ -205,38 +220,44 @@ def backward(
             q_i, do_i = (_load(x, queries, wide, count) for x in (q, d_out))  # 9
             l_i, rest_i, d_i = (_load(x, queries, wide, count)[..., None] for x in (lse, rest, delta))
             s = _scores(q_i, k_j, scale, visible.mask(queries, keys), count)  # 10: S = Q_i K_jᵀ, again
+            s = _decayed(s, forget, visible, queries, keys)
             p = torch.exp(s - l_i - rest_i)  # 11: the softmax itself, no division
             dv_j += p.mT @ do_i  # 12
             dp = do_i @ v_j.mT  # 13
             ds = p * (dp - d_i)  # 14
             dq[:, :, queries.start : queries.stop] += scale * ds @ k_j  # 15
             dk_j += scale * ds.mT @ q_i  # 16
+            if dc is not None:
+                at = queries.start + visible.m - visible.n
+                dc[..., max(0, at) : at + len(queries)] += ds.double().sum(-1)[..., max(0, -at) :]
+                dc[..., keys.start : keys.stop] -= ds.double().sum(-2)
             _note(count, multiplications=s.numel() * 2 * (q.shape[-1] + v.shape[-1]))
             _note(count, loaded=q_i.numel(), stored=q_i.numel())  # dQ_i is read and written at every visit
         _store(dk, keys, _gather(dk_j, k), count)  # 18
         _store(dv, keys, _gather(dv_j, v), count)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dc
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, q, k, v, *run):
-        out, lse, rest = forward(q, k, v, *run)
-        ctx.save_for_backward(q, k, v, out, lse, rest)
+    def forward(ctx, q, k, v, sums, first, *run):
+        out, lse, rest = forward(q, k, v, *run, forget=_gates(sums, first))
+        ctx.save_for_backward(q, k, v, sums, first, out, lse, rest)
         ctx.run = run[:-1]
         return out, lse
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_FlashAttentionBackward.apply(d_out, d_lse, *ctx.saved_tensors, *ctx.run), None, None, None, None, None
+        grads = _FlashAttentionBackward.apply(d_out, d_lse, *ctx.saved_tensors, *ctx.run)
+        return *grads, *(None for _ in range(6))
 
 
 class _FlashAttentionBackward(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx, d_out, *given):
-        return backward(d_out, *given)
+    def forward(ctx, d_out, d_lse, q, k, v, sums, first, *given):
+        return backward(d_out, d_lse, q, k, v, *given, forget=_gates(sums, first))
 
     @staticmethod
     def backward(ctx, *_):
@@ -271,7 +292,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     visible = Visible(q.shape[2], k.shape[2], causal, window or None, q.device)
     with autocast_off(q.device.type):
-        return backward(d_out, d_lse, q, k, v, out, lse, rest, visible, scale, (tile_q, tile_kv))
+        return backward(d_out, d_lse, q, k, v, out, lse, rest, visible, scale, (tile_q, tile_kv))[:3]
 
 
 @_backward.register_fake
@@ -291,6 +312,54 @@ def _differentiate(ctx, d_out, d_lse, _):
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_FlashAttentionBackward.backward)
 
+
+@torch.library.custom_op("nondual::forgetting_attention_reference", mutates_args=())
+def _forgetting(
+    q: Tensor, k: Tensor, v: Tensor, sums: Tensor, first: Tensor, window: int, scale: float, tile_q: int, tile_kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    visible = Visible(q.shape[2], k.shape[2], True, window or None, q.device)
+    with autocast_off(q.device.type):
+        return forward(q, k, v, visible, scale, (tile_q, tile_kv), forget=Forget(sums, first))
+
+
+@_forgetting.register_fake
+def _(q, k, v, sums, first, window, scale, tile_q, tile_kv):
+    wide = accumulation_dtype(q.dtype)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), *(q.new_empty(q.shape[:3], dtype=wide) for _ in range(2))
+
+
+@torch.library.custom_op("nondual::forgetting_attention_reference_backward", mutates_args=())
+def _forgetting_backward(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, first: Tensor, out: Tensor,
+    lse: Tensor, rest: Tensor, window: int, scale: float, tile_q: int, tile_kv: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    visible = Visible(q.shape[2], k.shape[2], True, window or None, q.device)
+    gates = Forget(sums, first)
+    with autocast_off(q.device.type):
+        dq, dk, dv, dc = backward(
+            d_out, d_lse, q, k, v, out, lse, rest, visible, scale, (tile_q, tile_kv), forget=gates
+        )
+    assert dc is not None  # there are gates
+    return dq, dk, dv, dc
+
+
+@_forgetting_backward.register_fake
+def _(d_out, d_lse, q, k, v, sums, *rest):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, sums))
+
+
+def _save_gates(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = inputs[5:]
+
+
+def _differentiate_gates(ctx, d_out, d_lse, _):
+    return *_forgetting_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.options), *(None for _ in range(5))
+
+
+_forgetting.register_autograd(_differentiate_gates, setup_context=_save_gates)
+_forgetting_backward.register_autograd(_FlashAttentionBackward.backward)
+
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +368,19 @@ def _scores(q_i: Tensor, k_j: Tensor, scale: float, allowed: Tensor, count: Coun
     s = (scale * q_i @ k_j.mT).masked_fill(~allowed, -torch.inf)
     _note(count, tiles=1, scores=s.numel(), multiplications=s.numel() * q_i.shape[-1])
     return s
+
+
+def _gates(sums: Tensor | None, first: Tensor | None) -> Forget | None:
+    """The gates, where both of their tensors are there."""
+    return None if sums is None or first is None else Forget(sums, first)
+
+
+def _decayed(s: Tensor, forget: Forget | None, visible: Visible, queries: range, keys: range) -> Tensor:
+    """S of one tile less what the gates took from it."""
+    if forget is None:
+        return s
+    places = torch.arange(keys.start, keys.stop, device=s.device)
+    return s + between(forget, visible.positions(queries), places).to(s.dtype)
 
 
 def _note(count: Count | None, **numbers: int) -> None:

@@ -2,9 +2,9 @@
 
 Source: Dao 2023 (2307.08691), Algorithms 1 and 2; split keys as in Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 
-Six files, each built on those before it: `primitives` (a tile loaded, the mask, the online softmax), `forward` and
-`backward` (the kernels), `tiles` (their sizes), `launch` (memory and launches), `autograd` (operators of torch and the
-public function).
+Seven files, each built on those before it: `primitives` (a tile loaded, the mask, the online softmax), `decay` (forget
+gates), `forward` and `backward` (the kernels), `tiles` (their sizes), `launch` (memory and launches), `autograd`
+(operators of torch and the public function).
 
 Symbols: B batch, H query heads, G key/value heads, SHARE = H / G, N queries, M keys, D and DV head widths. In the
 kernels n and m are N and M, and shift = M - N takes a query to its position among the keys. The first letters of a name
@@ -18,6 +18,9 @@ additions, so the same input gives the same bits. Rows are addressed in 64 bits.
 
 Masks: a tile in which no query may attend to any key is not visited, and one in which every query may attend to every
 key is not masked; only the others are.
+
+Forget gates are arguments that may be None. Without them the compiler sees nothing of them, and the kernels are what
+they are without this feature.
 """
 
 from nondual.ops.flash_attention.triton.autograd import flash_attention

@@ -1,12 +1,13 @@
 """Attention of a tile of queries, and decoding: few queries over keys that are split among programs, then combined.
 
 Source: Dao 2023 (2307.08691), Algorithm 1; split keys: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023). Symbols as in
-`nondual.ops.flash_attention.triton`.
+`nondual.ops.flash_attention.triton`. Each kernel's last arguments are its forget gates, if there are any: `decay`.
 """
 
 import triton
 import triton.language as tl
 
+from nondual.ops.flash_attention.triton.decay import decay_of_keys, gates_at, load_gates
 from nondual.ops.flash_attention.triton.primitives import (
     key_bounds,
     load_tile,
@@ -18,20 +19,23 @@ from nondual.ops.flash_attention.triton.primitives import (
 
 @triton.jit
 def attend(
-    b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
+    b_acc, b_l, b_m, b_q, p_k, p_v, gates, at_q, s_kn, s_vn, lo, hi, o_q, m, shift, window, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_KV: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, FORGETS: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries b_q over the keys lo..hi, tile by tile, added to the sums so far."""
+    unit = 1.0 if FORGETS else scale  # what scores are still to be multiplied by
     # --8<-- [start:attend]
     for start in tl.range(lo, hi, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)
+        if FORGETS:
+            b_s = b_s * scale + decay_of_keys(gates, at_q, o_kv, start + BLOCK_KV - 1, m, MASKED)
         if MASKED:
             m_qk = visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED)
             b_s = tl.where(m_qk, b_s, float("-inf"))
-        b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, scale, MASKED)
+        b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, unit, MASKED or FORGETS)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
         b_acc = b_acc * b_rescale[:, None]  # (BLOCK_Q, BLOCK_DV)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
@@ -41,9 +45,10 @@ def attend(
 
 @triton.jit
 def attend_all(
-    b_q, p_k, p_v, s_kn, s_vn, bounds, o_q, m, shift, window, scale,
+    b_q, p_k, p_v, gates, at_q, s_kn, s_vn, bounds, o_q, m, shift, window, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    FORGETS: tl.constexpr,
 ):  # fmt: skip
     """Attention of the queries b_q over all their keys, within `bounds` as `key_bounds` gives them.
 
@@ -54,10 +59,10 @@ def attend_all(
     b_m = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     for SPAN in tl.static_range(0 if WINDOWED else 1, 3):  # tiles with a mask (of a window), without, with one
         b_acc, b_l, b_m = attend(
-            b_acc, b_l, b_m, b_q, p_k, p_v, s_kn, s_vn,
+            b_acc, b_l, b_m, b_q, p_k, p_v, gates, at_q, s_kn, s_vn,
             lo=bounds[SPAN], hi=bounds[SPAN + 1], o_q=o_q, m=m, shift=shift, window=window, scale=scale,
             D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_KV=BLOCK_KV,
-            CAUSAL=CAUSAL, WINDOWED=WINDOWED, MASKED=SPAN != 1,
+            CAUSAL=CAUSAL, WINDOWED=WINDOWED, MASKED=SPAN != 1, FORGETS=FORGETS,
         )  # fmt: skip
     return b_acc, b_l, b_m
 
@@ -69,6 +74,7 @@ def forward_kernel(
     n, m, heads, window, scale,
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    p_high=None, p_low=None, p_first=None,
 ):  # fmt: skip
     """One program: a tile of queries of one head."""
     # --8<-- [start:forward_kernel]
@@ -87,10 +93,15 @@ def forward_kernel(
     b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, True)  # (BLOCK_Q, BLOCK_D)
     last = tl.minimum(i_q * BLOCK_Q + BLOCK_Q, n) - 1
     bounds = key_bounds(i_q * BLOCK_Q, last, m, shift, window, CAUSAL, WINDOWED, BLOCK_KV)
+    FORGETS: tl.constexpr = p_high is not None
+    gates, at_q = None, None
+    if FORGETS:
+        gates = gates_at(p_high, p_low, p_first, i_bh * m)
+        at_q = load_gates(gates, (o_q + shift)[:, None], m)
     b_acc, b_l, b_m = attend_all(
-        b_q, p_k, p_v, s_kn, s_vn, bounds, o_q=o_q, m=m, shift=shift, window=window, scale=scale,
+        b_q, p_k, p_v, gates, at_q, s_kn, s_vn, bounds, o_q=o_q, m=m, shift=shift, window=window, scale=scale,
         D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV,
-        CAUSAL=CAUSAL, WINDOWED=WINDOWED,
+        CAUSAL=CAUSAL, WINDOWED=WINDOWED, FORGETS=FORGETS,
     )  # fmt: skip
 
     b_l = tl.where(b_l == 0, 1.0, b_l)  # no visible key: 0 / 1, and lse = -inf + log 1
@@ -106,6 +117,7 @@ def decode_kernel(
     n, m, groups, window, scale, first, length, splits,
     SHARE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    p_high=None, p_low=None, p_first=None,
 ):  # fmt: skip
     """One program: all queries of the heads that share a key head, and `length` of its keys.
 
@@ -132,10 +144,17 @@ def decode_kernel(
     lo, hi = tl.maximum(lo, start), tl.minimum(hi, stop)
     whole = tl.minimum(tl.maximum(whole, start), tl.cdiv(stop, BLOCK_KV) * BLOCK_KV)
     part = tl.maximum(tl.minimum(part, stop // BLOCK_KV * BLOCK_KV), whole)
+    FORGETS: tl.constexpr = p_high is not None
+    gates, at_q = None, None
+    if FORGETS:  # those of each row's own head
+        i_head = i_bg * SHARE + tl.minimum(o_row // n, SHARE - 1)
+        gates = gates_at(p_high, p_low, p_first, (i_head * m)[:, None])
+        at_q = load_gates(gates, (o_q + shift)[:, None], m)
     b_acc, b_l, b_m = attend_all(
-        b_q, p_k, p_v, s_kn, s_vn, (lo, whole, part, hi), o_q=o_q, m=m, shift=shift, window=window, scale=scale,
+        b_q, p_k, p_v, gates, at_q, s_kn, s_vn, (lo, whole, part, hi), o_q=o_q, m=m, shift=shift, window=window,
+        scale=scale,
         D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_Q=BLOCK_Q, BLOCK_KV=BLOCK_KV,
-        CAUSAL=CAUSAL, WINDOWED=WINDOWED,
+        CAUSAL=CAUSAL, WINDOWED=WINDOWED, FORGETS=FORGETS,
     )  # fmt: skip
 
     i_row = (i_bg * splits + i_split) * SHARE * n  # the parts are (B, G, splits, SHARE · N, DV)

@@ -10,18 +10,20 @@ import triton
 from torch import Tensor
 
 from nondual.ops.flash_attention.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
+from nondual.ops.flash_attention.triton.decay import gates_of
 from nondual.ops.flash_attention.triton.forward import combine_kernel, decode_kernel, forward_kernel
 from nondual.ops.flash_attention.triton.tiles import configuration
 from nondual.ops.kernels import block_size, chip_of, contiguous_rows, strides
 
 LOG2_E = math.log2(math.e)
+Forget = tuple[Tensor, Tensor]  # c in float64 and first, both (B, H, M): `nondual.ops.flash_attention.forget`
 
 # --- what the launchers share ----------------------------------------------------------------------------------------
 
 
-def configuration_for(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
-    """The configuration of a kernel for these tensors, where they are."""
-    return configuration(kernel, chip_of(q.device), q.shape[-1], v.shape[-1], q.dtype)
+def configuration_for(kernel: str, q: Tensor, v: Tensor, forget: Forget | None = None) -> dict[str, int]:
+    """The configuration of a kernel for these tensors, where they are, with forget gates or without."""
+    return configuration(kernel, chip_of(q.device), q.shape[-1], v.shape[-1], q.dtype, forget is not None)
 
 
 def _widths(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -55,26 +57,26 @@ def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, forget: Forget | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, top and total: one program for each tile of queries of each head. A window of 0 is none."""
     (b, h, n, _), m = q.shape, k.shape[2]
     out, top, total = empty_outputs(q, v)
     if top.numel():
         q, k, v = (contiguous_rows(x) for x in (q, k, v))
-        config = configuration_for("forward", q, v)
+        config = configuration_for("forward", q, v, forget)
         with torch.cuda.device_of(q):
             forward_kernel[(triton.cdiv(n, config["BLOCK_Q"]) * b * h,)](
                 p_q=q, p_k=k, p_v=v, p_out=out, p_top=top, p_total=total,
                 **strides("bhn", q=q, k=k, v=v, o=out),
                 n=n, m=m, heads=h, window=window, scale=scale * LOG2_E, SHARE=h // k.shape[1],
-                **_widths(q, v), **_masks(causal, window), **config,
+                **_widths(q, v), **_masks(causal, window), **gates_of(forget), **config,
             )  # fmt: skip
     return out, top, total
 
 
 def launch_decode(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, splits: int
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, splits: int, forget: Forget | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, top and total for few queries and many keys: a program for each key head and part of its keys, then one
     for each row. A window of 0 is none."""
@@ -84,7 +86,7 @@ def launch_decode(
         return out, top, total
     q, k, v = (contiguous_rows(x) for x in (q, k, v))
     widths, rows = _widths(q, v), n * (h // g)
-    config = configuration_for("decode", q, v)
+    config = configuration_for("decode", q, v, forget)
     config["BLOCK_Q"] = block_size(rows)
     first = max(0, m - n - window + 1) // config["BLOCK_KV"] * config["BLOCK_KV"] if window else 0
     length = triton.cdiv(triton.cdiv(max(1, m - first), splits), config["BLOCK_KV"]) * config["BLOCK_KV"]
@@ -97,7 +99,7 @@ def launch_decode(
             **strides("bhn", q=q, k=k, v=v),
             n=n, m=m, groups=g, window=window, scale=scale * LOG2_E,
             first=first, length=length, splits=splits, SHARE=h // g,
-            **widths, **_masks(causal, window), **config,
+            **widths, **_masks(causal, window), **gates_of(forget), **config,
         )  # fmt: skip
         combine_kernel[(b * h * n,)](
             p_part=part, p_part_m=part_m, p_part_l=part_l, p_out=out, p_top=top, p_total=total,
@@ -110,9 +112,14 @@ def launch_decode(
 
 def launch_backward(
     d_out: Tensor, d_total: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, total: Tensor,
-    causal: bool, window: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv: delta first, then dq by one kernel, and dk and dv by another. A window of 0 is none."""
+    causal: bool, window: int, scale: float, forget: Forget | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv and, with gates, dc: delta first, then dq by one kernel, and dk and dv by another. A window of 0 is
+    none.
+
+    dc_l, in float64 (B, H, M), is the sum of dS over the keys of query l less its sum over the queries of key l. Both
+    kernels take dS from the same delta, so that what rounding the output adds to it cancels when dc is summed.
+    """
     (b, h, n, _), (_, g, m, _) = q.shape, k.shape
     dq, dk, dv = (empty_as(x, *x.shape) for x in (q, k, v))
     q, k, v, d_out = (contiguous_rows(x) for x in (q, k, v, d_out))
@@ -120,7 +127,8 @@ def launch_backward(
     given = {"p_q": q, "p_k": k, "p_v": v, "p_do": d_out, "p_top": top, "p_total": total, "p_delta": delta}
     given |= strides("bhn", q=q, k=k, v=v, g=d_out)
     numbers = {"n": n, "m": m, "window": window, "scale": scale * LOG2_E, "factor": scale}
-    numbers |= {"SHARE": h // max(g, 1), **_widths(q, v), **_masks(causal, window)}
+    numbers |= {"SHARE": h // max(g, 1), **_widths(q, v), **_masks(causal, window), **gates_of(forget)}
+    rows, columns = (None if forget is None else top.new_empty(b, h, length) for length in (n, m))
     with torch.cuda.device_of(q):
         if top.numel():
             config = configuration_for("delta", q, v)
@@ -129,13 +137,17 @@ def launch_backward(
                 **strides("bhn", o=out, g=d_out),
                 n=n, heads=h, DV=numbers["DV"], BLOCK_DV=numbers["BLOCK_DV"], **config,
             )  # fmt: skip
-            config = configuration_for("dq", q, v)
+            config = configuration_for("dq", q, v, forget)
             dq_kernel[(triton.cdiv(n, config["BLOCK_Q"]) * b * h,)](
-                p_dq=dq, **strides("bhn", dq=dq), **given, heads=h, **numbers, **config
+                p_dq=dq, **strides("bhn", dq=dq), **given, heads=h, **numbers, **config, p_dc=rows
             )
         if k.numel():
-            config = configuration_for("dkdv", q, v)
+            config = configuration_for("dkdv", q, v, forget)
             dkdv_kernel[(triton.cdiv(m, config["BLOCK_KV"]) * b * g,)](
-                p_dk=dk, p_dv=dv, **strides("bhn", dk=dk, dv=dv), **given, groups=g, **numbers, **config
+                p_dk=dk, p_dv=dv, **strides("bhn", dk=dk, dv=dv), **given, groups=g, **numbers, **config, p_dc=columns
             )
-    return dq, dk, dv
+    if rows is None or columns is None:
+        return dq, dk, dv, None
+    dc, both = -columns.double(), min(n, m)
+    dc[..., m - both :] += rows[..., n - both :]
+    return dq, dk, dv, dc

@@ -15,6 +15,7 @@ TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 an
         "forward": ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
         "forward, cut": ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 8, 2)),
+        "decode, gates": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 8, 2)),
         "dkdv": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         "dq": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     },
@@ -23,6 +24,7 @@ TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 an
         "forward, cut": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
         "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
         "dkdv": ((128, 64, 4, 2), (32, 64, 4, 3), (64, 32, 8, 1)),
+        "dkdv, gates": ((64, 64, 4, 2), (32, 64, 8, 2), (64, 32, 8, 1)),
         "dq": ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 1)),
     },
     "sm_100": {
@@ -49,7 +51,7 @@ TILES = {  # BLOCK_Q, BLOCK_KV, num_warps, num_stages for heads up to 64, 128 an
 }
 
 
-def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -> dict[str, int]:
+def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype, gates: bool = False) -> dict[str, int]:
     """The tiles, warps and pipeline stages of a kernel.
 
     For "sm_90" from timings on an H100 at N = M = 4096 with causality; elsewhere from what compiles without a spill and
@@ -61,12 +63,15 @@ def configuration(kernel: str, chip: str, d: int, dv: int, dtype: torch.dtype) -
         d: D. A head that does not fill its power of two is cut by a mask, which costs the forward kernel registers.
         dv: Dv.
         dtype: of q.
+        gates: whether there are forget gates, which cost registers and shared memory. Their tiles have not been timed.
     """
     if kernel == "delta":
         return {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
     width = max(block_size(d), block_size(dv))
-    line = "forward, cut" if kernel == "forward" and not width == d == dv else kernel
-    tiles = TILES["float32" if dtype == torch.float32 else chip][line][(width > 64) + (width > 128)]
+    lines = TILES["float32" if dtype == torch.float32 else chip]
+    line = "forward, cut" if kernel == "forward" and (gates or not width == d == dv) else kernel
+    line = f"{kernel}, gates" if gates and f"{kernel}, gates" in lines else line
+    tiles = lines[line][(width > 64) + (width > 128)]
     if INTERPRETED:  # small tiles, so that tests with short sequences have many, whole and cut
         tiles = (32, 16, 4, 1)
     return dict(zip(("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"), tiles))

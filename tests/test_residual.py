@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from nondual.residual import LayerScale, StochasticDepth
+from nondual.residual import LayerScale, StochasticDepth, dropped
 from nondual.transformer import Encoder
 
 B, N, E = 4000, 3, 8
@@ -73,3 +74,13 @@ def test_a_layer_left_out_is_left_out_for_that_sample_alone():
 def test_what_is_refused(p):
     with pytest.raises(ValueError, match="drop_path must be at least 0 and below 1, got"):
         StochasticDepth(p)
+
+
+def test_a_dropout_of_nothing_is_not_called_and_any_other_is():
+    x = torch.ones(2, N, E)
+    calls = []
+    for part in (nn.Dropout(0.0), StochasticDepth(0.0), nn.Dropout(0.5), nn.Identity()):
+        part.register_forward_hook(lambda module, *_: calls.append(type(module)))
+        assert dropped(x, part.eval()) is x
+    assert calls == [nn.Dropout, nn.Identity]
+    assert (dropped(x, nn.Dropout(0.5)) == 0).any(), "a dropout that trains drops"

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nondual.residual import dropped
+
 
 class FeedForward(nn.Module):
     """The same two-layer network at every position: E -> F -> E.
@@ -37,7 +39,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E)."""
-        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return self.linear2(dropped(self.activation(self.linear1(x)), self.dropout))
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
@@ -78,7 +80,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b n e"]:
         """x (B, N, E) -> (B, N, E)."""
-        return self.linear2(self.dropout(self.activation(self.gate(x)) * self.linear1(x)))
+        return self.linear2(dropped(self.activation(self.gate(x)) * self.linear1(x), self.dropout))
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -67,17 +67,14 @@ class KVCache:
             RuntimeError: k or v requires a gradient; the cache is for inference.
         """
         check_tensors({"k": k, "v": v})
-        capacity, end = self.keys.shape[2], self.length + k.shape[2]
+        batch, heads, capacity, width = self.keys.shape
+        n, dtype, device = k.shape[2], self.keys.dtype, self.keys.device
+        end, expected = self.length + n, (batch, heads, n, width)
         for name, x in (("k", k), ("v", v)):
-            expected = (*self.keys.shape[:2], k.shape[2], self.keys.shape[3])
-            if tuple(x.shape) != expected:
+            if x.shape != expected:
                 raise ValueError(f"{name} must be {expected} for this cache, got {tuple(x.shape)}")
-            cast = is_autocasting(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
-            if (x.dtype != self.keys.dtype and not cast) or x.device != self.keys.device:
-                raise ValueError(
-                    f"{name} must be {self.keys.dtype} on {self.keys.device} for this cache, "
-                    f"got {x.dtype} on {x.device}"
-                )
+            if (x.dtype != dtype and not _is_cast(x)) or x.device != device:
+                raise ValueError(f"{name} must be {dtype} on {device} for this cache, got {x.dtype} on {x.device}")
         if end > capacity:
             raise ValueError(f"cache holds {capacity} positions, and {end} were asked of it: make it larger or reset()")
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
@@ -125,3 +122,8 @@ class ProjectedMemory(NamedTuple):
             rows: (R,) int64.
         """
         return ProjectedMemory(self.keys[rows], self.values[rows])
+
+
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast is on, and casts x."""
+    return is_autocasting(x.device.type) and x.is_floating_point() and x.dtype != torch.float64

@@ -67,3 +67,13 @@ class StochasticDepth(nn.Module):
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 
         def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def dropped(x: Float[Tensor, "*shape"], dropout: nn.Module) -> Float[Tensor, "*shape"]:
+    """dropout(x), without the call where its p is 0: while a text is written token by token, such calls add up.
+
+    Args:
+        x: of any shape.
+        dropout: nn.Dropout, `StochasticDepth`, or what stands in their place.
+    """
+    return x if getattr(dropout, "p", None) == 0 else dropout(x)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -227,7 +226,7 @@ class MultiHeadAttention(nn.Module):
             check_reset(reset, x)
         source = x if memory is None else memory
         # --8<-- [start:queries]
-        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.n_heads)
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, N, D)
         # --8<-- [end:queries]
         k, v = source if isinstance(source, ProjectedMemory) else self._keys_and_values(source)
         v = v if values is None else values(v)
@@ -247,7 +246,7 @@ class MultiHeadAttention(nn.Module):
             if return_weights:
                 out, weights = out
             # --8<-- [start:join]
-            out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+            out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, N, H D) to (B, N, E)
             # --8<-- [end:join]
         return (out, weights) if return_weights else out
 
@@ -266,8 +265,8 @@ class MultiHeadAttention(nn.Module):
 
     def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         # --8<-- [start:keys_and_values]
-        k = rearrange(self.k_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
-        v = rearrange(self.v_proj(source), "b m (g d) -> b g m d", g=self.n_kv_heads)
+        k = self.k_proj(source).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
+        v = self.v_proj(source).unflatten(-1, (self.n_kv_heads, -1)).transpose(1, 2)
         # --8<-- [end:keys_and_values]
         return k, v
 

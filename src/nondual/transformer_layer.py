@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.mixers import as_before_if_raised
-from nondual.residual import LayerScale, StochasticDepth
+from nondual.residual import LayerScale, StochasticDepth, dropped
 
 
 class TransformerLayer(nn.Module):
@@ -38,8 +38,8 @@ class TransformerLayer(nn.Module):
     norm1: nn.Module
     norm2: nn.Module
     dropout: nn.Dropout
-    scale1: nn.Module
-    scale2: nn.Module
+    scale1: LayerScale | None
+    scale2: LayerScale | None
     drop_path: StochasticDepth
 
     def __init__(
@@ -59,9 +59,7 @@ class TransformerLayer(nn.Module):
         self.mixer, self.feed_forward, self.norm_first = mixer, feed_forward, norm_first
         self.norm1, self.norm2 = norm(d_model, eps=eps), norm(d_model, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.scale1, self.scale2 = (
-            nn.Identity() if layer_scale is None else LayerScale(d_model, layer_scale) for _ in range(2)
-        )
+        self.scale1, self.scale2 = (None if layer_scale is None else LayerScale(d_model, layer_scale) for _ in range(2))
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(
@@ -112,9 +110,10 @@ class TransformerLayer(nn.Module):
 
         return mix, think
 
-    def _added(self, scale: nn.Module, x: Tensor) -> Tensor:
+    def _added(self, scale: LayerScale | None, x: Tensor) -> Tensor:
         """What a branch that gave x adds to the residual path."""
-        return self.drop_path(scale(self.dropout(x)))
+        x = dropped(x, self.dropout)
+        return dropped(x if scale is None else scale(x), self.drop_path)
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

@@ -66,6 +66,14 @@ def test_token_by_token_is_the_whole_sequence(impl, window):
     torch.testing.assert_close(torch.cat(steps, 1), flash(x, causal=True), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_one_query_is_what_flash_attention_gives_it():
+    q, k, v = torch.randn(B, H, 1, 8), torch.randn(B, G, 7, 8), torch.randn(B, G, 7, 8)
+    torch.testing.assert_close(FlashAttention(scale=0.3)(q, k, v, causal=True), flash_attention(q, k, v, scale=0.3))
+    with pytest.raises(ValueError, match="k must have q's width"):
+        FlashAttention()(q, k[..., :5], v)
+
+
 def test_cross_attention():
     plain, flash = pair(impl="auto")
     x, memory = torch.randn(B, 4, E), torch.randn(B, 9, E)

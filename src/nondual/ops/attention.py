@@ -223,15 +223,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     Raises:
         ValueError: a rank, dtype, device, width, length, batch or number of heads that does not fit.
     """
+    dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be 4-dimensional (B, heads, length, width), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must have q's dtype and device, {q.dtype} on {q.device}, got {x.dtype} on {x.device}"
-            )
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name} must have q's dtype and device, {dtype} on {device}, got {x.dtype} on {x.device}")
     (b, h, _, d), (bk, g, _, dk) = q.shape, k.shape
     if dk != d:
         raise ValueError(f"k must have q's width D={d}, got {dk}")

@@ -16,11 +16,7 @@ Given = TypeVarTuple("Given")  # each of them Tensor, or Tensor | None
 
 def is_autocasting(device_type: str) -> bool:
     """Whether autocast is on for devices of this type ("cpu", "cuda")."""
-    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question, whose answer is no for "meta" alone
-        available = device_type != "meta"
-    else:
-        available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # "meta" has none, and must not be asked
 
 
 def as_autocast_does(*tensors: *Given) -> tuple[*Given]:
@@ -32,8 +28,9 @@ def as_autocast_does(*tensors: *Given) -> tuple[*Given]:
     Returns:
         The tensors in the same order; booleans, integers, float64 and None as they were.
     """
-    given = cast("tuple[Tensor | None, ...]", tensors)
-    kind = next(x for x in given if x is not None).device.type
+    given: Any = tensors
+    first = given[0] if given[0] is not None else next(x for x in given if x is not None)
+    kind = first.device.type
     if not is_autocasting(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)

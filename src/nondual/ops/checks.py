@@ -16,12 +16,12 @@ def check_tensors(required: Mapping[str, object], optional: Mapping[str, object]
     Raises:
         TypeError: the first that is not.
     """
-    given = {name: x for name, x in (optional or {}).items() if x is not None}
-    for name, x in {**required, **given}.items():
+    for name, x in required.items():
         if not isinstance(x, Tensor):
-            kind = type(x).__name__
-            remedy = "from_numpy" if kind == "ndarray" else "tensor"
-            raise TypeError(f"{name} must be a Tensor, got {kind}; use torch.{remedy}({name})")
+            raise _no_tensor(name, x)
+    for name, x in (optional or {}).items():
+        if x is not None and not isinstance(x, Tensor):
+            raise _no_tensor(name, x)
 
 
 def check_sizes(**sizes: int) -> None:
@@ -84,3 +84,9 @@ def check_chunk(chunk: object) -> None:
     """
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be an integer of 1 or more, or None for the engine's own, got {chunk!r}")
+
+
+def _no_tensor(name: str, x: object) -> TypeError:
+    kind = type(x).__name__
+    remedy = "from_numpy" if kind == "ndarray" else "tensor"
+    return TypeError(f"{name} must be a Tensor, got {kind}; use torch.{remedy}({name})")

@@ -178,8 +178,9 @@ def refuses_transforms(*tensors: Tensor | None) -> str | None:
         return "has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad)"
     if torch.compiler.is_compiling():  # the compiler follows torch.func.jvp, and torch itself refuses the others
         return None
-    if any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors):
-        return "cannot be transformed by torch.func (vmap, grad, vjp, jacrev)"
+    for x in tensors:
+        if x is not None and is_functorch_wrapped_tensor(x):
+            return "cannot be transformed by torch.func (vmap, grad, vjp, jacrev)"
     return None
 
 

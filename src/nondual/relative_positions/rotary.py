@@ -154,10 +154,13 @@ class Rotary(RelativePositions):
         else:
             cos, sin = _tables(self, start, n, wide, x.device)
         # --8<-- [start:turn]
-        given, rest = x.to(wide), (0, self.d_head - r)
-        a, b = _pairs(given[..., :r], self.order)  # each (B, H, N, R/2)
-        ahead = _joined(-b, a, self.order)  # each pair a right angle further on
-        turned = given * F.pad(cos, rest, value=1.0) + F.pad(ahead * sin, rest)
+        given = x.to(wide)
+        if r == self.d_head:
+            partners = _exchanged(given, self.order)
+        else:
+            partners = F.pad(_exchanged(given[..., :r], self.order), (0, self.d_head - r))
+        # Of each pair (a, b): a cos - b sin, b cos + a sin. The minus is in the table of sines.
+        turned = torch.addcmul(given * cos, partners, sin)
         # --8<-- [end:turn]
         return turned.to(x.dtype)  # with the strides of x, as a program for ONNX needs
 
@@ -169,12 +172,14 @@ class Rotary(RelativePositions):
 def _tables(
     rotary: Rotary, start: int, n: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle of every number at each of n places, (N, R) both, times the temperature."""
+    """What numbers and their partners are multiplied by at each of n places, (N, D) both, times the temperature."""
     # --8<-- [start:angles]
     places = torch.arange(start, start + n, dtype=dtype, device=device)
     angles = places[:, None] * rotary.frequencies(dtype=dtype, device=device)  # (N, R/2)
-    angles = _joined(angles, angles, rotary.order)  # (N, R)
-    return rotary.temperature * angles.cos(), rotary.temperature * angles.sin()
+    cos, sin = rotary.temperature * angles.cos(), rotary.temperature * angles.sin()
+    cos, sin = _joined(cos, cos, rotary.order), _joined(-sin, sin, rotary.order)  # (N, R)
+    rest = (0, rotary.d_head - rotary.turned)  # numbers that are not turned: cos 1, sin 0
+    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
     # --8<-- [end:angles]
 
 
@@ -225,6 +230,13 @@ def _pairs(x: Tensor, order: Order) -> tuple[Tensor, Tensor]:
         return x[..., 0::2], x[..., 1::2]
     half = x.shape[-1] // 2
     return x[..., :half], x[..., half:]
+
+
+def _exchanged(x: Tensor, order: Order) -> Tensor:
+    """The two numbers of each pair in each other's place, (..., R)."""
+    if order == "interleaved":
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x.roll(x.shape[-1] // 2, -1)
 
 
 def _joined(a: Tensor, b: Tensor, order: Order) -> Tensor:

@@ -74,3 +74,32 @@ def check_put(put: Callable[..., Any]) -> None:
         if torch.equal(found, x):
             raise NotYetError("nothing has changed")
         raise NotYetError("row i should have vectors[i] at its position, and has another vector there")
+
+
+# --- recognition as an aim -----------------------------------------------------------------------------------------
+
+
+def check_recall(recall: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    for n, d, m, noise in ((3, 2, 4, 0.5), (0, 3, 5, 0.3), (2, 1, 2, 2.0)):
+        x, tasks, shares = torch.randn(n, d), torch.randn(m, d), torch.rand(m).softmax(-1)
+        y = x @ tasks[0] + noise * torch.randn(n)
+        found = tensor("the mean", recall(x, y, tasks, shares, noise), (d,))
+        off = (y[:, None] - x @ tasks.T).square().sum(0)
+
+        def mean(scores: Tensor, tasks: Tensor = tasks) -> Tensor:
+            return scores.softmax(-1) @ tasks
+
+        if near(found, mean(shares.log() - off / (2 * noise**2))):
+            continue
+        if near(found, mean(-off / (2 * noise**2))):
+            raise NotYetError(
+                "the shares do not count: before any example the mean is that of the tasks by their shares"
+            )
+        if near(found, mean(shares - off / (2 * noise**2))):
+            raise NotYetError("the shares are added to the scores: it is their logarithm that should be")
+        if near(found, tasks[(shares.log() - off / (2 * noise**2)).argmax()]):
+            raise NotYetError("this is the likeliest task: every task counts, by its probability")
+        if near(found, mean(shares.log() - off / (2 * noise))):
+            raise NotYetError("the misses are divided by twice the noise: it should be twice its square")
+        raise NotYetError(f"after {n} examples the mean is {found.tolist()}, and is not by Bayes' rule")

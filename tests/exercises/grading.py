@@ -39,6 +39,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "linear_attention": {"overwrite": sequences.check_overwrite},
     "in_context_learning": {"matrices": contexts.check_matrices},
     "in_context_real": {"put": contexts.check_put},
+    "recognition_aim": {"recall": contexts.check_recall},
     "ctm": {"one_tick": ticks.check_one_tick, "when_to_stop": ticks.check_when_to_stop},
     "denseformer": {"without": depth.check_without, "average": depth.check_average},
     "ttt": {"dual": memories.check_dual},

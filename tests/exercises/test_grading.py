@@ -172,6 +172,16 @@ def putting(where, copy=True):
     return put
 
 
+def recalling(prior=torch.log, pick=None, power=2):
+    """The mean of the stored tasks given examples, or with a mistake in it."""
+
+    def recall(x, y, tasks, shares, noise):
+        scores = prior(shares) - (y[:, None] - x @ tasks.T).square().sum(0) / (2 * noise**power)
+        return scores.softmax(-1) @ tasks if pick is None else tasks[pick(scores)]
+
+    return recall
+
+
 def descending(start=1, rate=1.0, sign=-1, wide=False, y_in_scores=False, divided=1.0):
     """The four matrices of one step of descent, or with a mistake in them."""
 
@@ -347,6 +357,7 @@ RIGHT = [
     ("evolution", "effective_keys", lambda a: (1 / a**a).prod(-1)),
     ("in_context_learning", "matrices", descending()),
     ("in_context_real", "put", putting(lambda x, at, v: (torch.arange(len(x)), at))),
+    ("recognition_aim", "recall", recalling()),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + torch.outer(k, b * (v - k @ s)) / (k @ k)),
     ("linear_attention", "overwrite", lambda s, k, v, b: s + b * k[:, None] * (v - k @ s) / k.norm() ** 2),
     ("sparse_attention", "two_layers", lambda n: strided(math.isqrt(n)).mask(n)),
@@ -421,6 +432,11 @@ WRONG = [
         lambda x, at, v: putting(lambda x, at, v: (torch.arange(len(x)), at))(x, at, v.roll(1, 0)),
         "another vector there",
     ),
+    ("recognition_aim", "recall", recalling(torch.zeros_like), "the shares do not count"),
+    ("recognition_aim", "recall", recalling(lambda shares: shares), "it is their logarithm"),
+    ("recognition_aim", "recall", recalling(pick=torch.argmax), "this is the likeliest task"),
+    ("recognition_aim", "recall", recalling(power=1), "it should be twice its square"),
+    ("recognition_aim", "recall", recalling(lambda shares: -shares.log()), "is not by Bayes' rule"),
     ("vit", "cut", lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p), "only gives the numbers another shape"),
     ("vit", "cut", cutting(0, 4, 2, 1, 3, 5), "the patches come column by column"),
     ("vit", "cut", cutting(0, 2, 4, 3, 5, 1), "within a patch the channels come last"),

@@ -1,7 +1,9 @@
 """Recognition as the aim of learning: the laws of `nondual.extensions.recognition`."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from nondual.extensions import Recogniser, recognition_index, recurring, zipf
 from nondual.language_models.in_context_learning import InContextRegressor, predict, ridge, stored_tasks
 
+MEASURED = Path(__file__).parents[2] / "docs/measured"
 B, N, D, M, NOISE = 7, 5, 3, 4, 0.25
 
 
@@ -116,6 +119,42 @@ def test_where_both_say_the_same_the_index_is_0():
     x, y, _, _ = prompt()
     tasks = torch.zeros(1, D)
     assert recognition_index(torch.zeros(B, 1), x[:, :1], y[:, :1], tasks, noise=NOISE).tolist() == [0]
+
+
+# --- the essay's proposal --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A8.8", "holds if")
+def test_the_reward_gains_on_stored_tasks_and_new_ones_pay_for_it():
+    # The reward asks for a step of recall: the names' probabilities by Bayes' rule, times the table, are its weights,
+    # and no other probabilities have as low an expected cross-entropy.
+    x, y, _, tasks = prompt()
+    fit = torch.distributions.Normal(x @ tasks.mT, NOISE).log_prob(y[..., None])[:, :-1].sum(1)
+    names = fit.double().softmax(-1)
+    torch.testing.assert_close(names @ tasks.double(), stored_tasks(x, y, tasks, NOISE)[:, -1], atol=1e-4, rtol=1e-4)
+    others = torch.randn(50, B, M, generator=seeded(), dtype=torch.float64).softmax(-1)
+    own = torch.special.entr(names).sum(-1)
+    assert (-(names * others.log()).sum(-1) > own).all()
+
+    # Trained twice as long as at first, with other seeds: better on stored tasks than the plain loss and than both
+    # placebos, and worse on new tasks, both beyond what was named beforehand; and nearer to recall.
+    run = json.loads((MEASURED / "recognition_aim.json").read_text(encoding="utf-8"))["figures"]
+    first, longer = run["compared"], run["longer"]["compared"]
+    for other in ("next", "inputs 0.3", "random 0.3"):
+        told = longer[f"task 0.3 less {other}"]
+        assert told["stored"]["is"] == "better as named" and told["new"]["is"] == "worse as named"
+        assert told["index on new"]["interval"][0] > 0 and told["index on stored"]["interval"][0] > 0
+        assert all(told[outcome]["remains with Holm"] for outcome in ("stored", "new", "index on new"))
+        assert first[f"task 0.3 less {other}"]["stored"]["is"] == "not decided"
+    assert longer["inputs 0.3 less next"]["stored"]["is"] == "equivalent"
+    assert longer["random 0.3 less next"]["stored"]["mean"] < 0
+    # At first the price could be seen, and not the gain; a small weight does nothing, a large one costs more.
+    assert first["task 0.3 less next"]["new"]["is"] == first["task 3 less next"]["new"]["is"] == "worse as named"
+    assert first["task 0.03 less next"]["stored"]["is"] == first["task 0.03 less next"]["new"]["is"] == "equivalent"
+    assert run["points"]["task 3"]["beaten by"] == ["task 0.3"] and not run["points"]["next"]["beaten by"]
+    recurs = first["next, Zipf less next"]
+    assert recurs["frequent"]["is"] == "better as named"
+    assert recurs["rare"]["is"] == recurs["new"]["is"] == "worse as named"
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

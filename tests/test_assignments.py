@@ -13,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import assignments_words as words
-from benchmarks.assignments import Bench, judged, verdict
+from benchmarks.assignments import Bench, judged, ratio, verdict
+from benchmarks.intervals import bootstrap
 from nondual.ops.attention import attention
 
 STORED = json.loads((Path(__file__).parent.parent / "docs/measured/assignments.json").read_text())["figures"]
@@ -57,3 +58,22 @@ def test_the_record_says_of_each_part_what_its_runs_give():
     again = judged(STORED)
     for name, one in STORED["judged"].items():
         assert again[name] == one["parts"] and verdict(again[name]) == one["verdict"]
+
+
+def test_of_positions_and_of_the_prompt_other_measures_are_told_beside_those_that_decide():
+    places = {name: [row[name] for row in STORED["positions"].values()] for name in STORED["positions"]["0"]}
+    for kind, mean in (("one position", 0.60), ("dealt out", 0.78)):  # movements that no spread divides
+        found, low, _ = ratio(places[f"replaced, {kind}"], places["replaced, trained"])
+        assert abs(found - mean) < 0.005 and low > 0.5
+    costs = {
+        way: torch.tensor(
+            [row[f"{way}, shuffled"]["nats"] - row[f"{way}, right"]["nats"] for row in STORED["prompt"].values()]
+        )
+        for way in ("prompt", "weights")
+    }
+    low, high = bootstrap(costs["weights"] - costs["prompt"])[1:]
+    assert low < 0 < high  # in nats, shuffling costs the two about the same
+
+
+def test_the_control_of_queries_and_keys_always_turns_the_sign():
+    assert all(row["number"] < 0 for row in STORED["powers"].values())

@@ -237,6 +237,7 @@ def cases():
     """Launches whose tensors have more elements than 32 bits can count."""
     import torch
 
+    from nondual.ops.flash_attention.forget import sums_of
     from nondual.ops.flash_attention.triton import launch as flash
     from nondual.ops.flash_attention.triton.tiles import splits_of
     from nondual.ops.selective_scan.triton import launch as scan
@@ -245,19 +246,21 @@ def cases():
     ssd.chip_of = flash.chip_of = lambda device: "sm_90"
     empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
 
-    def attend(dtype, b, h, g, n, m, d, causal, window):
+    def attend(dtype, b, h, g, n, m, d, causal, window, gates=False):
         def run():
             q = empty(b, n, h, d, dtype=dtype).transpose(1, 2)
             k, v = (empty(b, g, m, d, dtype=dtype) for _ in range(2))
-            kept = flash.launch_forward(q, k, v, causal, window, 0.5)
-            flash.launch_backward(kept[0], kept[2], q, k, v, *kept, causal, window, 0.5)
+            forget = sums_of(empty(b, h, m)) if gates else None
+            kept = flash.launch_forward(q, k, v, causal, window, 0.5, forget)
+            flash.launch_backward(kept[0], kept[2], q, k, v, *kept, causal, window, 0.5, forget)
 
         return run
 
-    def decode(dtype, b, h, g, m, d, window):
+    def decode(dtype, b, h, g, m, d, window, gates=False):
         def run():
             q, k = empty(b, h, 4, d, dtype=dtype), empty(b, g, m, d, dtype=dtype)
-            flash.launch_decode(q, k, k, True, window, 0.5, splits_of(q, k, window))
+            forget = sums_of(empty(b, h, m)) if gates else None
+            flash.launch_decode(q, k, k, True, window, 0.5, splits_of(q, k, window), forget)
 
         return run
 
@@ -289,6 +292,8 @@ def cases():
     yield "window, few heads", attend(half, 4, 2, 1, 2**22, 2**22, 256, True, 4096)
     yield "split keys", decode(half, 64, 64, 8, 2**18, 128, 0)
     yield "split keys, float32, window", decode(single, 64, 64, 8, 2**18, 128, 2**16)
+    yield "forget gates", attend(half, 32, 64, 8, 2**21, 2**21, 128, True, 0, gates=True)
+    yield "split keys, forget gates", decode(half, 64, 64, 8, 2**21, 128, 0, gates=True)
     yield "16 states", selective(half, 16, 65536, 8192, 16, 1)
     yield "256 states, float32", selective(single, 16, 65536, 2048, 256, 1)
     yield "many short sequences", selective(half, 16384, 64, 2048, 16, 1)

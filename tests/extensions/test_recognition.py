@@ -146,9 +146,37 @@ def test_the_reward_gains_on_stored_tasks_and_new_ones_pay_for_it():
         assert told["index on new"]["interval"][0] > 0 and told["index on stored"]["interval"][0] > 0
         assert all(told[outcome]["remains with Holm"] for outcome in ("stored", "new", "index on new"))
         assert first[f"task 0.3 less {other}"]["stored"]["is"] == "not decided"
+        # On new tasks the index rises; that it does so by the 0.1 named beforehand is shown beside one placebo only.
+        assert (told["index on new"]["is"] == "better as named") == (other == "inputs 0.3")
+        assert first[f"task 0.3 less {other}"]["index on new"]["mean"] < 0.1
     assert longer["inputs 0.3 less next"]["stored"]["is"] == "equivalent"
     assert longer["random 0.3 less next"]["stored"]["mean"] < 0
-    # At first the price could be seen, and not the gain; a small weight does nothing, a large one costs more.
+    # The model names the task; without the reward it does no better on stored tasks than ridge, with it it does, and is
+    # still far from recall.
+    points, rules = run["longer"]["points"], run["longer"]["predictors"]
+    assert points["task 0.3"]["named"]["mean"] > 0.9 > 0.2 > points["next"]["named"]["mean"]
+    assert points["next"]["stored"]["interval"][0] < rules["ridge"]["stored"] < points["next"]["stored"]["interval"][1]
+    assert points["task 0.3"]["stored"]["interval"][1] < rules["ridge"]["stored"]
+    assert points["task 0.3"]["stored"]["interval"][0] > 2 * rules["stored tasks"]["stored"]
+    # The chapter's numbers: the mean and the ends of its interval.
+    for rows, pair, outcome, numbers in (
+        (first, "task 0.3 less next", "stored", [0.02, -0.01, 0.05]),
+        (first, "task 0.3 less next", "index on new", [0.04, 0.01, 0.08]),
+        (first, "task 0.3 less next", "new", [-0.09, -0.16, -0.02]),
+        (first, "task 3 less next", "new", [-0.13, -0.18, -0.08]),
+        (first, "next, Zipf less next", "frequent", [0.11, 0.05, 0.18]),
+        (first, "next, Zipf less next", "rare", [-0.14, -0.17, -0.11]),
+        (first, "next, Zipf less next", "stored", [-0.05, -0.07, -0.02]),
+        (longer, "task 0.3 less next", "stored", [0.06, 0.04, 0.08]),
+        (longer, "task 0.3 less next", "new", [-0.14, -0.21, -0.08]),
+        (longer, "task 0.3 less next", "index on new", [0.16, 0.08, 0.24]),
+        (longer, "task 0.3 less next", "index on stored", [0.16, 0.11, 0.21]),
+    ):
+        told = rows[pair][outcome]
+        assert [round(each, 2) for each in (told["mean"], *told["interval"])] == numbers, (pair, outcome)
+    # At first the price could be seen, but not beside every placebo, and the gain could not; a small weight does
+    # nothing, and a large one has a price and no gain that is decided.
+    assert first["task 0.3 less inputs 0.3"]["new"]["is"] == first["task 3 less next"]["stored"]["is"] == "not decided"
     assert first["task 0.3 less next"]["new"]["is"] == first["task 3 less next"]["new"]["is"] == "worse as named"
     assert first["task 0.03 less next"]["stored"]["is"] == first["task 0.03 less next"]["new"]["is"] == "equivalent"
     assert run["points"]["task 3"]["beaten by"] == ["task 0.3"] and not run["points"]["next"]["beaten by"]

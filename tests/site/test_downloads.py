@@ -3,14 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 from documents import SITE
 from pages import downloads
+from snippets.forking import Forking
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -35,16 +34,23 @@ def test_every_chapter_and_workshop_with_a_snippet_has_a_program():
 # --- they run ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def python():
+    """A Python that has loaded torch, and runs each program in a process of its own."""
+    python = Forking(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
+    yield python
+    python.end()
+
+
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("uri", PROGRAMS)
-def test_a_program_runs_in_an_empty_folder_and_prints_what_it_says(uri, tmp_path):
+def test_a_program_runs_in_an_empty_folder_and_prints_what_it_says(uri, python, tmp_path):
     found = cells(uri)
     file = tmp_path / f"{downloads.name_of(uri)}.py"
     file.write_text(downloads.program(found, downloads.address_of(uri)), encoding="utf-8")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    ran = subprocess.run(
-        [sys.executable, file.name], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8", timeout=450
-    )
+    place = tmp_path / "empty"
+    place.mkdir()
+    ran = python.run(file, place, timeout=450)
     assert ran.returncode == 0, ran.stderr[-2000:]
     said = [cell.text.partition("\n\n# It prints:\n")[2] for cell in found if cell.code]
     wanted = [line.removeprefix("#   ").removeprefix("#") for text in said if text for line in text.splitlines()]

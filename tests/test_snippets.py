@@ -245,12 +245,12 @@ def test_a_fence_that_imports_torch_is_run_as_if_by_a_fresh_python(tmp_path, cap
 
 
 def test_a_fence_that_goes_on_for_too_long_is_ended_and_the_next_is_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(alone, "SECONDS", 20)
+    monkeypatch.setattr(alone, "SECONDS", 5)
     monkeypatch.setattr(alone.os, "cpu_count", lambda: 1)
     page = tmp_path / "page.md"
     page.write_text("```python\nimport torch\n\nwhile True:\n    pass\n```\n\n```python\nimport torch\n```\n")
     assert alone.main([str(page)]) == 1
-    assert capsys.readouterr().out == (f"{page}:1: still running after 20 s\n2 fences run alone: 1 passed, 1 failed\n")
+    assert capsys.readouterr().out == (f"{page}:1: still running after 5 s\n2 fences run alone: 1 passed, 1 failed\n")
 
 
 def test_alone_passes_what_is_right(tmp_path, capsys):

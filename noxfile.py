@@ -141,7 +141,7 @@ def tests(session: nox.Session) -> None:
     # The tests of a file stay together, for what they share; conftest.py sorts the files. Each worker loads torch.
     many = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder"]
     what = ["--codeblocks", "tests", "README.md", "docs", "--durations=40", "--durations-min=8"]
-    run(session, python, "-m", "pytest", *many, *what, *session.posargs, minutes=60)  # nine minutes on two idle cores
+    run(session, python, "-m", "pytest", *many, *what, *session.posargs, minutes=60)  # twenty minutes on two cores
 
 
 @nox.session

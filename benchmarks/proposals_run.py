@@ -5,7 +5,6 @@ mixer, in what joins its queries and keys, or in the width of the feed-forward p
 Inputs are one or several rows of ids whose vectors are added up; scores come from a matrix of their own.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.recall_run import size
-from benchmarks.record import keep
+from benchmarks.record import kept
 from nondual.attention_mechanism import AdditiveAttention
 from nondual.connections import LayerCall, stream
 from nondual.data.gita import gita
@@ -321,10 +320,7 @@ class Run(NamedTuple):
 
 def carry_out(run: Run) -> dict[str, Any]:
     """Train from the beginning, unless that was done before; keep what it ended with."""
-    if not run.file.exists():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        keep(run.file, trained(run))
-    return json.loads(run.file.read_text())
+    return kept(run.file, trained, run)
 
 
 def trained(run: Run) -> dict[str, Any]:
@@ -367,7 +363,7 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
     if failed:  # from then on it counts as guessing
         known = [each for each in curve if math.isfinite(each)]
         curve = known + [task.chance] * (len(CHECKS) - len(known))
-    kept = {
+    ended = {
         "rate": run.rate,
         "seed": run.seed,
         "outcome": round(curve[-1] if task.text else mean(curve), 5),
@@ -379,7 +375,7 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
         "parameters": size(model),
         "seconds": round(time.process_time() - began, 1),
     }
-    return model, kept
+    return model, ended
 
 
 def loss_of(model: nn.Module, given: tuple[Tensor, ...], answers: Tensor) -> Tensor:

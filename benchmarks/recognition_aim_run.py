@@ -11,7 +11,6 @@ and in how often each task comes:
     next, Zipf, and so on     the same with tasks that come by Zipf's law
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.recall_run import size
-from benchmarks.record import keep
+from benchmarks.record import kept
 from nondual.extensions import Recogniser, recognition_index, recurring, zipf
 from nondual.language_models.in_context_learning import InContextRegressor, predict, ridge, stored_tasks
 from nondual.language_models.in_context_learning.functions import dense
@@ -73,10 +72,7 @@ class Run(NamedTuple):
 
 def carry_out(run: Run) -> dict[str, Any]:
     """Train from the beginning, unless that was done before; keep what it ended with."""
-    if not run.file.exists():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        keep(run.file, trained(run))
-    return json.loads(run.file.read_text())
+    return kept(run.file, trained, run)
 
 
 def seeded(seed: int) -> torch.Generator:

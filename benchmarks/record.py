@@ -59,6 +59,14 @@ def keep(file: Path, result: dict[str, Any]) -> None:
     os.replace(part, file)
 
 
+def kept(file: Path, measure: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """What the file has; where there is none, what measure(*given) gives now, and kept there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        keep(file, measure(*given))
+    return json.loads(file.read_text())
+
+
 def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more) -> None:
     """docs/measured/<name>.json: the figures, with device, versions, commit, command and date.
 

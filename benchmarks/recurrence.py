@@ -19,7 +19,6 @@ Trainings, and the rounds of Newton's method, are kept as they end, in `runs/rec
 --runs=FOLDER, and are not made again.
 """
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from benchmarks.record import alternate, keep, ratio, write
+from benchmarks.record import alternate, kept, ratio, write
 from benchmarks.recurrence_run import (
     ARMS,
     BATCH,
@@ -80,13 +79,6 @@ def main(options: list[str]) -> None:
         "time": times(),
     }
     write("recurrence", "nox -s bench -- recurrence", figures, threads=1)
-
-
-def kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the file has; where there is none, what is measured now, and kept there."""
-    if not file.exists():
-        keep(file, measure())
-    return json.loads(file.read_text())
 
 
 # --- what must wait, counted ---------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ Streams run in float64, so that an error is what letting go did and not a roundi
 """
 
 import copy
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks import proposals_run
 from benchmarks.plays import Plays, in_numbers, windows
 from benchmarks.proposals_run import CONTEXT, HELD_OUT, LIBERATING, TASKS, WINDOWS, Reader, fitted
-from benchmarks.record import keep
+from benchmarks.record import kept
 from nondual.extensions import CertifiedStream, DecayingAttention
 
 ARMS = tuple(LIBERATING)
@@ -64,19 +63,14 @@ class Run(NamedTuple):
 
 def carry_out(run: Run) -> dict[str, Any]:
     """Train and measure, unless that was done before; keep what came of it."""
-    if not run.file.exists():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        keep(run.file, measured(run))
-    return json.loads(run.file.read_text())
+    return kept(run.file, measured, run)
 
 
 def measured(run: Run) -> dict[str, Any]:
     """All that is measured of one model."""
     training = proposals_run.Run("Shakespeare", run.arm, run.rate, run.seed, run.steps, run.trained_in)
     model, trained = fitted(training)
-    if not training.file.exists():
-        training.folder.mkdir(parents=True, exist_ok=True)
-        keep(training.file, trained)
+    kept(training.file, lambda: trained)  # for `proposals`, unless it has this run
     out: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "trained": trained, "by_position": by_position(model, run)}
     if trained["failed"] is None and forgets(model):
         out["gates"] = gates(model)

@@ -15,7 +15,6 @@ pattern gives. A small Mamba (benchmarks/speak.py), trained on windows of 256 ch
 character and keeps a state; its control begins anew every 256 characters with the 256 before them.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import speak
-from benchmarks.record import keep
+from benchmarks.record import kept
 from benchmarks.recurrence import difference
 from nondual.data import shakespeare
 from nondual.language_models.causal import CausalLM
@@ -197,14 +196,6 @@ def mamba(play: str, length: int) -> dict[str, Any]:
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------
-
-
-def kept(file: Path, run: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-    """What the file has; where there is none, what run(*given) measures now, and kept there."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        keep(file, run(*given))
-    return json.loads(file.read_text())
 
 
 def measure(folder: Path, tiny: bool, tokens: Callable[[str], Tensor], model: Callable[[], CausalLM]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -197,8 +197,7 @@ def _differences(
     ax.set(ylim=(len(rows) - 0.4, -0.6), title=title)
     ax.set_xscale("symlog", linthresh=1.0, linscale=0.8)
     ax.set(xlim=(-reach, reach))
-    signed = [f"{each:+g}".replace("-", "\N{MINUS SIGN}") if each else "0" for each in (2 * tick for tick in ticks)]
-    ax.set_xticks(ticks, signed, fontsize=8.5)
+    ax.set_xticks(ticks, _signed(2 * tick for tick in ticks), fontsize=8.5)
     ax.set_xlabel("points of right answers", fontsize=9)
     ax.minorticks_off()
     ax.tick_params(axis="y", length=0)
@@ -206,12 +205,16 @@ def _differences(
         above = ax.twiny()
         above.set_xscale("symlog", linthresh=1.0, linscale=0.8)
         above.set(xlim=(-reach, reach))
-        bits = [f"{each:+g}".replace("-", "\N{MINUS SIGN}") if each else "0" for each in (tick / 100 for tick in ticks)]
-        above.set_xticks(ticks, bits, fontsize=8.5)
+        above.set_xticks(ticks, _signed(tick / 100 for tick in ticks), fontsize=8.5)
         above.minorticks_off()
         above.spines["top"].set_visible(True)
         above.set_xlabel(f"bits fewer ({', '.join(texts)})", fontsize=9)
     return fig
+
+
+def _signed(numbers: Iterable[float]) -> list[str]:
+    """Each with its sign, as a tick's label."""
+    return [f"{each:+g}".replace("-", "\N{MINUS SIGN}") if each else "0" for each in numbers]
 
 
 def show(

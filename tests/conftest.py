@@ -5,6 +5,7 @@ a_server_of_its_own       start code that goes on until the test ends it, such a
 light_pytest              variables with which a pytest of its own starts in a fifth of the time
 largest                   how many numbers the largest tensor held that a call made
 in_float64                a context in which code that asks for float32 gets float64
+one_thread                torch computes with one thread, for models so small that several wait for each other
 quick_interpreter         for every test: Triton's interpreter works out once what never changes
 """
 
@@ -35,6 +36,18 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Bytes are not part of a test's name: an archive holds the time when it was made, and pytest-xdist asks that every
     worker finds the same names."""
     return argname if isinstance(val, bytes) else None
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread():
+    """For layers so small that two threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # --- processes of their own ------------------------------------------------------------------------------------------

@@ -635,15 +635,6 @@ def train(looks_at, tie, rate, seed, steps=200, width=32):
 RATES, SEEDS = (1e-3, 3e-3, 1e-2), 3
 
 
-@pytest.fixture
-def one_thread():
-    """For layers so small that two threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.claim("A1.4", "holds if")
 @pytest.mark.timeout(900)  # it trains 42 layers
 def test_a_trained_layer_needs_a_direction_for_the_ring_and_none_for_couples(one_thread):

@@ -31,13 +31,7 @@ from benchmarks.self_liberating_run import (
 )
 from nondual.extensions import CertifiedStream
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -34,12 +34,7 @@ def found():
     return json.loads((ROOT / "docs/measured/heads_trained.json").read_text())["figures"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- A2.3: no head is given its role ---------------------------------------------------------------------------------

@@ -35,12 +35,7 @@ def pictures():
     return Inputs(*(half[:1000] for half in parts_of("fashion")["test"]))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.claim("A8.3", "holds if")

@@ -68,12 +68,7 @@ def task():
     return vit_run.task_of("fashion")._replace(patch=PATCH)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- A5.2: near and far --------------------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ from benchmarks.record import write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
 
-RATES, CHOOSING, SEEDS = (0.001, 0.003, 0.01), (101, 102), tuple(range(1, 9))
+RATES, CHOOSING, SEEDS = (0.003, 0.01), (101, 102), tuple(range(1, 9))
+FROM_LOWER = {"direction": (0.001, 0.003, 0.01)}
+"""Tasks whose grid begins with other rates."""
 NAMED = {False: 0.02, True: 0.01}
 """The effect named beforehand: two points of right answers, or 0.01 bit."""
 
@@ -151,7 +153,9 @@ def jobs(options: list[str], folder: Path) -> list[Job]:
         raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in {*arms, *(control_of(arm) for arm in arms)}]
     whole = [
-        Job(task, arm, folder) for task, arm in product(tasks, arms) if task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS
+        Job(task, arm, folder, rates=FROM_LOWER.get(task, RATES))
+        for task, arm in product(tasks, arms)
+        if task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS
     ]
     if "--tiny" in options:
         return [

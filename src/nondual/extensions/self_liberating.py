@@ -182,7 +182,8 @@ class DecayingAttention(nn.Module):
             # --8<-- [start:decay]
             s = at_least_float32(q) @ at_least_float32(k).mT / self.d_head**0.5
             s = s if scores is None else scores(s)
-            weights = masked_softmax(s + decay_between(log_forget))
+            causal = masks.causal(s.shape[-1], device=s.device)
+            weights = masked_softmax(s, causal if self.forget is None else decay_between(log_forget))
             # --8<-- [end:decay]
             out = (weights @ at_least_float32(v)).to(v.dtype)
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))

@@ -257,6 +257,14 @@ def test_a_chapter_shares_its_stem_with_a_module_and_a_test():
         assert list((ROOT / "tests").rglob(f"test_{stem}.py")), f"{chapter.name}: no tests/test_{stem}.py"
 
 
+def test_a_companion_has_a_test_of_its_name():
+    for chapter in sorted((ROOT / "docs/companions").glob("*.md")):
+        stem = chapter.stem.removesuffix("_texts")
+        assert (ROOT / f"tests/companions/test_{stem}.py").is_file(), (
+            f"{chapter.name}: no tests/companions/test_{stem}.py"
+        )
+
+
 def needs_a_test(file: Path) -> bool:
     """Every module does, but for an __init__.py that only imports, at once or when it is asked for a name."""
     if file.stem != "__init__":

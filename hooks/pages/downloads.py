@@ -24,7 +24,7 @@ from pages.links import REPOSITORY, folder_of
 COLAB = "https://colab.research.google.com/github"
 SITE = "https://nondual.github.io/nondual/"  # as in pyproject.toml: links in a file on a reader's disk lead there
 INSTALL = f"nondual[pretrained] @ git+{REPOSITORY}"
-FOLDERS = ("essay/", "workshop/")
+FOLDERS = ("essay/", "companions/", "workshop/")
 WIDTH = 100
 
 INK, PAPER = "#1a1a1a", "#ffffff"

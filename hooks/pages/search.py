@@ -25,6 +25,7 @@ TITLE = 8.0  # a word in a title counts so many times as much as one in the text
 CLAIM = 100.0  # and the number of a claim, at its own entry: chapters name many in one section
 WEIGHTS = {  # by the beginning of the location: whoever looks for Mamba wants its chapter before its reference
     "essay/": 4.0,  # what the texts say, beside a chapter, counts half of it
+    "companions/": 2.0,
     "workshop/": 2.0,
     "guides/": 2.0,
     "glossary/": 2.5,

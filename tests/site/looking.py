@@ -213,7 +213,7 @@ def faults_of_pages(browser, site: str, names: list[str], size: str) -> dict[str
         print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
         if weight > HEAVIEST:
             found.append(f"a first visit weighs {weight:.0f} kB")
-        if name.startswith(("essay/", "workshop/")):
+        if name.startswith(("essay/", "companions/", "workshop/")):
             found += faults_of_code(page, size)
         if found:
             faults[name] = found

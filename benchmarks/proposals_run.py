@@ -5,6 +5,7 @@ mixer, in what joins its queries and keys, or in the width of the feed-forward p
 Inputs are one or several rows of ids whose vectors are added up; scores come from a matrix of their own.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -384,10 +385,36 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
         "spikes": spikes(losses),
         "loss": [round(each, 4) for each in losses[:: max(steps // 20, 1)]],
         "shares": [one.share.tolist() for one in model.modules() if isinstance(one, Roles)],
+        "heads": meetings(model, task),
         "parameters": size(model),
         "seconds": round(time.process_time() - began, 1),
     }
     return model, ended
+
+
+@torch.no_grad()
+def meetings(model: Reader, task: Task) -> dict[str, Any] | None:
+    """How far the heads of each layer came to meet, and what the model is worth where they are kept apart again.
+
+    Gates are given as tanh(g); mixing matrices as the norm of what lies off their diagonal over that of the whole.
+    """
+    model = copy.deepcopy(model)
+    gates = [one.gate for one in model.modules() if isinstance(one, HeadFusion)]
+    mixings = [each for one in model.modules() if isinstance(one, TalkingHeads) for each in (one.before, one.after)]
+    if not gates and not mixings:
+        return None
+    found = {
+        "gates": [round(float(gate.tanh()), 4) for gate in gates],
+        "mixings": [round(float((each - each.diag().diag()).norm() / each.norm()), 4) for each in mixings],
+    }
+    for gate in gates:
+        gate.zero_()
+    for each in mixings:
+        each.copy_(each.diag().diag())
+    try:
+        return {**found, "apart": round(judged(model, task), 5)}
+    except RuntimeError as error:  # a fixed point that was not reached
+        return {**found, "apart": str(error)}
 
 
 def loss_of(model: nn.Module, given: tuple[Tensor, ...], answers: Tensor) -> Tensor:

@@ -113,6 +113,21 @@ def test_what_diverges_counts_as_chance_and_says_why(tmp_path):
         assert found["failed"] and len(found["curve"]) == 5 and found["curve"][-1] == 1 / 8
 
 
+def test_how_far_heads_meet_is_kept_and_the_model_left_as_it_is():
+    task = TASKS["recall"]()
+    model = model_of(task, "fusion", 1)
+    assert proposals_run.meetings(model_of(task, "base", 1), task) is None
+    with torch.no_grad():
+        model.layers[1].mixer.op.gate.fill_(0.5)
+    found = proposals_run.meetings(model, task)
+    assert found["gates"] == [0.0, 0.4621] and found["mixings"] == [] and 0 <= found["apart"] <= 1
+    assert model.layers[1].mixer.op.gate == 0.5
+    talking = model_of(task, "talking heads", 1)
+    with torch.no_grad():
+        talking.layers[0].mixer.op.before[0, 1] = 2.0
+    assert proposals_run.meetings(talking, task)["mixings"] == [round(0.5**0.5, 4), 0.0, 0.0, 0.0]
+
+
 def test_spikes():
     assert spikes([1.0] * 30) == 0
     assert spikes([1.0] * 25 + [1.6] + [1.0] * 5 + [1.4, 2.0]) == 2

@@ -14,6 +14,8 @@ stopped. A job is one arm on one task.
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
 """
 
+import csv
+import io
 import multiprocessing
 import os
 import tempfile
@@ -32,6 +34,7 @@ from tqdm import tqdm
 from benchmarks.proposals_run import (
     ARMS,
     BOTH_WAYS,
+    CHECKS,
     FUSION,
     MADE_UP,
     SEEN_BOTH_WAYS,
@@ -40,7 +43,7 @@ from benchmarks.proposals_run import (
     carry_out,
     control_of,
 )
-from benchmarks.record import write
+from benchmarks.record import MEASURED, write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
 
@@ -139,6 +142,22 @@ def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def as_csv(found: Sequence[dict[str, Any]]) -> str:
+    """Every run of the paired seeds as a row: what was trained, how well it did, and what went wrong."""
+    columns = ["task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
+    columns += [f"after 1/{part}" if part > 1 else "at the end" for part in CHECKS]
+    columns += ["loss spikes", "failed", "parameters"]
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(columns)
+    for job in found:
+        unit = "share of right answers" if job["task"] in MADE_UP else "bits a character"
+        for run in job["runs"]:
+            row = [job["task"], job["arm"], control_of(job["arm"]), unit, run["rate"], run["seed"], run["outcome"]]
+            rows.writerow([*row, *run["curve"], run["spikes"], run["failed"] or "", run["parameters"]])
+    return out.getvalue()
+
+
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
@@ -208,3 +227,4 @@ def main(options: list[str]) -> None:
     print(f"{len(found)} of {len(plan)} jobs done")
     if len(found) == len(plan) and not any("=" in option for option in options if not option.startswith("--jobs")):
         write("proposals", "nox -s bench -- proposals", {"jobs": list(found.values()), "compared": judged(found)})
+        (MEASURED / "proposals.csv").write_text(as_csv(list(found.values())))

@@ -1,5 +1,7 @@
 """The benchmark of the essay's proposals: its tasks, arms, judgement and plan, at a small size."""
 
+import csv
+import io
 import json
 import math
 import sys
@@ -11,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import proposals_run
-from benchmarks.proposals import Job, carry_out_job, compared, done, holm, jobs, judged, said
+from benchmarks.proposals import Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, said
 from benchmarks.proposals_run import (
     ARMS,
     CONTEXT,
@@ -126,6 +128,24 @@ def test_how_far_heads_meet_is_kept_and_the_model_left_as_it_is():
     with torch.no_grad():
         talking.layers[0].mixer.op.before[0, 1] = 2.0
     assert proposals_run.meetings(talking, task)["mixings"] == [round(0.5**0.5, 4), 0.0, 0.0, 0.0]
+
+
+def test_every_run_is_a_row_of_the_table():
+    run = {"rate": 0.01, "seed": 3, "outcome": 0.5, "curve": [0.1, 0.3, 0.5, 0.7, 0.9], "spikes": 2, "parameters": 7}
+    jobs = [
+        {
+            "task": "copy",
+            "arm": "fusion, placebo",
+            "runs": [{**run, "failed": None}, {**run, "seed": 4, "failed": "a, b"}],
+        },
+        {"task": "Gita", "arm": "decay", "runs": [{**run, "failed": None}]},
+    ]
+    rows = csv.DictReader(io.StringIO(as_csv(jobs)))
+    assert rows.fieldnames[:7] == ["task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
+    first, second, third = rows
+    assert first["arm"] == "fusion, placebo" and first["compared with"] == "base" and first["at the end"] == "0.9"
+    assert second["failed"] == "a, b" and second["seed"] == "4" and first["failed"] == ""
+    assert third["unit"] == "bits a character" and third["compared with"] == "normalised"
 
 
 def test_spikes():

@@ -40,10 +40,12 @@ HELPERS += ("captions",)
 HELPERS += ("ttt_run",)
 HELPERS += ("in_context_run",)
 HELPERS += ("depth_run",)
+HELPERS += ("retrieval_run",)
 HELPERS += ("ctm_run",)
 HELPERS += ("bytes_run", "bytes_cuts")
 HELPERS += ("proposals_run", "self_liberating_run")
 HELPERS += ("assignments_smollm2", "assignments_words", "assignments_prompt", "assignments_tiny")
+HELPERS += ("tantra_run",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -46,7 +46,6 @@ HELPERS += ("bytes_run", "bytes_cuts")
 HELPERS += ("proposals_run", "self_liberating_run")
 HELPERS += ("assignments_smollm2", "assignments_words", "assignments_prompt", "assignments_tiny")
 HELPERS += ("tantra_run",)
-HELPERS += ("meditation_run",)
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

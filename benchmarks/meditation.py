@@ -13,23 +13,20 @@ SmolLM2-135M-Instruct in our own classes reads stretches of eight plays, MiniLM 
                mixed with themselves in random order. How much was changed is half the sum of the absolute changes of a
                row, against the intact weights of the layer on the same input; losses are compared at equal change
     fixed      the loss where each head has the mean of its table over other texts, or its table for one other text
-    trained    soft, hard and fixed weights trained on small tasks: see meditation_run.py
 
-Intervals are Student's t over texts or seeds, differences paired. Weights are computed from float32 scores, the softmax
+Intervals are Student's t over texts, differences paired by text. Weights are computed from float32 scores, the softmax
 in float32, and rounded when they are stored.
 
     nox -s bench -- meditation
 
-Some 25 minutes of one core. Each part is kept under a hash of this file. --tiny runs everything once, on short texts,
-and keeps nothing.
+Some 6 minutes of one core. Each part is kept under a hash of this file. --tiny runs everything on short texts, and
+keeps nothing.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,7 +36,6 @@ from torch.nn.functional import cross_entropy
 from benchmarks.assignments_smollm2 import full, through
 from benchmarks.entropy import PLAYS
 from benchmarks.intervals import by_seeds
-from benchmarks.meditation_run import ARMS, RATES, STEPS, Run, carry_out
 from benchmarks.record import write
 from benchmarks.stages import carried_out
 from nondual.analysis import weights_of
@@ -47,23 +43,20 @@ from nondual.analysis.attention_layers import attention_layers
 from nondual.data import shakespeare
 from nondual.ops import masks
 from nondual.ops.attention import masked_softmax
-from nondual.store import cache_folder
 
-SIZES = {"texts": 6, "long": 1024, "fewer": 384, "disturbed": 256, "fixed": 128, "others": 24}
+SIZES = {"texts": 5, "long": 512, "fewer": 256, "disturbed": 256, "fixed": 128, "others": 16}
 TINY = {"texts": 2, "long": 48, "fewer": 32, "disturbed": 24, "fixed": 16, "others": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = (1, 2, 4, 8, 16, 32, 64)
 STRENGTHS: dict[str, tuple[float, ...]] = {
-    "flatter": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-    "sharper": (1.15, 1.3, 1.5, 1.8, 2.2, 3.0),
-    "noise": (0.3, 0.5, 0.75, 1.0, 1.25, 1.5),
-    "noise, one for all heads": (0.3, 0.5, 0.75, 1.0, 1.25, 1.5),
-    "mixed with an even spread": (0.06, 0.12, 0.18, 0.25, 0.32, 0.4),
-    "mixed with another order": (0.06, 0.12, 0.18, 0.25, 0.32, 0.4),
+    "flatter": (0.85, 0.75, 0.65, 0.55, 0.45),
+    "sharper": (1.2, 1.4, 1.6, 1.9, 2.4),
+    "noise": (0.4, 0.65, 0.9, 1.2, 1.5),
+    "noise, one for all heads": (0.4, 0.65, 0.9, 1.2, 1.5),
+    "mixed with an even spread": (0.08, 0.16, 0.24, 0.32, 0.4),
+    "mixed with another order": (0.08, 0.16, 0.24, 0.32, 0.4),
 }
 EQUAL = (0.1, 0.2, 0.3)
-SEEDS, TUNING = (0, 1, 2, 3, 4), 100
-TRAINED = {"recall": tuple(ARMS), "copy": ("soft", "fixed"), "induction": ("soft", "straight-through", "fixed")}
 
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scores, weights, seen) -> what stands in the weights' place
 
@@ -136,7 +129,7 @@ def counted(weights: Tensor, seen: Tensor) -> dict[str, Any]:
 def zeros(bench: Bench, part: str) -> dict[str, Any]:
     """By the number of keys that a query sees."""
     n, found = bench.sizes["long"], {}
-    bins = [(a, b) for a, b in ((1, 64), (65, 256), (257, 1024)) if a <= n]
+    bins = [(a, b) for a, b in ((1, 64), (65, 256), (257, 512)) if a <= n]
     rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def count(_: Tensor, weights: Tensor, seen: Tensor) -> Tensor:
@@ -386,30 +379,6 @@ def bench_with(bench: Bench, ids: Tensor, table: Tensor, layers: Any) -> Tensor:
         return bench.losses(ids)[0].mean()
 
 
-# --- trained ---------------------------------------------------------------------------------------------------------
-
-
-def small_tasks(part: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Each arm at the rate that was best with one other seed, then with all seeds; differences from soft, paired."""
-    rates, seeds, steps = (RATES[2:3], SEEDS[:2], 2) if tiny else (RATES, SEEDS, STEPS[part])
-    found: dict[str, Any] = {"steps": steps}
-    right: dict[str, list[float]] = {}
-    for arm in TRAINED[part]:
-        tuning = {rate: carry_out(Run(part, arm, rate, TUNING, steps, folder)) for rate in rates}
-        best = max(tuning, key=lambda rate: (tuning[rate]["right"], -tuning[rate]["loss"][-1]))
-        runs = [carry_out(Run(part, arm, best, seed, steps, folder)) for seed in seeds]
-        right[arm] = [run["right"] for run in runs]
-        found[arm] = {"rate": best, "tuning": {f"{rate:g}": run["right"] for rate, run in tuning.items()}}
-        found[arm] |= {"right": interval(right[arm]), "each": right[arm]}
-        if arm == "soft":
-            right["soft, judged hard"] = [run["right, judged hard"] for run in runs]
-            found["soft, judged hard"] = {"right": interval(right["soft, judged hard"])}
-    for arm in right:
-        if arm != "soft":
-            found[arm]["less soft"] = interval([a - b for a, b in zip(right[arm], right["soft"])])
-    return found
-
-
 # --- all together ----------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[Callable[[Bench, str], Any], tuple[str, ...]]] = {
@@ -421,17 +390,11 @@ STAGES: dict[str, tuple[Callable[[Bench, str], Any], tuple[str, ...]]] = {
 }
 
 
-def measured(bench: Bench, tiny: bool, folder: Path) -> dict[str, Any]:
+@torch.inference_mode()
+def measured(bench: Bench, tiny: bool) -> dict[str, Any]:
     """All figures."""
-    parts = {name: few for name, (_, few) in STAGES.items()} | {"trained": tuple(TRAINED)}
-
-    def ask(name: str, part: str) -> Any:
-        if name == "trained":
-            return small_tasks(part, tiny, folder)
-        with torch.inference_mode():
-            return STAGES[name][0](bench, part)
-
-    found = carried_out(__file__, parts, ask, tiny)
+    parts = {name: few for name, (_, few) in STAGES.items()}
+    found = carried_out(__file__, parts, lambda name, part: STAGES[name][0](bench, part), tiny)
     return found | {"at equal change": compared(found["disturbed"])}
 
 
@@ -441,10 +404,8 @@ def main(options: list[str]) -> None:
     torch.set_num_threads(1)
     tiny = "--tiny" in options
     bench = Bench(*our_smollm2(), TINY if tiny else SIZES)
+    figures = measured(bench, tiny)
     if tiny:
-        with TemporaryDirectory() as folder:
-            print("tiny", list(measured(bench, tiny, Path(folder))))
+        print("tiny", list(figures))
         return
-    figures = measured(bench, tiny, cache_folder() / "runs" / "meditation")
-    setup = {"plays": PLAYS, "sizes": SIZES, "rates": RATES, "seeds": SEEDS}
-    write("meditation", "nox -s bench -- meditation", figures, threads=1, setup=setup)
+    write("meditation", "nox -s bench -- meditation", figures, threads=1, setup={"plays": PLAYS, "sizes": SIZES})

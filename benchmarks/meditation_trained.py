@@ -1,4 +1,4 @@
-"""Soft, hard and fixed weights trained on small tasks: one run of `meditation`.
+"""Is attention a weighting or a spotlight: soft, hard and fixed weights trained on small tasks.
 
 The models and tasks are those of `proposals_run`: two causal layers of width 64 with four heads. The arms differ in
 what stands between the scores and the values, and in nothing else:
@@ -11,27 +11,37 @@ what stands between the scores and the values, and in nothing else:
     fixed             the softmax of a learned table of scores by position, the same for every input: the random
                       Synthesizer of Tay et al. 2020 (2005.00743), section 3.2; queries and keys are not used
 
-What was sampled in training is judged by its largest score. "soft, judged hard" is the soft model judged so too.
+What was sampled in training is judged by its largest score. "soft, judged hard" is the soft model judged so too. The
+learning rate of each arm is the best of a sweep with another seed; arms of one seed start alike and see the same data.
+
+    nox -s bench -- meditation_trained
+
+Some 10 minutes of one core. Each run is kept in runs/meditation_trained of the cache folder. --tiny takes two steps
+of each and keeps nothing.
 """
 
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.meditation import interval
 from benchmarks.proposals_run import HEADS, TASKS, Arm, Reader, judged
-from benchmarks.record import kept
+from benchmarks.record import kept, write
 from nondual.ops import masks
 from nondual.ops.attention import masked_softmax
+from nondual.store import cache_folder
 from nondual.training import optimiser, warmup_cosine
 
-STEPS = {"recall": 300, "copy": 300, "induction": 800}
+STEPS = {"recall": 300, "copy": 300, "induction": 500}
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+SEEDS, TUNING = (0, 1, 2, 3), 100
 LENGTH = 48
 """The longest sequence of these tasks, which the fixed table must hold."""
 
@@ -86,6 +96,9 @@ ARMS: dict[str, Callable[[], Weighting]] = {
     "sampled": lambda: Weighting(sampled),
     "fixed": lambda: Weighting(soft, fixed=True),
 }
+
+
+TRAINED = {"recall": tuple(ARMS), "copy": ("soft", "fixed"), "induction": ("soft", "straight-through", "fixed")}
 
 
 class Run(NamedTuple):
@@ -146,3 +159,42 @@ def score_function(model: nn.Module, each: Tensor) -> Tensor | float:
         return 0.0
     others = (each.sum() - each) / max(len(each) - 1, 1)
     return ((each - others) * torch.stack(drawn).sum(0)).mean()
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+
+
+def small_tasks(part: str, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Each arm at the rate that was best with one other seed, then with all seeds; differences from soft, paired."""
+    rates, seeds, steps = (RATES[2:3], SEEDS[:2], 2) if tiny else (RATES, SEEDS, STEPS[part])
+    found: dict[str, Any] = {"steps": steps}
+    right: dict[str, list[float]] = {}
+    for arm in TRAINED[part]:
+        tuning = {rate: carry_out(Run(part, arm, rate, TUNING, steps, folder)) for rate in rates}
+        best = max(tuning, key=lambda rate: (tuning[rate]["right"], -tuning[rate]["loss"][-1]))
+        runs = [carry_out(Run(part, arm, best, seed, steps, folder)) for seed in seeds]
+        right[arm] = [run["right"] for run in runs]
+        found[arm] = {"rate": best, "tuning": {f"{rate:g}": run["right"] for rate, run in tuning.items()}}
+        found[arm] |= {"right": interval(right[arm]), "each": right[arm]}
+        if arm == "soft":
+            right["soft, judged hard"] = [run["right, judged hard"] for run in runs]
+            found["soft, judged hard"] = {"right": interval(right["soft, judged hard"])}
+    for arm in right:
+        if arm != "soft":
+            found[arm]["less soft"] = interval([a - b for a, b in zip(right[arm], right["soft"])])
+    return found
+
+
+def main(options: list[str]) -> None:
+    torch.set_num_threads(1)
+    if "--tiny" in options:
+        with TemporaryDirectory() as folder:
+            print("tiny", {task: list(small_tasks(task, True, Path(folder))) for task in TRAINED})
+        return
+    folder = cache_folder() / "runs" / "meditation_trained"
+    figures = {}
+    for task in TRAINED:
+        figures[task] = small_tasks(task, False, folder)
+        print(task, flush=True)
+    setup = {"rates": RATES, "seeds": SEEDS, "steps": STEPS}
+    write("meditation_trained", "nox -s bench -- meditation_trained", figures, threads=1, setup=setup)

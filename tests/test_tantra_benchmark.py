@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.proposals_run import TASKS, Arm, Reader
 from benchmarks.recall_run import size
 from benchmarks.tantra import Plan, carry_out_all
+from benchmarks.tantra_models import Counting, cosines, main, of_mean_length
 from benchmarks.tantra_run import DEEP, NORMS, ROLES, SMALL, Synthesizer, length_of, with_norms, with_roles
+from nondual.ops.attention import attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,3 +84,21 @@ def test_the_plan_is_carried_out_and_goes_on_from_what_is_kept(tmp_path):
     times = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     assert carry_out_all(plan, ("recall",), (2,)) == found
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == times
+
+
+def test_trained_models_are_measured():
+    for length_too in (False, True):  # scores made cosines differ from the lengths evened out by one factor a head
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 2, 3, 7, 5)
+        if length_too:
+            q, k = (F.normalize(x, dim=-1) * 2 for x in (q, k))
+        one, other = cosines(4 / 5**0.5)(q, k, v, causal=True), of_mean_length(True, True)(q, k, v, causal=True)
+        assert torch.allclose(one, other, atol=1e-6) == length_too
+        assert torch.allclose(other, attention(q, k, v, causal=True), atol=1e-6) == length_too
+    counting = Counting()
+    q, k = torch.tensor([[[[0.0, 0.0], [1.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0], [2.0, -1.0]]]])
+    counting(q, k, k, causal=True)  # dot products 1 and 1: the first; cosines 0.71 and 0.32
+    assert counting.shares[0].tolist() == [0.0]
+    counting(q, k * torch.tensor([1.0, 2.0])[:, None], k, causal=True)  # dot products 1 and 2
+    assert counting.shares[1].tolist() == [1.0]
+    main(["--tiny"])

@@ -46,6 +46,7 @@ HELPERS += ("bytes_run", "bytes_cuts")
 HELPERS += ("proposals_run", "self_liberating_run")
 HELPERS += ("assignments_smollm2", "assignments_words", "assignments_prompt", "assignments_tiny")
 HELPERS += ("tantra_run",)
+HELPERS += ("routing_run", "routing_read", "routing_statements")
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
 
 

@@ -10,6 +10,7 @@
     direct_paths       what a layer reads straight from each layer before it, one path cut at a time
     modality_gap       how far apart images and texts lie in one space, and whether a plane tells them apart
     rollout            how much of each input is in each output, by the weights of all layers
+    flow               how much the weights of all layers let pass from each input to each output
     attention_distance how far a head looks across an image
 
 An example. Which of MiniLM's 72 heads looks at the word before? And for this sentence, which head moves the model's
@@ -60,6 +61,7 @@ from nondual.analysis.few_shot import (
     right_answers,
     shuffled_answers,
 )
+from nondual.analysis.flow import attention_flow
 from nondual.analysis.heads import head_contributions, overlap, profile, weights_of
 from nondual.analysis.interventions import (
     HeadRecord,
@@ -86,6 +88,7 @@ __all__ = [
     "antisymmetric_share",
     "ask",
     "attention_distance",
+    "attention_flow",
     "attention_layer",
     "attention_layers",
     "attention_rollout",

@@ -33,6 +33,28 @@ def attention_rollout(weights: Float[Tensor, "layers b h n n"], *, residual: flo
         TypeError: weights are not a tensor.
         ValueError: not floating point (L, B, H, N, N), no layer or head, or a share that is not in 0 to 1.
     """
+    # --8<-- [start:rollout]
+    mixed = mixed_layers(weights, residual)  # (L, B, N, N)
+    rolled = mixed[0]
+    for layer in mixed[1:]:
+        rolled = layer @ rolled  # what comes later is on the left
+    return rolled
+    # --8<-- [end:rollout]
+
+
+def mixed_layers(weights: Float[Tensor, "layers b h n n"], residual: float = 0.5) -> Float[Tensor, "layers b n n"]:
+    """(1 - r) A + r I of each layer, A the mean over its heads: rows sum to 1 where those of A do.
+
+    Args:
+        weights: as in `attention_rollout`.
+        residual: r, as there.
+
+    Returns:
+        (L, B, N, N) in float32, or float64 where the weights are.
+
+    Raises:
+        TypeError, ValueError: as in `attention_rollout`.
+    """
     check_tensors({"weights": weights})
     if weights.ndim != 5 or weights.shape[3] != weights.shape[4] or not weights.is_floating_point():
         raise ValueError(
@@ -42,11 +64,7 @@ def attention_rollout(weights: Float[Tensor, "layers b h n n"], *, residual: flo
         raise ValueError(f"weights must be of 1 layer and 1 head or more, got {tuple(weights.shape)}")
     if not 0 <= residual <= 1:
         raise ValueError(f"residual must lie in 0 to 1, got {residual}")
-    # --8<-- [start:rollout]
-    mixed = (1 - residual) * at_least_float32(weights).mean(2)  # (L, B, N, N), all heads alike
-    mixed = mixed + residual * torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
-    rolled = mixed[0]
-    for layer in mixed[1:]:
-        rolled = layer @ rolled  # what comes later is on the left
-    return rolled
-    # --8<-- [end:rollout]
+    # --8<-- [start:mixed]
+    mixed = (1 - residual) * at_least_float32(weights).mean(2)  # all heads alike
+    return mixed + residual * torch.eye(mixed.shape[-1], dtype=mixed.dtype, device=mixed.device)
+    # --8<-- [end:mixed]

@@ -150,7 +150,7 @@ def zeros(bench: Bench, part: str) -> dict[str, Any]:
 
         encoder = minilm()
         for which in range(bench.sizes["texts"]):
-            ids = encoder.tokenizer.encode(shakespeare()[PLAYS[which]][20_000:24_000]).ids[:256]
+            ids = encoder.tokenizer.encode(shakespeare()[PLAYS[which]][20_000:24_000]).ids[: n // 2]
             weights = weights_of(encoder.model, torch.tensor([ids]))[:, 0]
             rows.setdefault((len(ids), len(ids)), []).append(counted(weights, torch.ones(len(ids), len(ids)).bool()))
     for (a, b), each in rows.items():

@@ -180,7 +180,7 @@ def small_tasks(part: str, tiny: bool, folder: Path) -> dict[str, Any]:
             right["soft, judged hard"] = [run["right, judged hard"] for run in runs]
             found["soft, judged hard"] = {"right": interval(right["soft, judged hard"])}
     for arm in right:
-        if arm != "soft":
+        if arm != "soft" and "soft" in right:
             found[arm]["less soft"] = interval([a - b for a, b in zip(right[arm], right["soft"])])
     return found
 

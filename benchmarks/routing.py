@@ -32,7 +32,7 @@ from nondual.store import cache_folder
 SWEEP_SEED = 0
 ARMS = {"cue": ("1.0", "0.9", "0.5", "0.125"), "heads": ("both", "0", "1"), "facts": ("corpus",), "text": ("1", "4")}
 RATES = {
-    "cue": (4e-3, 8e-3, 1.6e-2),
+    "cue": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "heads": (4e-3, 8e-3, 1.6e-2),
     "facts": (8e-3, 1.6e-2, 3.2e-2),
     "text": (4e-3, 8e-3, 1.6e-2),
@@ -112,8 +112,16 @@ def heads(arms: dict[str, Any]) -> dict[str, Any]:
         whose: difference(at_half[f"pull without the other, {whose}"], at_half[f"pull, {whose}"])
         for whose in ("own", "the other's")
     }
+    by_step = {
+        whose: [
+            difference(list(without), list(usual))
+            for without, usual in zip(zip(*curves[f"pull without the other, {whose}"]), zip(*curves[f"pull, {whose}"]))
+        ]
+        for whose in ("own", "the other's")
+    }
     return {
         "steps": [EVERY * (i + 1) for i in range(len(both[0]["curve"]))],
+        "rise by step": {whose: [[d["mean"], *(d["interval"] or ())] for d in each] for whose, each in by_step.items()},
         "curves": {name: [round(mean(x), 5) for x in zip(*each)] for name, each in curves.items()},
         "loss": [round(mean(run["curve"][i]["loss"] for run in both), 4) for i in range(len(both[0]["curve"]))],
         "half": [EVERY * (i + 1) for i in half],

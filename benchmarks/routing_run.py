@@ -249,7 +249,8 @@ def facts_run(run: "Run") -> dict[str, Any]:
     taught(model, loss, facts.draw, run)
     with torch.no_grad():
         told, shares = model(facts.persons).softmax(-1), facts.shares()
-    false = shares.scatter(1, facts.true[:, None], 0).argmax(-1, keepdim=True)  # the most frequent false one
+    most, false = shares.scatter(1, facts.true[:, None], 0).max(-1, keepdim=True)  # the most frequent false one
+    false = torch.where(most > 0, false, -1)  # of some persons nothing false is said
     true = facts.true[:, None]
     rows = [facts.kind == k for k in range(len(CONDITIONS))]
     answers = told.argmax(-1, keepdim=True)

@@ -68,12 +68,12 @@ class Bench:
     """The model, and stretches of plays as tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, sizes: dict[str, int]):
-        self.model, self.tokenizer, self.sizes = model, tokenizer, sizes
+        self.model, self.tokenizer, self.sizes, self.plays = model, tokenizer, sizes, shakespeare()
         self.mixers: list[Any] = [layer.module for layer in attention_layers(model)]
 
     def text(self, which: int, length: int) -> Tensor:
         """The first tokens (1, length) of a stretch of play `which`."""
-        text = shakespeare()[PLAYS[which]][20_000 : 20_000 + 6 * length]
+        text = self.plays[PLAYS[which]][20_000 : 20_000 + 6 * length]
         ids = torch.tensor([self.tokenizer(text)["input_ids"][:length]])
         assert ids.shape[1] == length
         return ids
@@ -150,7 +150,7 @@ def zeros(bench: Bench, part: str) -> dict[str, Any]:
 
         encoder = minilm()
         for which in range(bench.sizes["texts"]):
-            ids = encoder.tokenizer.encode(shakespeare()[PLAYS[which]][20_000:24_000]).ids[: n // 2]
+            ids = encoder.tokenizer.encode(bench.plays[PLAYS[which]][20_000:24_000]).ids[: n // 2]
             weights = weights_of(encoder.model, torch.tensor([ids]))[:, 0]
             rows.setdefault((len(ids), len(ids)), []).append(counted(weights, torch.ones(len(ids), len(ids)).bool()))
     for (a, b), each in rows.items():
@@ -343,11 +343,10 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
 def fixed(bench: Bench, part: str) -> dict[str, Any]:
     """The rise of the loss where tables come from other texts: in all layers, and in one layer alone."""
     n, count = bench.sizes["fixed"], bench.sizes["others"]
-    others = list(shakespeare())
-    others = [play for play in others if play not in PLAYS][:count]
+    others = [play for play in bench.plays if play not in PLAYS][:count]
     tables = []
     for play in others:
-        ids = torch.tensor([bench.tokenizer(shakespeare()[play][20_000 : 20_000 + 6 * n])["input_ids"][:n]])
+        ids = torch.tensor([bench.tokenizer(bench.plays[play][20_000 : 20_000 + 6 * n])["input_ids"][:n]])
         tables.append(weights_of(bench.model, ids)[:, 0])  # (layers, H, N, N)
     average = torch.stack(tables).mean(0)
     rises: dict[str, list[float]] = {"mean table": [], "another text's table": []}

@@ -37,8 +37,8 @@ RATES = {
     "facts": (8e-3, 1.6e-2, 3.2e-2),
     "text": (4e-3, 8e-3, 1.6e-2),
 }
-STEPS = {"cue": 1000, "heads": 400, "facts": 1200, "text": 500}
-SEEDS = {task: tuple(range(1, 7 if task == "text" else 9)) for task in ARMS}
+STEPS = {"cue": 1000, "heads": 400, "facts": 1200, "text": 300}
+SEEDS = {task: tuple(range(1, 6 if task == "text" else 9)) for task in ARMS}
 BEYOND = 3
 """How many rates outside of a grid are tried at most."""
 

@@ -111,7 +111,7 @@ def of_sentence(encoder: Any, sentence: str) -> dict[str, Any]:
     return found
 
 
-def influence(sentences: int | None) -> dict[str, Any]:
+def influence(sentences: int) -> dict[str, Any]:
     """Over the sentences of RELATIONS, the first so many."""
     from nondual.pretrained import minilm
 
@@ -255,7 +255,7 @@ def read(folder: Path, tiny: bool) -> dict[str, Any]:
     """All three, kept as they end."""
     torch.set_num_threads(1)
     return {
-        "influence": kept(folder / "influence.json", influence, 3 if tiny else None),
+        "influence": kept(folder / "influence.json", influence, 3 if tiny else 48),
         "truth": kept(folder / "truth.json", truth, tiny),
-        "copying": kept(folder / "copying.json", copying, 4 if tiny else 64),
+        "copying": kept(folder / "copying.json", copying, 4 if tiny else 32),
     }

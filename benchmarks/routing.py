@@ -1,7 +1,7 @@
 """What attention's weights follow, in small models trained here and in two that others trained.
 
-trained      benchmarks/routing_run.py describes the four tasks: a cue that was right by coincidence, what two heads
-             leave to one another, facts of which some are falsely told, and a text read with one head or four.
+trained      benchmarks/routing_run.py describes the three tasks: a cue that was right by coincidence, what two
+             heads leave to one another, and facts of which some are falsely told.
 read         benchmarks/routing_read.py: what moves a token's vector in MiniLM, beside the weights; whether a direction
              in SmolLM2 tells true sentences from false ones, on a topic that it was not fitted to; and whether SmolLM2
              copies where copying is of no use.
@@ -10,7 +10,7 @@ Each arm of a task is trained to the end at every rate of a grid with one seed, 
 at the edge. At the best of them it is trained with other seeds, which had no part in the choice. A seed fixes the
 batches, the first weights and what is drawn once, so that arms are paired by it.
 
-    nox -s bench -- routing           some twenty minutes of one core
+    nox -s bench -- routing           some ten minutes of one core
     nox -s bench -- routing --tiny    a few steps of a few, which writes nothing to docs/measured
 
 A run is kept as it ends, in `runs/routing` of the cache folder or in --runs=FOLDER: call again, and it goes on.
@@ -30,15 +30,14 @@ from benchmarks.sweeps import grown, lowest
 from nondual.store import cache_folder
 
 SWEEP_SEED = 0
-ARMS = {"cue": ("1.0", "0.9", "0.5", "0.125"), "heads": ("both", "0", "1"), "facts": ("corpus",), "text": ("1", "4")}
+ARMS = {"cue": ("1.0", "0.9", "0.5", "0.125"), "heads": ("both", "0", "1"), "facts": ("corpus",)}
 RATES = {
     "cue": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "heads": (4e-3, 8e-3, 1.6e-2),
     "facts": (8e-3, 1.6e-2, 3.2e-2),
-    "text": (4e-3, 8e-3, 1.6e-2),
 }
-STEPS = {"cue": 1000, "heads": 400, "facts": 1200, "text": 300}
-SEEDS = {task: tuple(range(1, 6 if task == "text" else 9)) for task in ARMS}
+STEPS = {"cue": 1000, "heads": 400, "facts": 1200}
+SEEDS = {task: tuple(range(1, 9)) for task in ARMS}
 BEYOND = 3
 """How many rates outside of a grid are tried at most."""
 
@@ -150,16 +149,6 @@ def facts(arms: dict[str, Any]) -> dict[str, Any]:
     return {"kinds": kinds, "off": over_seeds([run["off"] for run in runs]), "loss above the least": over_seeds(excess)}
 
 
-def text(arms: dict[str, Any]) -> dict[str, Any]:
-    """Nats a character on two plays held out."""
-    held = {arm: [run["held out"] for run in of["runs"]] for arm, of in arms.items()}
-    return {
-        "held out": {arm: over_seeds(each) for arm, each in held.items()},
-        "one less four": difference(held["1"], held["4"]),
-        "parameters": {arm: of["runs"][0]["parameters"] for arm, of in arms.items()},
-    }
-
-
 def main(options: list[str]) -> None:
     tiny = "--tiny" in options
     folder = next((Path(x.removeprefix("--runs=")) for x in options if x.startswith("--runs=")), None)
@@ -167,7 +156,7 @@ def main(options: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arms = {task: {arm: arm_of(task, arm, folder, tiny) for arm in names} for task, names in ARMS.items()}
     figures = {"cue": cue(arms["cue"]), "heads": heads(arms["heads"]), "facts": facts(arms["facts"])}
-    figures |= {"text": text(arms["text"])} | routing_read.read(folder, tiny)
+    figures |= routing_read.read(folder, tiny)
     if tiny:
         return
     chosen = {

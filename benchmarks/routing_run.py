@@ -1,4 +1,4 @@
-"""One run of `routing`: four tasks, their models, and a training whose result is kept as it ends.
+"""One run of `routing`: three tasks, their models, and a training whose result is kept as it ends.
 
 Cue. Eight items, each with a key and a value, and a question that names a key: the answer is the value of the item
 whose key belongs to that of the question, by a permutation drawn with the seed. One item bears a mark, which is no part
@@ -12,14 +12,12 @@ out (its output replaced by its mean). And models in which one of the two heads 
 Facts. Each person (two tokens, first and last name) has one true attribute. A corpus says it of each person twenty
 times, some of them falsely; the false statements about a person agree with one another, or differ. Nothing else in the
 corpus tells a true statement from a false one.
-
-Text. Shakespeare's plays by the character, with 1, 2, 4 or 8 heads a layer, all with the same parameters.
 """
 
 import json
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.heads_trained_run import Lookup, Relations, lookup_loss
-from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.record import kept
 from nondual.feed_forward import FeedForward
-from nondual.language_models.gpt import GPT
 from nondual.self_attention import MultiHeadAttention
 from nondual.training import optimiser, train
 from nondual.transformer_layer import TransformerLayer
@@ -41,8 +37,7 @@ KEYS, ITEMS, VALUES = 16, 8, 8
 FIRST, LAST, ATTRIBUTES, SAID = 16, 8, 16, 20
 CONDITIONS = (("agree", 20), ("agree", 16), ("agree", 12), ("agree", 8), ("agree", 4), ("differ", 8), ("differ", 4))
 """How the false statements stand to one another, and how many of the twenty are true."""
-CONTEXT, EVERY = 64, 20
-APART = ("twelfth-night", "macbeth", "the-tempest")
+EVERY = 20
 
 
 class Reader(nn.Module):
@@ -264,32 +259,9 @@ def facts_run(run: "Run") -> dict[str, Any]:
     }
 
 
-# --- text ----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def plays() -> tuple[int, Tensor, Tensor, Tensor]:
-    """How many characters there are; what is trained on; windows to choose a rate on, and windows held out."""
-    texts = in_numbers(APART)
-    choose, *held = (windows(texts.of[name], CONTEXT, 400) for name in APART)
-    return len(texts.alphabet), texts.train, choose, torch.cat(held)
-
-
-def text_run(run: "Run") -> dict[str, Any]:
-    """The loss of a small language model, in nats a character. The arm is the number of its heads."""
-    vocabulary, train_on, choose, held = plays()
-    torch.manual_seed(run.seed)
-    model = GPT(vocabulary, 64, 2, int(run.arm), max_len=CONTEXT, d_ff=256)
-    taught(model, model.loss, partial(drawn, train_on, 16, CONTEXT), run)
-    with torch.no_grad():
-        losses = [torch.stack([model.loss(part) for part in each.split(50)]).mean().item() for each in (choose, held)]
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return {"loss": round(losses[0], 4), "held out": round(losses[1], 4), "parameters": size}
-
-
 # --- one run -------------------------------------------------------------------------------------------------------
 
-TASKS = {"cue": cue_run, "heads": heads_run, "facts": facts_run, "text": text_run}
+TASKS = {"cue": cue_run, "heads": heads_run, "facts": facts_run}
 
 
 class Run(NamedTuple):
@@ -297,7 +269,7 @@ class Run(NamedTuple):
 
     task: str
     arm: str
-    """Of the cue the share of examples in which it is right, of heads the one that is there, of text their number."""
+    """Of the cue the share of examples in which it is right, of heads the one that is there."""
     rate: float
     seed: int
     steps: int

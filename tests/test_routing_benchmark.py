@@ -33,8 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_it_runs_and_writes_nothing(monkeypatch, capsys):
     monkeypatch.setattr(routing, "write", None)  # to call it would raise
     monkeypatch.setattr(routing.routing_read, "read", lambda folder, tiny: {})
-    vocabulary, train_on, choose, held = routing_run.plays()
-    monkeypatch.setattr(routing_run, "plays", lambda: (vocabulary, train_on, choose[:2], held[:2]))
     routing.main(["--tiny"])
     said = capsys.readouterr().out
     assert all(f"{task} {arm} " in said for task, arms in routing.ARMS.items() for arm in arms)

@@ -6,14 +6,15 @@ Tasks, model, budget and outcomes are those of docs/measured/protocol.md. The pl
               reverse (it stands at a known place)
     norms     the block that essay B prints, without norms, beside post-norm and pre-norm, two and eight layers, on
               recall; at two layers also with small inputs
-    rates     whole trainings at 0.003 and 0.01, for the roles with seed 101, for the norms with 101 and 102; the grid grows
-              by factors of two until the best is not at its edge, by three rates at most
+    rates     whole trainings at 0.003 and 0.01, for the roles with seed 101, for the norms with 101 and 102; the grid
+              grows by factors of two until the best is not at its edge, by three rates at most
     compared  seeds 1 to 5, paired: the difference from the first arm, and for the norms from the arm "norm before"
               of the same depth, with the 95 % interval of Student's t and the protocol's words
 
-Changed on the way: rates were first chosen with two seeds throughout, then, to save time, with one. For the norms this was
-taken back after their runs: at eight layers "norm before" got a rate (0.02) at which its sixth seed learned and four of
-the five others did not. A third task of the roles, conjunction, was left out for time, before any of its runs was read.
+Changed on the way: rates were first chosen with two seeds throughout, then, to save time, with one. For the norms this
+was taken back after their runs: at eight layers "norm before" got a rate (0.02) at which the choosing seed learned and
+three of the five others did not. A third task of the roles, conjunction, was left out for time, before any of its runs
+was read.
 
 Known before: one training of each arm on reverse and recall with seed 200, which is used for nothing else, among them
 the two that had the arms without norms begin with large inputs and with small ones.

@@ -148,6 +148,6 @@ def test_a_run_is_kept_and_arms_of_a_seed_start_alike(tmp_path, one_thread):
 
 def test_the_trainings_run_and_write_nothing(monkeypatch, capsys, one_thread):
     monkeypatch.setattr(meditation_trained, "write", None)  # to call it would raise
-    monkeypatch.setattr(meditation_trained, "TRAINED", {"recall": ("soft", "sampled"), "induction": ("fixed",)})
+    monkeypatch.setattr(meditation_trained, "TRAINED", {"recall": ("soft", "sampled"), "copy": ("fixed",)})
     meditation_trained.main(["--tiny"])
     assert "soft, judged hard" in capsys.readouterr().out

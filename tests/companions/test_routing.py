@@ -114,6 +114,7 @@ def test_what_moves_a_token_is_what_it_reads_and_how_long_its_value_is(encoder, 
     over_all = found["influence"]["all"]["value's gain"]
     assert over_all[1] < 0.05  # with the two markers among the columns the values help little or not at all
     assert of["mean weight"][1] > of["rollout"][2] + 0.2  # through all layers the plain mean agrees better
+    assert abs(found["influence"]["all"]["rollout"][0] - of["rollout"][0]) < 0.05  # which is not due to the markers
 
 
 # --- D2: numbers, not words ------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_what_moves_a_token_is_what_it_reads_and_how_long_its_value_is(encoder, 
 SENTENCES = ["A dog runs in the park.", "A puppy is running outside.", "The bank raised its interest rates."]
 
 
-@pytest.mark.claim("D2", "holds")
+@pytest.mark.claim("D2", "holds if")
 @torch.no_grad()
 def test_words_may_be_renamed_and_not_a_bit_changes():
     """A fresh numbering of the vocabulary, with each word's row of the table moved to its new number."""
@@ -137,7 +138,7 @@ def test_words_may_be_renamed_and_not_a_bit_changes():
     assert alike[0, 1] > 0.5 > 0.1 > alike[0, 2] and unlike[0, 1] - unlike[0, 2] < 0.25
 
 
-@pytest.mark.claim("D2", "holds")
+@pytest.mark.claim("D2", "holds if")
 @torch.no_grad()
 def test_in_a_language_model_the_scores_are_renamed_too():
     model, tokenizer = smollm2()
@@ -161,7 +162,7 @@ def trained(model, loss, draw, steps):
 # --- D15: past usefulness --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.claim("D15", "holds")
+@pytest.mark.claim("D15", "holds if")
 def test_the_weights_stay_on_a_cue_that_was_right_by_coincidence():
     partner = torch.randperm(KEYS, generator=torch.Generator().manual_seed(1))
     astray = examples(partner, 0.0, torch.Generator().manual_seed(2), 512)
@@ -181,7 +182,7 @@ def test_the_weights_stay_on_a_cue_that_was_right_by_coincidence():
     assert on_the_mark[1 / ITEMS] < 0.1  # the control: in training it said nothing
 
 
-@pytest.mark.claim("D15", "holds")
+@pytest.mark.claim("D15", "holds if")
 def test_measured_a_cue_is_kept_where_it_was_enough_and_left_where_something_was_better(found):
     arms = found["cue"]["arms"]
     assert arms["1.0"]["weight on the mark"]["interval"][0] > 0.99
@@ -190,7 +191,8 @@ def test_measured_a_cue_is_kept_where_it_was_enough_and_left_where_something_was
     assert arms["0.125"]["right, astray"]["interval"][0] > 0.95
     assert arms["1.0"]["mark less control"]["interval"][0] > 0.9
     nearly = arms["0.9"]  # the mark was wrong one time in ten: the rule is never wrong, and the weights leave the mark
-    assert nearly["weight on the mark"]["interval"][1] < 0.1 and nearly["right, astray"]["interval"][0] > 0.95
+    assert nearly["weight on the mark"]["interval"][1] < 0.05 < 0.9 < arms["1.0"]["weight on the mark"]["interval"][0]
+    assert nearly["right, astray"]["interval"][0] > 0.95
     again, new = found["copying"]["again"], found["copying"]["new"]
     assert 0.1 > again["weight"][2] > again["weight"][1] > new["weight"][2]  # one coincidence moves SmolLM2 a little
     assert again["probability"][2] < 0.1
@@ -225,10 +227,16 @@ def test_measured_two_heads_keep_each_other_from_a_relation_and_do_better_togeth
     heads = found["heads"]
     assert heads["weight alone less both"]["interval"][0] > 0.1
     assert heads["right both less one"]["interval"][0] > 0
-    third = heads["steps"].index(60)
-    assert heads["rise by step"]["the other's"][third][1] > 0  # early on the other takes away part of the pull
+    # the test of rivalry that was fixed beforehand: where the loss has halved, is a head pulled more towards the
+    # other's relation with the other taken out? No difference was found, there or later
+    assert set(heads["half"]) == {80}
     low, high = heads["rise without the other"]["the other's"]["interval"]
-    assert low < 0 < high  # where the loss has halved, no longer seen
+    assert low < 0 < high
+    planned, rises = heads["steps"].index(80), heads["rise by step"]["the other's"]
+    assert all(low < 0 < high for _, low, high in rises[planned:])
+    assert rises[planned - 1][1] > 0  # at step 60 there is one, which was only seen afterwards
+    both, alone = (heads["weight on the other's relation"][name]["each"] for name in ("both", "alone"))
+    assert sum(x < 0.05 for x in both) == 7 and all(x < y for x, y in zip(both, alone))  # one pair divides less
     many = json.loads((ROOT / "docs/measured/heads_trained.json").read_text())["figures"]["look-ups"]
     assert many["less_one_head"]["4/4"]["interval"][0] > 0.1 and max(many["less_one_head"]["2/1"]["interval"]) < 0.01
 
@@ -253,7 +261,7 @@ def test_a_model_repeats_what_most_statements_say():
 def test_measured_a_model_repeats_the_majority_and_a_direction_for_truth_follows_what_is_likely(found):
     for kind in found["facts"]["kinds"]:
         share, told = kind["share of true"], kind["probability of the truth"]
-        assert abs(told["mean"] - share) < 0.05  # it says a thing as often as the corpus does
+        assert abs(told["mean"] - share) < 0.02  # it says a thing as often as the corpus does
         majority = share > 0.5 or kind["false statements"] == "differ"
         assert (kind["answers the truth"]["mean"] > 0.85) is majority
         assert (kind["answers the falsehood"]["mean"] > 0.85) is not majority
@@ -264,4 +272,7 @@ def test_measured_a_model_repeats_the_majority_and_a_direction_for_truth_follows
     assert truth["denied"]["the likelier is true"][2] < 0.3 and truth["affirmed"]["the likelier is true"][1] > 0.8
     low, high = truth["denied"]["fitted to both"][1:]
     assert low < 0.5 < high  # fitted to both, it does not tell denied ones apart
-    assert truth["capitals"]["fitted to affirmed"][2] < 0.4
+    assert truth["affirmed"]["fitted to both"][1] > 0.6 and truth["affirmed"]["fitted to both"][0] < told[0]
+    for fitted_to in ("affirmed", "both"):  # the better-known city, though the statements are as often likelier as not
+        assert truth["capitals"][f"fitted to {fitted_to}"][2] < 0.4
+    assert truth["capitals"]["the likelier is true"][0] == 0.5

@@ -102,13 +102,15 @@ def test_with_two_projections_two_numbers_are_enough_for_any_map():
 def test_two_projections_learn_what_none_and_one_cannot(found):
     for which in MAPS:
         of = found[f"relevance {which}"]
-        assert min(of["2"]["right"]) > 0.99 and max(of["0, network"]["right"]) > 0.99
+        assert min(of["2"]["right"]) > 0.99
         if which == "same":
             assert min(of["0"]["right"]) > 0.99 and min(of["1"]["right"]) > 0.99
         else:
             assert max(of["0"]["right"]) < 0.7 and max(of["1"]["right"]) < 11 / 12 + 1 / 12 / 8
     of = found["relevance opposite"]
     assert max(of["1"]["right"]) < 0.7 and of["two less one"]["interval"][0] > 0.3
+    network = [share for which in ("opposite", "next") for share in found[f"relevance {which}"]["0, network"]["right"]]
+    assert len(network) == 6 and sum(share > 0.99 for share in network) == 3
 
 
 @pytest.mark.claim("E2", "holds if")
@@ -144,8 +146,9 @@ def layer(causal=False):
     return TransformerLayer(mixer, FeedForward(12, 29), 12).double()
 
 
-@pytest.mark.claim("E6", "holds if")
+@pytest.mark.claim("E6", "does not hold")
 def test_attention_is_equivariant_and_its_mean_is_invariant():
+    """The printed equation is false of the outputs, and true of their mean or largest, and of one token's own."""
     model, x = layer(), draw(2, 7, 12)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
     out, moved = model(x), model(x[:, order])
@@ -157,7 +160,7 @@ def test_attention_is_equivariant_and_its_mean_is_invariant():
     torch.testing.assert_close(model(x[:, kept])[:, 0], out[:, 0], atol=1e-13, rtol=1e-13)
 
 
-@pytest.mark.claim("E6", "holds if")
+@pytest.mark.claim("E6", "does not hold")
 def test_a_causal_mask_tells_the_order_without_positions():
     model, x = layer(causal=True), draw(2, 7, 12)
     order = torch.arange(7).flip(0)
@@ -165,7 +168,7 @@ def test_a_causal_mask_tells_the_order_without_positions():
     assert (model(x[:, order]).mean(1) - model(x).mean(1)).abs().max() > 0.01
 
 
-@pytest.mark.claim("E6", "holds if")
+@pytest.mark.claim("E6", "does not hold")
 @torch.no_grad()
 def test_minilm_without_positions_carries_an_order_through():
     model = minilm().model.double()
@@ -287,6 +290,8 @@ def test_what_was_learned_of_counting_and_comparing(found):
     assert all(seed["8"] > 0.98 and seed["64"] > 0.9 for seed in numbers)
     start, none = (found["count"][arm]["by_length"] for arm in ("start", "no start"))
     assert min(seed["16"] for seed in start) > 0.1 + max(seed["16"] for seed in none)
+    assert all(seed["16"] < 0.7 for seed in start)  # though the training that chose the rate was right in all
+    assert found["count"]["start"]["sweep"][str(found["count"]["start"]["rate"])] > 0.99
     assert all(seed["64"] < 0.5 for seed in start)  # a count that was learned does not reach far; the one by hand does
 
 
@@ -325,7 +330,7 @@ def test_attention_needs_least_for_look_up_and_not_for_a_local_rule(found):
         assert min(of["attention"]["fresh"]) > 0.95
         for arm in ("convolution of 4", "convolution of 16", "LSTM"):
             assert of[arm]["attention less this"]["interval"][0] > 0.5
-    for arm in ("convolution of 4", "LSTM"):
+    for arm in ("convolution of 4", "convolution of 16", "LSTM"):
         assert rule["32"][arm]["attention less this"]["interval"][1] < 0
     assert min(rule["128"]["convolution of 4"]["fresh"]) > 0.95
     sizes = {of["parameters"] for of in recall["512"].values()}

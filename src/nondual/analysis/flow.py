@@ -68,7 +68,6 @@ def _network(mixed: Tensor) -> Network:
     return network
 
 
-# --8<-- [start:maximum_flow]
 def _maximum_flow(network: Network, source: int, sink: int) -> float:
     """Dinic 1970: again and again, fill the shortest ways that still let something pass, until there is none."""
     left = [dict(edges) for edges in network]
@@ -98,7 +97,6 @@ def _push(left: Network, ways: dict[int, list[int]], node: int, sink: int, most:
     return 0.0
 
 
-# --8<-- [end:maximum_flow]
 def _steps(left: Network, source: int) -> dict[int, int]:
     """How many edges away from the source each node is that it can reach."""
     steps, front = {source: 0}, [source]

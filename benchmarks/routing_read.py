@@ -9,9 +9,9 @@ is compared with the influence by the rank correlation over the tokens j other t
 is over sentences.
 
 Truth. The last vector of a statement, true or false, in each layer of SmolLM2. A direction is fitted to five topics
-(the mean of true less false, as in Marks and Tegmark 2023, 2310.06824) and asked, of each pair of the sixth topic, which
-is true. The layer is the one that does best when each of the five is left out in turn. Beside it: a direction fitted
-to labels drawn by chance, and the log-probability that the model gives to the statement.
+(the mean of true less false, as in Marks and Tegmark 2023, 2310.06824) and asked, of each pair of the sixth topic,
+which is true. The layer is the one that does best when each of the five is left out in turn. Beside it: a direction
+fitted to labels drawn by chance, and the log-probability that the model gives to the statement.
 
 Copying. SmolLM2 reads tokens drawn by chance, the last of which has come before: what followed it then says nothing of
 what comes now. Beside it, the same tokens with a new one at the end. The head that looks most at what followed is

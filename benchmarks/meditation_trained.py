@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.meditation import interval
 from benchmarks.proposals_run import HEADS, TASKS, Arm, Reader, judged
-from benchmarks.record import kept, write
+from benchmarks.record import kept, run_file, write
 from nondual.ops import masks
 from nondual.ops.attention import masked_softmax
 from nondual.store import cache_folder
@@ -114,8 +114,7 @@ class Run(NamedTuple):
 
 def carry_out(run: Run) -> dict[str, Any]:
     """Train from the beginning, unless that was done before; keep what it ended with."""
-    name = f"{run.task}_{run.arm}_{run.rate:g}_{run.seed}_{run.steps}.json"
-    return kept(run.folder / name, trained, run)
+    return kept(run_file(run.folder, run.task, run.arm, run.rate, run.seed, run.steps), trained, run)
 
 
 def trained(run: Run) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.recall_run import size
-from benchmarks.record import kept
+from benchmarks.record import kept, run_file
 from nondual.attention_mechanism import AdditiveAttention
 from nondual.connections import LayerCall, stream
 from nondual.data.gita import gita
@@ -322,8 +322,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        name = f"{self.task}_{self.arm}_{self.rate:g}_{self.seed}_{self.steps or 'all'}.json"
-        return self.folder / name.replace(" ", "-").replace(",", "")
+        return run_file(self.folder, self.task, self.arm, self.rate, self.seed, self.steps or "all")
 
 
 def carry_out(run: Run) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.recall_run import size
-from benchmarks.record import kept
+from benchmarks.record import kept, run_file
 from nondual.extensions import Recogniser, recognition_index, recurring, zipf
 from nondual.language_models.in_context_learning import InContextRegressor, predict, ridge, stored_tasks
 from nondual.language_models.in_context_learning.functions import dense
@@ -66,8 +66,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        name = f"{self.arm}_{self.rate:g}_{self.seed}_{self.steps}.json"
-        return self.folder / name.replace(" ", "-").replace(",", "")
+        return run_file(self.folder, self.arm, self.rate, self.seed, self.steps)
 
 
 def carry_out(run: Run) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     }
 
 
+def run_file(folder: Path, *parts: object) -> Path:
+    """Where one run is kept: what tells it from other runs, joined by underscores, without spaces and commas."""
+    name = "_".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+    return folder / f"{name}.json".replace(" ", "-").replace(",", "")
+
+
 def keep(file: Path, result: dict[str, Any]) -> None:
     """Write what one run ended with, so that the file's name never stands for a part of it."""
     part = file.with_suffix(".part")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.recall_run import Batch, Reader, attending, lstm, size
-from benchmarks.record import kept
+from benchmarks.record import kept, run_file
 from nondual.feed_forward import FeedForward
 from nondual.relative_positions import Rotary
 from nondual.tasks import recall
@@ -206,8 +206,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        name = f"{self.task}_{self.arm}_{self.rate:g}_{self.seed}_{self.steps}.json"
-        return self.folder / name.replace(" ", "-").replace(",", "")
+        return run_file(self.folder, self.task, self.arm, self.rate, self.seed, self.steps)
 
 
 def carry_out(run: Run) -> dict[str, Any]:

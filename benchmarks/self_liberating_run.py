@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks import proposals_run
 from benchmarks.plays import Plays, in_numbers, windows
 from benchmarks.proposals_run import CONTEXT, HELD_OUT, LIBERATING, TASKS, WINDOWS, Reader, fitted
-from benchmarks.record import kept
+from benchmarks.record import kept, run_file
 from nondual.extensions import CertifiedStream, DecayingAttention
 
 ARMS = tuple(LIBERATING)
@@ -57,8 +57,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        name = f"{self.arm}_{self.rate:g}_{self.seed}_{self.steps or 'all'}_{self.long}_{self.stream}.json"
-        return self.folder / name.replace(" ", "-").replace(",", "")
+        return run_file(self.folder, self.arm, self.rate, self.seed, self.steps or "all", self.long, self.stream)
 
 
 def carry_out(run: Run) -> dict[str, Any]:

@@ -154,11 +154,11 @@ def smollm2(tiny: bool) -> dict[str, Any]:
         name: of_mean_length(*which)
         for name, which in (("both", (True, True)), ("queries", (True, False)), ("keys", (False, True)))
     }
-    dearer = {}
+    more = {}
     for name, op in changed.items():
         put(model.layers, op)
         middle, low, high = bootstrap(losses(model, held) - true)
-        dearer[name] = {"mean": round(middle, 3), "interval": [round(low, 3), round(high, 3)]}
+        more[name] = {"mean": round(middle, 3), "interval": [round(low, 3), round(high, 3)]}
     for layer, op in zip(model.layers, plain):
         layer.mixer.op = op
     found["cosines"] = {
@@ -167,7 +167,7 @@ def smollm2(tiny: bool) -> dict[str, Any]:
         "tried": {f"{each:g}": round(value, 3) for each, value in tried.items()},
         "sharpness": best,
         "loss": round(true.mean().item(), 3),
-        "more loss": dearer,
+        "more loss": more,
     }
 
     x = streams(model, ids)

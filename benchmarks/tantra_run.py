@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.proposals_run import CHECKS, HEAD, HEADS, LAYERS, TASKS, WIDE, WIDTH, Arm, Reader, Task, judged, loss_of
 from benchmarks.recall_run import size
-from benchmarks.record import kept
+from benchmarks.record import kept, run_file
 from nondual.ops import masks
 from nondual.self_attention import MultiHeadAttention
 from nondual.training import optimiser, warmup_cosine
@@ -173,8 +173,7 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        name = f"{self.task}_{self.arm}_{self.layers}_{self.rate:g}_{self.seed}_{self.steps or 'all'}.json"
-        return self.folder / name.replace(" ", "-").replace(",", "")
+        return run_file(self.folder, self.task, self.arm, self.layers, self.rate, self.seed, self.steps or "all")
 
 
 def carry_out(run: Run) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""What benchmarks share: plays in numbers, intervals of a mean, sweeps with the best rate inside, stages that go on."""
+"""What benchmarks share: plays in numbers, names of run files, intervals, sweeps with the best rate inside, stages."""
 
 import math
 
 import pytest
 import torch
 
-from benchmarks import intervals, plays, stages, sweeps
+from benchmarks import intervals, plays, record, stages, sweeps
 
 
 def test_intervals_of_a_mean():
@@ -61,3 +61,9 @@ def test_plays_that_are_kept_apart_are_not_trained_on(monkeypatch):
     assert plays.windows(read.of["one"], 2, 1).tolist() == [[0, 1, 2]]
     some = plays.drawn(torch.arange(5), 40, 3, torch.Generator().manual_seed(0))
     assert {tuple(row) for row in some.tolist()} == {(0, 1, 2, 3), (1, 2, 3, 4)}
+
+
+def test_the_file_of_a_run_tells_it_from_others(tmp_path):
+    name = record.run_file(tmp_path, "data recall", "two layers, wide", 0.003, 7, None).name
+    assert name == "data-recall_two-layers-wide_0.003_7_None.json"
+    assert record.run_file(tmp_path, 0.00001).name == "1e-05.json"

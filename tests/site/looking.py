@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from axe import faults_by_axe, load_axe
 from documents import SITE
+from pages.downloads import FOLDERS
 
 HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
@@ -219,7 +220,7 @@ def faults_of_pages(browser, site: str, names: list[str], size: str) -> dict[str
         print(f"{weight:8.0f} kB  {name}")  # shown with -s, and when the check fails
         if weight > HEAVIEST:
             found.append(f"a first visit weighs {weight:.0f} kB")
-        if name.startswith(("essay/", "companions/", "workshop/")):
+        if name.startswith(FOLDERS):
             found += faults_of_code(page, size)
         if found:
             faults[name] = found

@@ -330,9 +330,9 @@ def carry_out(run: Run) -> dict[str, Any]:
     return kept(run.file, trained, run)
 
 
-def steps_of(task: Task, arm: str) -> int:
+def steps_of(task: str, arm: str) -> int:
     """The steps of a whole training: twice as many where loss by position is measured afterwards."""
-    return task.steps * (2 if task.text and arm in LIBERATING else 1)
+    return TASKS[task]().steps * (2 if task == "Shakespeare" and arm in LIBERATING else 1)
 
 
 def trained(run: Run) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
     """The model at the end of its training, and what is kept of the run."""
     task, began = TASKS[run.task](), time.process_time()
     model = model_of(task, run.arm, run.seed)
-    steps = steps_of(task, run.arm) if run.steps is None else run.steps
+    steps = steps_of(run.task, run.arm) if run.steps is None else run.steps
     step = optimiser(model, run.rate)
     generator = torch.Generator().manual_seed(run.seed)
     losses: list[float] = []

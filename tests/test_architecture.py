@@ -43,6 +43,7 @@ RANKS = {
     "pretrained": 3,
     "extensions": 4,
     "analysis": 4,
+    "parallel": 4,
 }
 ASIDE = {"tasks", "figures", "training"}  # for experiments and pages: they import none of the above, nor does it them
 NOT_OURS = {"docs", "tests", "hooks", "benchmarks"}

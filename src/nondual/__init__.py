@@ -28,6 +28,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.multimodal            images and words in one model: CLIP, SigLIP, Flamingo and LLaVA
     nondual.recent                test-time training, a Continuous Thought Machine, connections over depth
     nondual.extensions            the essay's proposals: attention without fixed roles, a flow down one energy
+    nondual.parallel              one sequence over several devices: attention round a ring, scans passed on
     nondual.pretrained            real weights, checked by hash and loaded into the classes above
     nondual.analysis              attention heads recorded, replaced and measured, in these models and transformers' own
     nondual.training              optimiser, schedule, and a loop that resumes from a checkpoint to the bit
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         mixers,
         multimodal,
         ops,
+        parallel,
         positional_encoding,
         pretrained,
         recent,
@@ -209,6 +211,7 @@ __all__ = [
     "mixers",
     "multimodal",
     "ops",
+    "parallel",
     "positional_encoding",
     "pretrained",
     "recent",

@@ -6,12 +6,16 @@ stopped. A job is one arm on one task.
 
     nox -s bench -- proposals                        on all cores of this machine
     nox -s bench -- proposals --jobs=2               on two of them
+    nox -s bench -- proposals --section=continuous   of one section: continuous, self_liberating, head_fusion or arc
     nox -s bench -- proposals --only=fusion          arms with this in their name, and what they are compared with
     nox -s bench -- proposals --tasks=copy,Gita      on these tasks
-    nox -s bench -- proposals --minutes=30           begin no job after half an hour; writes nothing if some are left
+    nox -s bench -- proposals --minutes=30           begin no job after half an hour
     nox -s bench -- proposals --slurm=PARTITION      each job as one of a Slurm cluster, by submitit; the cache folder
                                                      must be one that all its machines see (NONDUAL_CACHE)
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
+
+A section whose jobs are all done is written to docs/measured/proposals_<section>.json; with all of them, every run is a
+row of docs/measured/proposals.csv.
 """
 
 import csv
@@ -20,7 +24,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice, product
 from pathlib import Path
@@ -37,6 +41,7 @@ from benchmarks.proposals_run import (
     CHECKS,
     FUSION,
     MADE_UP,
+    SECTIONS,
     SEEN_BOTH_WAYS,
     TASKS,
     Run,
@@ -161,21 +166,29 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
+def pairs_of(arms: Iterable[str], tasks: Iterable[str] = TASKS) -> list[tuple[str, str]]:
+    """(task, arm) for these arms and what they are compared with. The arms that see both ways meet three tasks."""
+    wanted = {each for arm in arms for each in (arm, control_of(arm))}
+    return [
+        (task, arm)
+        for task, arm in product(tasks, ARMS)
+        if arm in wanted and (task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS)
+    ]
+
+
 def jobs(options: list[str], folder: Path) -> list[Job]:
-    """The jobs that the options ask for. The arms that see both ways meet three tasks."""
+    """The jobs that the options ask for."""
     given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
     tasks = given["tasks"].split(",") if "tasks" in given else list(TASKS)
     if unknown := set(tasks) - set(TASKS):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))}; there are: {', '.join(TASKS)}")
-    arms = [arm for arm in ARMS if given.get("only", "") in arm]
+    if given.get("section", "arc") not in SECTIONS:
+        raise SystemExit(f"there is no section {given['section']}; there are: {', '.join(SECTIONS)}")
+    arms = [arm for arm in SECTIONS.get(given.get("section", ""), ARMS) if given.get("only", "") in arm]
     if not arms:
         raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(ARMS)}")
-    arms = [arm for arm in ARMS if arm in {*arms, *(control_of(arm) for arm in arms)}]
-    whole = [
-        Job(task, arm, folder, rates=FROM_LOWER.get(task, RATES))
-        for task, arm in product(tasks, arms)
-        if task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS
-    ]
+    pairs = pairs_of(arms, tasks)
+    whole = [Job(task, arm, folder, rates=FROM_LOWER.get(task, RATES)) for task, arm in pairs]
     if "--tiny" in options:
         return [
             job._replace(steps=3, rates=(0.003,), choosing=(101,), seeds=(1, 2))
@@ -225,6 +238,15 @@ def main(options: list[str]) -> None:
         return
     found = {(each["task"], each["arm"]): each for each in done(plan, options)}
     print(f"{len(found)} of {len(plan)} jobs done")
-    if len(found) == len(plan) and not any("=" in option for option in options if not option.startswith("--jobs")):
-        write("proposals", "nox -s bench -- proposals", {"jobs": list(found.values()), "compared": judged(found)})
+    whole = {section: part for section, arms in SECTIONS.items() if (part := part_of(found, arms))}
+    for section, part in whole.items():
+        command = f"nox -s bench -- proposals --section={section}"
+        write(f"proposals_{section}", command, {"jobs": list(part.values()), "compared": judged(part)})
+    if len(whole) == len(SECTIONS):
         (MEASURED / "proposals.csv").write_text(as_csv(list(found.values())))
+
+
+def part_of(found: Mapping[tuple[str, str], Any], arms: Iterable[str]) -> dict[tuple[str, str], Any]:
+    """What was found of these arms and their controls, if it is whole; nothing if a job is not done."""
+    wanted = pairs_of(arms)
+    return {pair: found[pair] for pair in wanted} if found.keys() >= set(wanted) else {}

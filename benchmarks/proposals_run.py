@@ -242,7 +242,9 @@ ARC = {
     "Mamba-2": Arm(mixer=lambda _, __: Mamba2(WIDTH, d_state=64, d_head=HEAD), places="none", as_wide=True),
     "hybrid": Arm(mixer=hybrid, as_wide=True),
 }
-ARMS = {**CONTINUOUS, **BOTH_WAYS, **LIBERATING, **FUSION, **ARC}
+SECTIONS = {"continuous": CONTINUOUS | BOTH_WAYS, "self_liberating": LIBERATING, "head_fusion": FUSION, "arc": ARC}
+"""The arms of each section of the protocol, by the name of its chapter."""
+ARMS = {name: arm for arms in SECTIONS.values() for name, arm in arms.items()}
 
 
 def control_of(arm: str) -> str:

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import proposals_run
-from benchmarks.proposals import Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, said
+from benchmarks.proposals import Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, part_of, said
 from benchmarks.proposals_run import (
     ARMS,
     CONTEXT,
@@ -217,10 +217,24 @@ def test_the_plan(tmp_path):
     some = jobs(["--only=fusion", "--tasks=copy,Gita"], tmp_path)
     assert {job.arm for job in some} == {"base", "fusion", "fusion, fixed point", "fusion, placebo"}
     assert {job.task for job in some} == {"copy", "Gita"}
+    fading = jobs(["--section=self_liberating"], tmp_path)
+    assert {job.arm for job in fading} == set(proposals_run.LIBERATING) and len(fading) == 50
+    assert {job.arm for job in jobs(["--section=arc"], tmp_path)} == {"base", *proposals_run.ARC}
+    with pytest.raises(SystemExit, match="there is no section rest; there are: continuous, self_liberating"):
+        jobs(["--section=rest"], tmp_path)
     with pytest.raises(SystemExit, match="there is no task Hamlet"):
         jobs(["--tasks=Hamlet"], tmp_path)
     with pytest.raises(SystemExit, match="no arm has nothing in its name"):
         jobs(["--only=nothing"], tmp_path)
+
+
+def test_a_section_is_written_when_it_is_whole():
+    of_fusion = [(task, arm) for task in TASKS for arm in ("base", *proposals_run.FUSION)]
+    found = {pair: pair[0] for pair in reversed(of_fusion)} | {("copy", "LSTM"): "copy"}
+    part = part_of(found, proposals_run.FUSION)
+    assert set(part) == set(of_fusion)
+    del found["Gita", "base"]
+    assert part_of(found, proposals_run.FUSION) == {}
 
 
 def test_a_job_chooses_its_rate_and_runs_its_seeds(tmp_path):

@@ -92,7 +92,7 @@ def checked_rows(
             raise ValueError("v must have a width of 1 or more, got 0")
         if given[0].dtype not in _DTYPES:
             raise ValueError(f"q must be float64, float32, float16 or bfloat16, got {given[0].dtype}")
-        if q.device.type != _device(ranks, q).type:
+        if q.device.type != device_of(ranks, q).type:
             raise ValueError(f"q must be on a GPU for the backend nccl, got {q.device}")
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         return {
@@ -108,7 +108,7 @@ def checked_rows(
             **{name: _number(value) for name, value in options.items()},
         }
 
-    sizes = compared(ranks, call, check, _device(ranks, q), may_differ=("rows",))
+    sizes = compared(ranks, call, check, device_of(ranks, q), may_differ=("rows",))
     rows = tuple(of_rank["rows"] for of_rank in sizes)
     whole = layout if isinstance(layout, Layout) else layout(sum(rows), ranks.size)
     if whole.lengths != rows:
@@ -119,8 +119,13 @@ def checked_rows(
     return Rows(ranks, whole, *given)
 
 
-def _device(ranks: Ranks, x: object) -> torch.device:
-    """Where the sizes are sent from: where x is, if the backend can."""
+def device_of(ranks: Ranks, x: object) -> torch.device:
+    """Where sizes are sent from: where x is, if the backend can send from there.
+
+    Args:
+        ranks: the group.
+        x: what a rank was given, which may be no tensor.
+    """
     if dist.get_backend(ranks.group) == "nccl" and not (isinstance(x, Tensor) and x.device.type == "cuda"):
         return torch.device("cuda")
     return x.device if isinstance(x, Tensor) else torch.device("cpu")

@@ -36,32 +36,38 @@ def _masks(causal: bool, window: int) -> dict[str, bool]:
     return {"CAUSAL": causal, "WINDOWED": window > 0}
 
 
-def empty_as(x: Tensor, *shape: int) -> Tensor:
+def empty_as(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of shape (B, heads, length, width), laid out in memory as x is: (B, N, H, D) or (B, H, N, D).
 
-    A module's projections give the first; it can then join the heads of the output without a copy.
+    A module's projections give the first; it can then join the heads of the output without a copy. Its dtype is x's
+    where none is named.
     """
     b, h, n, d = shape
+    dtype = x.dtype if dtype is None else dtype
     if x.stride(1) < x.stride(2):
-        return torch.empty(b, n, h, d, dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty(b, h, n, d, dtype=x.dtype, device=x.device)
+        return torch.empty(b, n, h, d, dtype=dtype, device=x.device).transpose(1, 2)
+    return torch.empty(b, h, n, d, dtype=dtype, device=x.device)
 
 
-def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for out (B, H, N, Dv), top and total (B, H, N)."""
+def empty_outputs(q: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for out (B, H, N, Dv), in q's dtype or the one named, and for top and total (B, H, N)."""
     top, total = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
-    return empty_as(q, *q.shape[:3], v.shape[-1]), top, total
+    return empty_as(q, *q.shape[:3], v.shape[-1], dtype=dtype), top, total
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, forget: Forget | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out, top and total: one program for each tile of queries of each head. A window of 0 is none."""
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, scale: float, forget: Forget | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, top and total: one program for each tile of queries of each head. A window of 0 is none.
+
+    dtype is that of out; q's where it is None. The kernel rounds its float32 to it as it stores them.
+    """
     (b, h, n, _), m = q.shape, k.shape[2]
-    out, top, total = empty_outputs(q, v)
+    out, top, total = empty_outputs(q, v, dtype)
     if top.numel():
         q, k, v = (contiguous_rows(x) for x in (q, k, v))
         config = configuration_for("forward", q, v, forget)
@@ -112,16 +118,16 @@ def launch_decode(
 
 def launch_backward(
     d_out: Tensor, d_total: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, total: Tensor,
-    causal: bool, window: int, scale: float, forget: Forget | None = None,
+    causal: bool, window: int, scale: float, forget: Forget | None = None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv and, with gates, dc: delta first, then dq by one kernel, and dk and dv by another. A window of 0 is
-    none.
+    none. dtype is that of dq, dk and dv; each has its input's where it is None.
 
     dc_l, in float64 (B, H, M), is the sum of dS over the keys of query l less its sum over the queries of key l. Both
     kernels take dS from the same delta, so that what rounding the output adds to it cancels when dc is summed.
     """
     (b, h, n, _), (_, g, m, _) = q.shape, k.shape
-    dq, dk, dv = (empty_as(x, *x.shape) for x in (q, k, v))
+    dq, dk, dv = (empty_as(x, *x.shape, dtype=dtype) for x in (q, k, v))
     q, k, v, d_out = (contiguous_rows(x) for x in (q, k, v, d_out))
     delta = torch.empty(top.shape, dtype=torch.float32, device=top.device)
     given = {"p_q": q, "p_k": k, "p_v": v, "p_do": d_out, "p_top": top, "p_total": total, "p_delta": delta}

@@ -118,12 +118,50 @@ def linear_attention(
         RuntimeError: "triton" asked for where triton is missing, for a forward-mode derivative, or under a transform of
             torch.func. A second derivative through it.
     """
+    return run(checked(q, k, v, log_decay, beta, normalise, causal, scale, state, reset, chunk), impl)
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    normalise: bool = False,
+    causal: bool = True,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk: int | None = None,
+) -> Inputs:
+    """Refuse arguments that do not fit together; the others in the form that the engines take.
+
+    The arguments are those of `linear_attention`.
+
+    Raises:
+        TypeError: what is not a tensor.
+        ValueError: shapes, dtypes or devices that do not fit, or options that cannot go together; a chunk below 1.
+    """
     check_tensors({"q": q, "k": k, "v": v}, {"log_decay": log_decay, "beta": beta, "state": state, "reset": reset})
     q, k, v = as_autocast_does(q, k, v)
     given = Inputs(q, k, v, log_decay, beta, bool(normalise), bool(causal), float(scale), state, reset, chunk)
     _check(given)
+    return given
+
+
+def run(given: Inputs, impl: Impl) -> tuple[Tensor, Tensor]:
+    """The outputs and the last state, of inputs that fit together: what the door returns.
+
+    Args:
+        given: from `checked`.
+        impl: as in `linear_attention`.
+
+    Raises:
+        ValueError: as `linear_attention`.
+        RuntimeError: likewise.
+    """
     engine = choose(impl, ENGINES, given)
-    if 0 in (q.numel(), k.numel(), v.numel()):  # nothing to cut or launch
+    if 0 in (given.q.numel(), given.k.numel(), given.v.numel()):  # nothing to cut or launch
         engine = ENGINES["reference"]
     return engine.run(given)
 

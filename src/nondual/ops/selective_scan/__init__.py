@@ -104,6 +104,31 @@ def selective_scan(
         RuntimeError: "triton" or "cpu" asked for where it cannot be had, for a forward-mode derivative, or under a
             transform of torch.func. A second derivative through either.
     """
+    return run(checked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization), impl)
+
+
+def checked(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    discretization: Discretization = "zoh-euler",
+) -> Inputs:
+    """Refuse arguments that do not fit together; the others in the form that the engines take.
+
+    The arguments are those of `selective_scan`.
+
+    Raises:
+        TypeError: what is not a tensor.
+        ValueError: shapes, dtypes or devices that do not fit; an unknown discretisation.
+    """
     check_tensors(
         {"u": u, "delta": delta, "A": A, "B": B, "C": C},
         {"D": D, "z": z, "delta_bias": delta_bias, "state": state, "reset": reset},
@@ -114,9 +139,22 @@ def selective_scan(
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization must be one of {list(DISCRETIZATIONS)}, got {discretization!r}")
     B, C = (x.unsqueeze(2) if x.ndim == 3 else x for x in (B, C))  # (B, L, G, N) from here on, or (D, N)
-    given = Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
+    return Inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, discretization)
+
+
+def run(given: Inputs, impl: Impl) -> tuple[Tensor, Tensor]:
+    """The outputs and the last state, of inputs that fit together: what the door returns.
+
+    Args:
+        given: from `checked`.
+        impl: as in `selective_scan`.
+
+    Raises:
+        ValueError: as `selective_scan`.
+        RuntimeError: likewise.
+    """
     engine = choose(impl, ENGINES, given)
-    if u.numel() == 0:  # nothing to launch
+    if given.u.numel() == 0:  # nothing to launch
         engine = ENGINES["reference"]
     return engine.run(given)
 

@@ -102,6 +102,31 @@ def ssd(
         RuntimeError: "triton" asked for where triton is missing, for a forward-mode derivative, or under a transform of
             torch.func. A second derivative through it.
     """
+    return run(checked(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk), impl)
+
+
+def checked(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    chunk: int | None = None,
+) -> Inputs:
+    """Refuse arguments that do not fit together; the others in the form that the engines take.
+
+    The arguments are those of `ssd`.
+
+    Raises:
+        TypeError: what is not a tensor.
+        ValueError: shapes, dtypes or devices that do not fit; a chunk below 1.
+    """
     check_tensors(
         {"x": x, "delta": delta, "A": A, "B": B, "C": C},
         {"D": D, "z": z, "delta_bias": delta_bias, "state": state, "reset": reset},
@@ -109,9 +134,22 @@ def ssd(
     x, delta, B, C, z = as_autocast_does(x, delta, B, C, z)
     _check(x, delta, A, B, C, D, z, delta_bias, state, reset, chunk)
     B, C = (v.unsqueeze(2) if v.ndim == 3 else v for v in (B, C))  # (B, L, G, N) from here on
-    given = Inputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
+    return Inputs(x, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reset, chunk)
+
+
+def run(given: Inputs, impl: Impl) -> tuple[Tensor, Tensor]:
+    """The outputs and the last state, of inputs that fit together: what the door returns.
+
+    Args:
+        given: from `checked`.
+        impl: as in `ssd`.
+
+    Raises:
+        ValueError: as `ssd`.
+        RuntimeError: likewise.
+    """
     engine = choose(impl, ENGINES, given)
-    if x.numel() == 0:  # nothing to launch
+    if given.x.numel() == 0:  # nothing to launch
         engine = ENGINES["reference"]
     return engine.run(given)
 

@@ -161,7 +161,7 @@ def refusals(rank, size):
 
 
 def test_outputs_gradients_and_bytes_are_those_of_one_device_and_of_the_formula(in_ranks):
-    for size, ranks in in_ranks(against_one_device).items():
+    for size, ranks in in_ranks(against_one_device, timeout=150).items():
         for said in ranks:
             assert len(said) == (2 * 4 + 5) * 4
             for case, (difference, sent, formula) in said.items():

@@ -21,6 +21,7 @@ HELPERS = (
     "intervals",
     "sweeps",
     "stages",
+    "steps",
     "plays",
 )
 HELPERS += (

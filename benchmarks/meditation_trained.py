@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from benchmarks.meditation import interval
 from benchmarks.proposals_run import HEADS, TASKS, Arm, Reader, judged
 from benchmarks.record import kept, run_file, write
+from benchmarks.steps import steps_of_training
 from nondual.ops import masks
 from nondual.ops.attention import masked_softmax
 from nondual.store import cache_folder
-from nondual.training import optimiser, warmup_cosine
 
 STEPS = {"recall": 200, "copy": 200}
 RATES = (0.003, 0.01, 0.03)
@@ -122,21 +122,17 @@ def trained(run: Run) -> dict[str, Any]:
     began, task = time.process_time(), TASKS[run.task]()
     torch.manual_seed(run.seed)
     model = Reader(task, Arm(ARMS[run.arm]))
-    step = optimiser(model, run.rate)
-    generator = torch.Generator().manual_seed(run.seed)
-    losses = []
-    for i in range(run.steps):
-        for group in step.param_groups:
-            group["lr"] = run.rate * warmup_cosine(i, run.steps)
+    losses: list[float] = []
+
+    def drawn_loss(generator: torch.Generator) -> Tensor:
         given, answers = task.draw(task.batch, generator)
         said = model(given)[:, -answers.shape[1] :]
         each = F.cross_entropy(said.transpose(1, 2), answers, reduction="none").mean(1)  # (B,)
-        loss = each.mean() + score_function(model, each.detach())
-        step.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step.step()
         losses.append(each.mean().item())
+        return each.mean() + score_function(model, each.detach())
+
+    for _ in steps_of_training(model, drawn_loss, run.rate, run.steps, run.seed):
+        pass
     ended = {
         "rate": run.rate,
         "seed": run.seed,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.plays import drawn, in_numbers, windows
 from benchmarks.recall_run import size
 from benchmarks.record import kept, run_file
+from benchmarks.steps import steps_of_training
 from nondual.attention_mechanism import AdditiveAttention
 from nondual.connections import LayerCall, stream
 from nondual.data.gita import gita
@@ -44,7 +45,6 @@ from nondual.recurrent import LSTM, Recurrent
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
 from nondual.tasks import conjunction, copying, induction, recall, selective_copying, successors
-from nondual.training import optimiser, warmup_cosine
 from nondual.transformer import FeedForward, TransformerLayer
 
 WIDTH, LAYERS, HEADS, WIDE, CONTEXT = 64, 2, 4, 256, 128
@@ -347,31 +347,23 @@ def fitted(run: Run) -> tuple[Reader, dict[str, Any]]:
     task, began = TASKS[run.task](), time.process_time()
     model = model_of(task, run.arm, run.seed)
     steps = steps_of(run.task, run.arm) if run.steps is None else run.steps
-    step = optimiser(model, run.rate)
-    generator = torch.Generator().manual_seed(run.seed)
     losses: list[float] = []
     curve: list[float] = []
     failed: str | None = None
     checks = [max(steps // part, 1) for part in CHECKS]
-    for i in range(steps):
-        for group in step.param_groups:
-            group["lr"] = run.rate * warmup_cosine(i, steps)
-        given, answers = task.draw(task.batch, generator)
-        try:
-            loss = loss_of(model, given, answers)
-            step.zero_grad(set_to_none=True)
-            loss.backward()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
+
+    def drawn_loss(generator: torch.Generator) -> Tensor:
+        return loss_of(model, *task.draw(task.batch, generator))
+
+    try:
+        for i, loss in enumerate(steps_of_training(model, drawn_loss, run.rate, steps, run.seed), 1):
+            losses.append(loss)
+            if not math.isfinite(loss):
                 failed = "the loss is not finite"
-                break
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step.step()
-            if i + 1 in checks:
-                curve += [judged(model, task)] * checks.count(i + 1)
-        except RuntimeError as error:  # a fixed point that was not reached
-            failed = str(error)
-            break
+            elif i in checks:
+                curve += [judged(model, task)] * checks.count(i)
+    except RuntimeError as error:  # a fixed point that was not reached
+        failed = str(error)
     if not failed and not all(math.isfinite(each) for each in curve):
         failed = "an outcome is not finite"
     if failed:  # from then on it counts as guessing

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from benchmarks.proposals_run import CHECKS, HEAD, HEADS, LAYERS, TASKS, WIDE, WIDTH, Arm, Reader, Task, judged, loss_of
 from benchmarks.recall_run import size
 from benchmarks.record import kept, run_file
+from benchmarks.steps import steps_of_training
 from nondual.ops import masks
 from nondual.self_attention import MultiHeadAttention
-from nondual.training import optimiser, warmup_cosine
 from nondual.transformer import FeedForward, TransformerLayer
 
 # --- roles ---------------------------------------------------------------------------------------------------------
@@ -189,30 +189,23 @@ def trained(run: Run) -> dict[str, Any]:
     else:
         model = with_norms(run.task, run.arm, run.layers, run.seed)
     steps = task.steps if run.steps is None else run.steps
-    step, generator = optimiser(model, run.rate), torch.Generator().manual_seed(run.seed)
     checks = [max(steps // part, 1) for part in CHECKS]
     curve: list[float] = []
-    finite = True
-    for i in range(steps):
-        for group in step.param_groups:
-            group["lr"] = run.rate * warmup_cosine(i, steps)
-        loss = loss_of(model, *task.draw(task.batch, generator))
-        step.zero_grad(set_to_none=True)
-        loss.backward()
-        finite = math.isfinite(loss.item())
-        if not finite:
-            break
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step.step()
-        if i + 1 in checks:
-            curve += [judged(model, task)] * checks.count(i + 1)
+    loss = math.nan
+
+    def drawn_loss(generator: torch.Generator) -> Tensor:
+        return loss_of(model, *task.draw(task.batch, generator))
+
+    for i, loss in enumerate(steps_of_training(model, drawn_loss, run.rate, steps, run.seed), 1):
+        if math.isfinite(loss) and i in checks:
+            curve += [judged(model, task)] * checks.count(i)
     curve += [task.chance] * (len(CHECKS) - len(curve))
     return {
         "rate": run.rate,
         "seed": run.seed,
         "outcome": round(mean(curve), 5),
         "curve": [round(each, 5) for each in curve],
-        "finite": finite,
+        "finite": math.isfinite(loss),
         "parameters": size(model),
         "seconds": round(time.process_time() - began, 1),
     }

@@ -3,7 +3,7 @@
     ring_bytes          keys and values go round once; backward their gradients come home too
     all_to_all_bytes    rows are exchanged for heads, and back
     halo_bytes          only the keys that windows reach beyond a rank's own
-    state_bytes         a recurrent state is told to all
+    state_bytes         a recurrent state is passed on to the ranks after
     pairs               how many query-key pairs each rank computes with the keys of each
     ring_time, all_to_all_time, state_time    seconds on a link and a device that are given as numbers
 
@@ -17,6 +17,7 @@ rest of a network, or of kernels that slow down on short pieces.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from nondual.ops.dtypes import accumulation_dtype
 from nondual.parallel.layout import Layout
+from nondual.parallel.passed_on import by_doubling
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,38 @@ def _reached(layout: Layout, of_queries: int, of_keys: int, window: int) -> int:
     return rows
 
 
+def state_bytes(state: int, decay: int, size: int, rank: int, *, dtype: torch.dtype = torch.float32) -> Sent:
+    """What a rank sends where a recurrent state is passed along the ranks. It does not grow with the sequence.
+
+    As in `nondual.parallel.passed_on`: each step goes directly to all later ranks, or in ceil(log2 P) rounds to one of
+    them. A step that begins with the sequence is sent without its decay. Backward the ranks are in reverse order.
+
+    Args:
+        state: numbers in a state, for linear attention B H D D_v.
+        decay: numbers in what a state is multiplied by, for one gate a head B H.
+        size: P, the ranks.
+        rank: 0 to P - 1.
+        dtype: of the state.
+
+    Raises:
+        ValueError: a number that is negative, no ranks, or a rank that is out of range.
+    """
+    if state < 0 or decay < 0 or size < 1 or not 0 <= rank < size:
+        raise ValueError(
+            "state and decay must be 0 or more, size 1 or more, and rank 0 to size - 1, "
+            f"got {state}, {decay}, {size} and {rank}"
+        )
+    of = dtype.itemsize
+
+    def sent(place: int) -> int:
+        if not by_doubling(size, state * of, decay * of):
+            return (size - 1 - place) * (state + decay * (place > 0)) * of
+        spans = [2**k for k in range(size.bit_length()) if place + 2**k < size]
+        return sum(state + decay * (place >= span) for span in spans) * of
+
+    return Sent(sent(rank), sent(size - 1 - rank))
+
+
 # --- work ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,9 +349,7 @@ def ring_time(
         ValueError: a rate that is not positive.
     """
     _check_rate(rate)
-    size, table = layout.size, pairs(layout, causal=causal)
-    ranks = torch.arange(size)
-    most = [int(table[ranks, (ranks - step) % size].max()) for step in range(size)]
+    size, most = layout.size, _most_pairs(layout, causal)
     work = [2 * multiply_adds(heads, count, backward=backward) / rate for count in most]
     block = max(layout.lengths) * heads.key_value_numbers / link.bandwidth  # seconds for each byte of a number
     there = block * heads.dtype.itemsize
@@ -328,6 +360,13 @@ def ring_time(
         work.append(0.0)
     waits = sum(seconds > 0 for seconds in sending) * link.latency
     return Seconds(sum(map(max, work, sending)) + waits, sum(work), sum(sending), waits)
+
+
+@lru_cache(maxsize=32)  # a figure asks for several links
+def _most_pairs(layout: Layout, causal: bool) -> tuple[int, ...]:
+    """For each step of a ring, the pairs of the rank that computes most."""
+    table, ranks = pairs(layout, causal=causal), torch.arange(layout.size)
+    return tuple(int(table[ranks, (ranks - step) % layout.size].max()) for step in range(layout.size))
 
 
 def all_to_all_time(
@@ -355,6 +394,29 @@ def all_to_all_time(
     sent = max(all_to_all_bytes(heads, layout, rank)[int(backward)] for rank in range(size))
     waits = 2 * (size - 1) * link.latency
     return Seconds(work + sent / link.bandwidth + waits, work, sent / link.bandwidth, waits)
+
+
+def state_time(
+    state: int, decay: int, size: int, link: Link, *, compute: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Seconds:
+    """Seconds of a scan: a rank's own part, and then the states, for which nothing is computed meanwhile.
+
+    Args:
+        state: numbers in a state.
+        decay: numbers in what a state is multiplied by.
+        size: P, the ranks.
+        link: what ranks send over.
+        compute: seconds that a rank's own part takes.
+        dtype: of the state.
+
+    Raises:
+        ValueError: as in `state_bytes`.
+    """
+    sent = max(state_bytes(state, decay, size, rank, dtype=dtype).forward for rank in range(max(size, 1)))
+    doubling = by_doubling(size, state * dtype.itemsize, decay * dtype.itemsize)
+    messages = (size - 1).bit_length() if doubling else size - 1
+    traffic, waits = sent / link.bandwidth, messages * link.latency
+    return Seconds(compute + traffic + waits, compute, traffic, waits)
 
 
 def _check_rank(layout: Layout, rank: int) -> None:

@@ -1,7 +1,8 @@
 """One list of terms, docs/glossary.yml, read twice: as tooltips on every page and as the glossary itself.
 
 A word of a tradition is marked where a section first uses it; a word of machine learning, which is everywhere, where
-the page first uses it. Neither is marked in a heading or in a link.
+the page first uses it. Neither is marked in a heading or in a link, nor where a page says that a word has another
+meaning there: <span class="plain">gates</span>, of a town.
 """
 
 import re
@@ -14,7 +15,9 @@ import yaml
 
 PLACE = re.compile(r"<!-- glossary: (?P<which>[\w ]+) -->")  # the field, or "traditions" for the terms without one
 _SECTION = re.compile(r"(?=<h2\b)")
-_UNMARKED = re.compile(r"<h[1-6]\b.*?</h[1-6]>|<summary>.*?</summary>|<a\b.*?</a>", re.S)
+_UNMARKED = re.compile(
+    r"<h[1-6]\b.*?</h[1-6]>|<summary>.*?</summary>|<a\b.*?</a>" + r'|<span class="plain">.*?</span>', re.S
+)
 _ABBR = re.compile(r"<abbr\b[^>]*>(.*?)</abbr>", re.S)
 
 

@@ -57,7 +57,7 @@ def test_a_comma_stays_with_its_short_formula():
     assert blocks.hold_punctuation(f"of {short} and {long}.") == f"of {short} and {long}."
 
 
-def test_a_term_is_marked_once_a_section_and_never_in_a_heading_or_a_link():
+def test_a_term_is_marked_once_a_section_and_never_in_a_heading_or_a_link_or_where_it_means_something_else():
     term, field = '<abbr title="x">Spanda</abbr>', '<abbr title="y">{}</abbr>'
     terms = [
         {"term": "spanda", "gloss": "x"},
@@ -68,6 +68,8 @@ def test_a_term_is_marked_once_a_section_and_never_in_a_heading_or_a_link():
     assert glossary.thinned(html, terms).count("<p><abbr") == 1  # in the second section the link is no place for it
     html = f"<p>{field.format('Heads')} {field.format('head')}</p><h2>x</h2><p>{field.format('head')}</p>"
     assert glossary.thinned(html, terms) == html.replace(field.format("head"), "head")
+    plain = f'<p><span class="plain">{field.format("heads")}</span> of a town, {field.format("heads")}</p>'
+    assert glossary.thinned(plain, terms) == plain.replace(field.format("heads"), "heads", 1)
 
 
 def test_every_term_has_a_gloss_and_a_meaning_and_stands_in_NFC():

@@ -357,7 +357,7 @@ def test_a_page_in_disagreement_stops_the_build(project, caplog):
     assert "**A1.7 holds.**" in chapter  # a fence is left as it was
     table = (project / "site/ledger/index.html").read_text()
     assert 'href="../essay/self_attention/#verdict-A1.4"' in table
-    assert "3 claims, 2 of them answered: 1 does not hold and 1 is a reading; 1 is not reached yet." in table
+    assert "3 claims, 2 of them answered: 1 does not hold and 1 is a reading of a text; 1 is not reached yet." in table
     assert json.loads((project / "site/claims.json").read_text())["counts"]["reading"] == 1
     assert (
         "14 files: 13 of code and one text. Of the code, none have a module"

@@ -34,8 +34,8 @@ def sentence(claims: list[Claim]) -> str:
         "holds if": ("holds on conditions", "hold on conditions"),
         "does not hold": ("does not hold", "do not hold"),
         "contested": ("is contested", "are contested"),
-        "reading": ("is a reading", "are readings"),
-        "slip": ("is a slip", "are slips"),
+        "reading": ("is a reading of a text", "are readings of texts"),
+        "slip": ("is a slip of code, notation or date", "are slips of code, notation or date"),
     }
     n = counts(claims)
     answered = len(claims) - n[OPEN]

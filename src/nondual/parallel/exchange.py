@@ -185,13 +185,13 @@ class Pending(NamedTuple):
     Attributes:
         ranks: the group.
         what: what they are, for an error.
-        works: torch's handles of sends and receives.
+        works: torch's handles of sends and receives, each with the rank on the other side where there is one.
         received: what they arrive in, and the tensors that a rank sends itself.
     """
 
     ranks: Ranks
     what: str
-    works: list[Any]
+    works: list[tuple[Any, int | None]]
     received: list[Tensor]
 
     def wait(self) -> list[Tensor]:
@@ -200,8 +200,8 @@ class Pending(NamedTuple):
         Raises:
             RuntimeError: a rank does not answer.
         """
-        with naming_the_lost(self.ranks, self.what):
-            for work in self.works:
+        for work, other in self.works:
+            with naming_the_lost(self.ranks, self.what, other):
                 work.wait()
         return self.received
 
@@ -224,20 +224,24 @@ def exchange(
         RuntimeError: a rank does not answer.
     """
     own = [x for to, x in sends if to == ranks.rank]
-    calls = []
+    calls, others = [], []
     for to, x in sends:
         if to != ranks.rank and x.numel():
             x = x.contiguous()
             note_sent(x)
             calls.append(dist.P2POp(dist.isend, x, _global(ranks, to), group=ranks.group))
+            others.append(to)
     for source, into in receives:
         if source == ranks.rank:
             into.copy_(own.pop(0))
         elif into.numel():
             calls.append(dist.P2POp(dist.irecv, into, _global(ranks, source), group=ranks.group))
+            others.append(source)
     with naming_the_lost(ranks, what):
         works = dist.batch_isend_irecv(calls) if calls else []
-    return Pending(ranks, what, works, [into for _, into in receives])
+    if len(works) != len(calls):  # a backend that joins them into one
+        others = [None] * len(works)
+    return Pending(ranks, what, list(zip(works, others)), [into for _, into in receives])
 
 
 def _global(ranks: Ranks, rank: int) -> int:
@@ -248,10 +252,12 @@ def _global(ranks: Ranks, rank: int) -> int:
 
 
 @contextlib.contextmanager
-def naming_the_lost(ranks: Ranks, what: str) -> Iterator[None]:
+def naming_the_lost(ranks: Ranks, what: str, other: int | None = None) -> Iterator[None]:
     """Turn the backend's error into one that names the rank that does not answer.
 
-    Every rank that lives writes so into the job's store, and the first few seconds show who does not.
+    Every rank that lives writes so into the job's store as soon as its own wait fails, and the first few seconds show
+    who does not. In a ring a rank far from the lost one may still be waiting then: so where the rank on the other side
+    of a send or receive is among those who do not answer, it is named alone.
 
     Raises:
         RuntimeError: a send, a receive or a collective within the block failed.
@@ -260,6 +266,7 @@ def naming_the_lost(ranks: Ranks, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         missing = _who_does_not_answer(ranks)
+        missing = [other] if other in missing else missing
         names = "a rank" if not missing else ", ".join(f"rank {rank}" for rank in missing)
         reason = str(error).splitlines()[0][:200]
         raise RuntimeError(

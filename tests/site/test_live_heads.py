@@ -100,7 +100,9 @@ def test_each_measure_fills_the_map_and_chooses_its_highest_head(page_of, data):
         assert cells(page).all_text_contents() == [printed(x, measure["share"]) for x in measure["values"]]
         highest = measure["values"].index(max(measure["values"]))
         assert chosen(page) == highest
-        assert page.locator(".heads-pair .ask").first.inner_text() == measure["title"]
+        assert (
+            page.locator(".heads-pair .ask").first.inner_text() == f"{measure['title']} (rows: layers, columns: heads)"
+        )
         label = cells(page).nth(highest).get_attribute("aria-label")
         assert label.startswith(f"Layer {highest // HEADS}, head {highest % HEADS}: {measure['label']} ")
         assert label.rstrip("%").endswith(f" {printed(max(measure['values']), measure['share'])}")

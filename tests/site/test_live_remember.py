@@ -58,7 +58,7 @@ def check(page, signal, now, size):
     )
     torch.testing.assert_close(torch.tensor(bars, dtype=torch.float64), state, atol=1e-9, rtol=0)
     lost = ((was - guess).square().sum() / was.square().sum()).sqrt()
-    assert page.locator(".error").inner_text() == f"lost: {lost:.0%}"
+    assert page.locator(".error").inner_text() == f"{lost:.0%} of the signal lost"
     assert page.locator(".said > [aria-hidden]").inner_text() == (
         f"At {now / RATE:.2f} s the state has been told {now} samples. Drawn from its {size} numbers alone, "
         f"the last 2 seconds lose {lost:.0%} of the signal (root mean square)."

@@ -27,7 +27,7 @@ export default function begin(stage, { digits, layers, heads, measures, sentence
   const heading = el("p", { class: "ask" });
   const paint = () => {
     const { label, title, values } = measures[measure], most = Math.max(...values);
-    heading.textContent = title;
+    heading.textContent = `${title} (rows: layers, columns: heads)`;
     cells.forEach((cell, i) => {
       const bright = values[i] / most;
       cell.textContent = show(measures[measure], values[i]).replace("%", "");

@@ -82,7 +82,7 @@ export default function begin(stage, { signal, rate, window, sizes, start }) {
     bars.replaceChildren(...Array.from(state, (c, i) => svg("rect",
       { x: i + 0.1, width: 0.8, y: Math.min(0, -c), height: Math.abs(c) })));
     count.textContent = `the state: ${size} numbers, from slow swings to fast`;
-    error.textContent = `lost: ${percent(lost)}`;
+    error.textContent = `${percent(lost)} of the signal lost`;
     range.setAttribute("aria-valuetext", seconds(now));
     output.textContent = seconds(now);
     said.say(`At ${seconds(now)} the state has been told ${now} samples. Drawn from its ${size} numbers alone, ` +

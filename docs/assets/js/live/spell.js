@@ -202,6 +202,6 @@ export default function begin(stage, { words, kilobytes, start }) {
   stage.append(
     el("div", { class: "controls" }, chosen, how),
     el("div", { class: "spell-pair" }, holder, el("div", { class: "spell-side" }, said,
-      term("It is told where it looked before (location term)", "location"), term("It is drawn back there (fixed pull)", "pull"), form)));
+      term("Tell it where it looked before (location term)", "location"), term("Pull it back there (fixed pull)", "pull"), form)));
   draw();
 }

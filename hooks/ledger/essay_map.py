@@ -6,7 +6,7 @@ It is made where the page has its placeholder, from what is on disk at that mome
 import re
 from pathlib import Path
 
-from pages.links import Link
+from pages.links import Link, source
 from templates import render
 
 MAP_HERE = "<!-- map -->"
@@ -67,6 +67,7 @@ def map_html(root: Path, link: Link) -> str:
                 "chapter": row["chapter"] and link(row["chapter"]),
                 "title": title,
                 "test": row["test"] and row["test"].removeprefix("tests/"),
+                "in_repository": row["test"] and source(row["test"]),
             }
         )
     built = sum(all(row.values()) for row in found)

@@ -24,7 +24,7 @@ _FROM = re.compile(r'<span class="filename">From (?P<file>src/[\w/.]+), lines (?
 
 
 def label_code(markdown: str, root: Path) -> str:
-    """Head ```python fences with "Runs alone" and ```py fences with the file and lines that they include."""
+    """Head ```python fences with "Complete: copy and run" and ```py fences with file and lines that they show."""
 
     def excerpt(m: re.Match) -> str:
         first, last = lines_of(root / m["file"], m["section"])
@@ -32,7 +32,7 @@ def label_code(markdown: str, root: Path) -> str:
         return f'{m["indent"]}``` {{ .python .excerpt .no-copy title="{title}" }}\n{m["include"]}'
 
     markdown = _EXCERPT.sub(excerpt, markdown)
-    return _SNIPPET.sub(r'\g<indent>``` { .python .alone title="Runs alone" }', markdown)
+    return _SNIPPET.sub(r'\g<indent>``` { .python .alone title="Complete: copy and run" }', markdown)
 
 
 def lines_of(file: Path, section: str | None) -> tuple[int, int]:

@@ -58,4 +58,4 @@ def test_every_block_of_code_on_a_page_is_of_a_kind(pages):
             blocks = re.findall(r'<div class="(language-python[^"]*)">(<span class="filename">[^<]+)?', text)
             assert blocks or "_texts/" in name, name  # a page on texts may have none
             assert not [kind for kind, head in blocks if not head], name
-            assert all(("alone" in kind) == head.endswith("Runs alone") for kind, head in blocks), name
+            assert all(("alone" in kind) == head.endswith("Complete: copy and run") for kind, head in blocks), name

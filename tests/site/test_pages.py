@@ -92,7 +92,7 @@ def test_the_glossary_page_lists_every_term():
 
 def test_a_block_of_code_says_whether_it_runs_alone():
     snippet = "text\n\n    ```python\n    x = 1\n    ```\n"
-    assert '    ``` { .python .alone title="Runs alone" }\n    x = 1' in blocks.label_code(snippet, ROOT)
+    assert '    ``` { .python .alone title="Complete: copy and run" }\n    x = 1' in blocks.label_code(snippet, ROOT)
     figure = '```python exec="on"\nx\n```\n\n```text\nx\n```\n'
     assert blocks.label_code(figure, ROOT) == figure
 

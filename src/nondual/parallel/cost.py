@@ -53,7 +53,7 @@ class Heads:
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = self.query, self.key, self.width, self.of_value, self.batch
         if min(sizes) < 1:
             raise ValueError(f"heads, widths and batch must be 1 or more, got {sizes}")
@@ -300,7 +300,7 @@ class Link:
     latency: float
     source: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.bandwidth > 0 or not self.latency >= 0:
             raise ValueError(f"bandwidth must be positive and latency 0 or more, got {self.bandwidth}, {self.latency}")
 

@@ -33,7 +33,7 @@ class Layout:
 
     pieces: tuple[tuple[range, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         end = 0
         for piece in sorted((p for of_rank in self.pieces for p in of_rank if len(p)), key=lambda p: p.start):
             if piece.step != 1 or piece.start != end:

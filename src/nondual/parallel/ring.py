@@ -31,7 +31,7 @@ from nondual.parallel.exchange import Ranks
 from nondual.parallel.halo import windowed_attention
 from nondual.parallel.inputs import Placing, checked_rows, refuse_options
 from nondual.parallel.pieces import fragments
-from nondual.parallel.rounds import Ring, RoundTheRing
+from nondual.parallel.rounds import Ring, round_the_ring
 
 Impl: TypeAlias = Literal["auto", "reference", "triton"]
 
@@ -174,7 +174,7 @@ def _over_ranks(
     if window is not None and window < (layout.length if documents is None else max(documents, default=0)):
         return windowed_attention(ranks, held, q, k, v, window, scale, impl)
     ring = Ring(ranks, held, layout.lengths, causal, scale, engine_of(impl, q, k, v))
-    return RoundTheRing.apply(q, k, v, ring)
+    return round_the_ring(q, k, v, ring)
 
 
 _attention = cast("Callable[..., Tensor]", torch.compiler.disable(_over_ranks))

@@ -7,7 +7,8 @@
 What is known after each step is a softmax over the keys so far, and its log-sum-exp: the next step's is added to it
 (`nondual.ops.flash_attention.partial`). Backward the keys and values go round once more. The gradient of a block goes
 with it, each rank adds what its queries give, and one step more brings it home. A rank holds its own rows, two blocks
-of keys and values, and backward two of their gradients.
+of keys and values (one in use, one that arrives), and backward the gradients of three: one that is sent, one that
+arrives, and one that is computed.
 
 Source and symbols as in `nondual.parallel.ring`.
 """
@@ -22,6 +23,24 @@ from nondual.ops.autocast import without_autocast
 from nondual.ops.flash_attention.partial import Partial, PartialEngine, add_, nothing
 from nondual.parallel.exchange import Pending, Ranks, exchange
 from nondual.parallel.pieces import Fragment, Pair, pairs
+
+
+def round_the_ring(q: Tensor, k: Tensor, v: Tensor, ring: "Ring") -> Tensor:
+    """This rank's rows over the keys of all ranks, differentiable; `ring_attention` has checked the inputs.
+
+    Args:
+        q: this rank's queries (B, H, n, D).
+        k: its keys (B, G, n, D).
+        v: its values (B, G, n, Dv).
+        ring: the rest.
+
+    Returns:
+        out (B, H, n, Dv) in q's dtype.
+
+    Raises:
+        RuntimeError: a rank does not answer; a second derivative.
+    """
+    return _RoundTheRing.apply(q, k, v, ring)
 
 
 class Ring(NamedTuple):
@@ -125,7 +144,10 @@ def _slice(rows: range) -> slice:
     return slice(rows.start, rows.stop)
 
 
-class RoundTheRing(torch.autograd.Function):
+# --- as one operation with a gradient ------------------------------------------------------------------------------
+
+
+class _RoundTheRing(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, q, k, v, ring):
@@ -137,10 +159,10 @@ class RoundTheRing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *RoundTheRingBackward.apply(d_out, *ctx.saved_tensors, ctx.ring, ctx.of_keys), None
+        return *_RoundTheRingBackward.apply(d_out, *ctx.saved_tensors, ctx.ring, ctx.of_keys), None
 
 
-class RoundTheRingBackward(torch.autograd.Function):
+class _RoundTheRingBackward(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx, d_out, q, k, v, out, top, total, ring, of_keys):

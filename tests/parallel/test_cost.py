@@ -5,7 +5,15 @@ import re
 import pytest
 import torch
 
-from nondual.parallel import Layout, contiguous, of_lengths, zigzag
+from nondual.parallel import (
+    Layout,
+    all_to_all_attention,
+    contiguous,
+    of_lengths,
+    ring_attention,
+    traffic,
+    zigzag,
+)
 from nondual.parallel.cost import (
     LINKS,
     Heads,
@@ -17,7 +25,10 @@ from nondual.parallel.cost import (
     pairs,
     ring_bytes,
     ring_time,
+    state_bytes,
+    state_time,
 )
+from nondual.parallel.scan import parallel_linear_attention
 
 LAYOUTS = [
     contiguous(17, 3),
@@ -109,6 +120,27 @@ def test_work_is_even_in_zig_zag_order_in_every_step():
     assert last[-1] / last.sum() == pytest.approx((2 * size - 1) / size**2, rel=0.01)
 
 
+def test_a_state_by_hand():
+    """A state of 100 numbers and a decay of 3, directly among three ranks; a large one by doubling among five."""
+    assert [state_bytes(100, 3, 3, rank) for rank in range(3)] == [(800, 0), (412, 412), (0, 800)]
+    state, with_decay = 2**20 * 4, (2**20 + 3) * 4
+    sent = [2**k for k in range(3)]
+    for rank in range(5):
+        forward = sum(with_decay if rank >= span else state for span in sent if rank + span < 5)
+        assert state_bytes(2**20, 3, 5, rank).forward == state_bytes(2**20, 3, 5, 4 - rank).backward == forward
+    assert state_bytes(100, 3, 1, 0) == (0, 0)
+    found = state_time(250_000, 0, 2, Link("slow", 1e6, 0.5), compute=2.0)
+    assert found == pytest.approx((2 + 1 + 0.5, 2, 1, 0.5))
+
+
+def test_a_state_sends_a_thousandth_of_a_ring_from_this_length_on():
+    """64 heads of width 128, against 8 heads of keys: 4 KiB a position, 4 MiB a state, sent twice by the first of 4."""
+    state, size = 64 * 128 * 128, 4
+    assert state_bytes(state, 64, size, 0).forward == 2 * state * 4
+    ring = [ring_bytes(Heads(64, 8, 128), contiguous(length, size), 0).forward for length in (2_730_664, 2_730_668)]
+    assert ring[0] < 1000 * 2 * state * 4 <= ring[1]
+
+
 # --- time ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +210,53 @@ def test_multiply_adds_are_two_products_forward_and_five_backward():
     assert multiply_adds(heads, 11, backward=True) == 2 * 6 * 11 * (5 + 7 + 5 + 5 + 7)
 
 
+# --- counted in ranks ----------------------------------------------------------------------------------------------
+
+
+def counted(call, *given, **how):
+    """Bytes that this rank sends in the forward and in the backward pass."""
+    with traffic() as forward:
+        outputs = call(*given, **how)
+    with traffic() as backward:
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    return [forward.bytes, backward.bytes]
+
+
+def all_calls(rank, size):
+    """For each way and layout: what this rank counted, and the formula."""
+    found = []
+    uneven = of_lengths([9] + [0] * (size - 2) + [4])
+    for dtype, layout in ((torch.bfloat16, zigzag(23, size)), (torch.float64, uneven)):
+        heads = Heads(6 * size, 6, 5, 7, batch=2, dtype=dtype)
+        n = layout.lengths[rank]
+        shapes = [(2, heads.query, n, 5), (2, heads.key, n, 5), (2, heads.key, n, 7)]
+        for call, how, formula in (
+            (ring_attention, {"causal": True}, ring_bytes(heads, layout, rank)),
+            (ring_attention, {"causal": True, "window": 4}, halo_bytes(heads, layout, rank, 4)),
+            (ring_attention, {"causal": True, "window": 99}, halo_bytes(heads, layout, rank, 99)),
+            (all_to_all_attention, {"causal": True}, all_to_all_bytes(heads, layout, rank)),
+        ):
+            qkv = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+            name = f"{call.__name__} {how} {dtype} {layout.lengths}"
+            found.append([name, counted(call, *qkv, layout, **how), list(formula)])
+    n = contiguous(17, size).lengths[rank]
+    for width, gates, decay in ((5, {"log_decay": -torch.rand(2, 3, n)}, 2 * 3), (100, {}, 1)):  # direct, by doubling
+        shapes = [(2, 3, n, width), (2, 3, n, width), (2, 3, n, 7 * width)]
+        qkv = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        count = counted(lambda *x, gates=gates: parallel_linear_attention(*x, **gates)[0], *qkv)
+        formula = state_bytes(2 * 3 * width * 7 * width, decay, size, rank)
+        found.append([f"state of width {width}", count, list(formula)])
+    return found
+
+
+def test_every_formula_is_what_ranks_count_as_they_send(in_ranks):
+    for of_ranks in in_ranks(all_calls, sizes=(3, 4), timeout=150).values():
+        for rank, found in enumerate(of_ranks):
+            for name, count, formula in found:
+                assert count == formula, (len(of_ranks), rank, name)
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +273,9 @@ def test_multiply_adds_are_two_products_forward_and_five_backward():
         (lambda: all_to_all_bytes(Heads(4, 2, 8), contiguous(8, 3), 0), "must divide the heads of queries, got 3"),
         (lambda: pairs(contiguous(8, 2), causal=False, window=2), "window must be 1 or more, with causal=True, got 2"),
         (lambda: ring_time(Heads(2, 2, 8), contiguous(8, 2), LINKS[0], 0), "rate must be positive"),
+        (lambda: state_bytes(-1, 0, 2, 0), "state and decay must be 0 or more"),
+        (lambda: state_bytes(1, 0, 2, 2), "rank 0 to size - 1, got 1, 0, 2 and 2"),
+        (lambda: state_time(1, 0, 0, LINKS[0]), "size 1 or more"),
     ],
 )
 def test_wrong_input_is_named(call, said):

@@ -1,9 +1,11 @@
 """All-to-all attention gives what one device gives, output and gradients, whatever ranks, heads, lengths and layout."""
 
 import math
+import os
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nondual.ops.flash_attention import flash_attention
 from nondual.parallel import AllToAllAttention, Layout, all_to_all_attention, contiguous, of_lengths, traffic, zigzag
@@ -111,13 +113,17 @@ def in_half(rank, size):
     return [*said, [str(out.dtype), count.bytes]]
 
 
-def module(rank, size, compiled):
+def module(rank, size, how):
     """MultiHeadAttention over rows beside the same module on one device, at two lengths."""
     torch.manual_seed(0)
     plain = MultiHeadAttention(24, 12, n_kv_heads=4, causal=True).double()
     ours = MultiHeadAttention(24, 12, n_kv_heads=4, causal=True, op=AllToAllAttention(zigzag)).double()
     ours.load_state_dict(plain.state_dict())
-    form = torch.compile(ours, backend="eager", dynamic=True) if compiled else ours
+    form = {
+        "as it is": lambda: ours,
+        "computed again in backward": lambda: lambda x: checkpoint(ours, x, use_reentrant=False),
+        "compiled": lambda: torch.compile(ours, backend="eager", dynamic=True),
+    }[how]()
     differences = []
     for length in (13, 8):
         layout = zigzag(length, size)
@@ -136,6 +142,17 @@ def module(rank, size, compiled):
         ours.zero_grad()
         plain.zero_grad()
     return differences
+
+
+def with_one_rank_gone(rank, size):
+    """Rank 1 goes after the forward pass; the others learn of it as they go backward."""
+    q, k, v, _ = whole(6, 2, 7, 0)
+    mine = [zigzag(7, size).shard(x, rank).requires_grad_() for x in (q, k, v)]
+    out = all_to_all_attention(*mine, zigzag)
+    dist.barrier()
+    if rank == 1:
+        os._exit(0)
+    return message_of(lambda: out.sum().backward())
 
 
 def refusals(rank, size):
@@ -157,11 +174,27 @@ def refusals(rank, size):
     ]
 
 
+def the_rest(rank, size):
+    """What one start of three processes serves."""
+    return {
+        "half": in_half(rank, size),
+        "as it is": module(rank, size, "as it is"),
+        "computed again in backward": module(rank, size, "computed again in backward"),
+        "refusals": refusals(rank, size),
+    }
+
+
+@pytest.fixture(scope="module")
+def of_three(in_ranks):
+    """What each of three ranks says of `the_rest`."""
+    return in_ranks(the_rest, sizes=(3,), timeout=150)[3]
+
+
 # --- tests ---------------------------------------------------------------------------------------------------------
 
 
 def test_outputs_gradients_and_bytes_are_those_of_one_device_and_of_the_formula(in_ranks):
-    for size, ranks in in_ranks(against_one_device, timeout=150).items():
+    for size, ranks in in_ranks(against_one_device, timeout=150).items():  # of 1, 2, 3 and 4 ranks
         for said in ranks:
             assert len(said) == (2 * 4 + 5) * 4
             for case, (difference, sent, formula) in said.items():
@@ -169,29 +202,36 @@ def test_outputs_gradients_and_bytes_are_those_of_one_device_and_of_the_formula(
                 assert sent == formula, (size, case)
 
 
-def test_half_precision_loses_no_more_than_on_one_device(in_ranks):
-    for size, ranks in in_ranks(in_half, sizes=(3,)).items():
-        for rank, (*by_dtype, (dtype, sent)) in enumerate(ranks):
-            for same, ours, theirs in by_dtype:
-                assert same and ours <= 2 * theirs
-            assert dtype == "torch.bfloat16"
-            layout = zigzag(13, size)
-            n, others = layout.lengths[rank], 13 - layout.lengths[rank]
-            assert (
-                sent == 2 * B * (n * 2 * (12 * D + 12 * (D + DV)) + others * 12 * DV) // 3
-            )  # 4 heads, each sent 3 times
+def test_half_precision_loses_no_more_than_on_one_device(of_three):
+    layout = zigzag(13, 3)
+    for rank, said in enumerate(of_three):
+        *by_dtype, (dtype, sent) = said["half"]
+        for same, ours, theirs in by_dtype:
+            assert same and ours <= 2 * theirs
+        assert dtype == "torch.bfloat16"
+        n, others = layout.lengths[rank], 13 - layout.lengths[rank]
+        there, back = 12 * D + 12 * (D + DV), 12 * DV  # of 4 key/value heads, each sent 3 times
+        assert sent == 2 * B * (n * 2 * there + others * back) // 3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_it_is_an_op_of_multi_head_attention(in_ranks, compiled):
-    for size, ranks in in_ranks(module, compiled, sizes=(2,) if compiled else (1, 3), timeout=150).items():
-        for differences in ranks:
-            assert max(differences) < 1e-12, size
+@pytest.mark.parametrize("how", ["as it is", "computed again in backward"])
+def test_it_is_an_op_of_multi_head_attention(of_three, how):
+    assert max(max(said[how]) for said in of_three) < 1e-12
 
 
-def test_what_it_does_not_take_is_one_error_on_every_rank(in_ranks):
-    (ranks,) = in_ranks(refusals, sizes=(3,)).values()
-    for rank, (heads, window, dropout, mask, weights, twice, after) in enumerate(ranks):
+def test_a_compiled_module_is_the_same(in_ranks):
+    assert max(map(max, in_ranks(module, "compiled", sizes=(2,), timeout=150)[2])) < 1e-12
+
+
+def test_a_rank_that_dies_is_named_by_those_that_live(in_ranks):
+    (ranks,) = in_ranks(with_one_rank_gone, sizes=(3,), dying=(1,)).values()
+    for rank in (0, 2):
+        assert ranks[rank].startswith(f"RuntimeError: all-to-all: rank 1 does not answer (rank {rank} of 3 was told: ")
+
+
+def test_what_it_does_not_take_is_one_error_on_every_rank(of_three):
+    for rank, said in enumerate(of_three):
+        heads, window, dropout, mask, weights, twice, after = said["refusals"]
         assert heads == (
             "ValueError: q must have a number of heads that the 3 ranks divide, got 4: use ring_attention, which takes "
             "any number, or a group of a size that divides it"

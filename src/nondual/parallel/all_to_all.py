@@ -13,9 +13,9 @@ this rank; B batch, H query heads, G key/value heads, D head width, Dv width of 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from nondual.ops.flash_attention import flash_attention
 from nondual.parallel.exchange import Ranks, naming_the_lost, note_sent
-from nondual.parallel.inputs import Placing, checked_rows, refuse_options
+from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
 from nondual.parallel.layout import Layout
+from nondual.parallel.passed_on import not_compiled
 
 dist = torch.distributed
 
@@ -68,7 +69,7 @@ def all_to_all_attention(
 
 
 @dataclass(frozen=True)
-class AllToAllAttention:
+class AllToAllAttention(SharedByCopies):
     """What `MultiHeadAttention(op=...)` calls, over `all_to_all_attention`; it has no parameters.
 
         MultiHeadAttention(512, 8, causal=True, op=AllToAllAttention(zigzag))
@@ -121,7 +122,8 @@ class AllToAllAttention:
         return _attention("AllToAllAttention", q, k, v, self.layout, self.group, causal, self.window, self.scale, asked)
 
 
-def _by_heads(call, q, k, v, layout, group, causal, window, scale, asked=(None, 0.0, False)) -> Tensor:
+@not_compiled
+def _attention(call, q, k, v, layout, group, causal, window, scale, asked=(None, 0.0, False)) -> Tensor:
 
     def refuse(ranks: Ranks) -> None:
         refuse_options(call, *asked)
@@ -143,10 +145,6 @@ def _by_heads(call, q, k, v, layout, group, causal, window, scale, asked=(None, 
     (out,) = _ToRows.apply(ranks, layout, out)  # (B, H, n, Dv)
     # --8<-- [end:all_to_all]
     return out
-
-
-_attention = cast("Callable[..., Tensor]", torch.compiler.disable(_by_heads))
-"""The compiler calls it as it is: the sizes of other ranks are known when it runs, and not before."""
 
 
 # --- rows for heads, and back ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ D head width, Dv width of the values.
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ Placing: TypeAlias = Layout | Callable[[int, int], Layout]
 """A layout, or a function of N and P that gives it, such as `zigzag`, for lengths that change from call to call."""
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class SharedByCopies:
+    """What never changes, and is the same object in a deep copy of a model: a process group cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 class Rows(NamedTuple):

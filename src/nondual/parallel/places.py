@@ -24,8 +24,9 @@ from nondual.language_models.causal import CausalLM
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
 from nondual.parallel.exchange import compared, ranks_of
-from nondual.parallel.inputs import Placing, device_of
+from nondual.parallel.inputs import Placing, SharedByCopies, device_of
 from nondual.parallel.layout import Layout
+from nondual.parallel.passed_on import not_compiled
 from nondual.positional_encoding import AddedPositions
 from nondual.relative_positions import RelativePositions
 from nondual.self_attention import MultiHeadAttention
@@ -64,8 +65,8 @@ def shard_sequence(
         mixer = cast(Any, layer).mixer
         if not isinstance(mixer, MultiHeadAttention):
             raise ValueError(
-                f"layer {i} must have MultiHeadAttention as its mixer, got {type(mixer).__name__}: what passes a state "
-                "along has functions of its own over ranks, such as nondual.parallel.parallel_ssd"
+                f"layer {i} must have MultiHeadAttention as its mixer, got {type(mixer).__name__}: a model "
+                "whose mixers hand on a state takes nondual.parallel.shard_time"
             )
         joins = op(layout, group, **_options(i, mixer.op))
         changes.append(partial(setattr, mixer, "op", joins))
@@ -94,7 +95,7 @@ def _options(i: int, op: object) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RowPositions(RelativePositions):
+class RowPositions(SharedByCopies, RelativePositions):
     """Positions that turn this rank's rows by their places in the whole sequence.
 
         MultiHeadAttention(64, 4, op=RingAttention(zigzag), positions=RowPositions(Rotary(16), zigzag))
@@ -153,7 +154,7 @@ class RowPositions(RelativePositions):
 
 
 @dataclass(frozen=True)
-class _RowVectors:
+class _RowVectors(SharedByCopies):
     """A hook of `AddedPositions`: the vectors of this rank's places in place of those of 0 to n - 1."""
 
     layout: Placing
@@ -192,15 +193,12 @@ def _held(layout: Placing, group: Any, n: int, like: Tensor) -> tuple[int, tuple
     return whole.length, (whole.pieces[rank] or (range(0),)) if fits else None
 
 
-def _ask_lengths(layout: Callable[[int, int], Layout], group: Any, n: int, like: Tensor) -> tuple[Layout, int]:
+@not_compiled
+def _told(layout: Callable[[int, int], Layout], group: Any, n: int, like: Tensor) -> tuple[Layout, int]:
     """The layout of as many positions as all ranks hold together, and this rank."""
     ranks = ranks_of(group)
     sizes = compared(ranks, "positions of rows", lambda: {"rows": n}, device_of(ranks, like), may_differ=("rows",))
     return layout(sum(of_rank["rows"] for of_rank in sizes), ranks.size), ranks.rank
-
-
-_told = cast("Callable[..., tuple[Layout, int]]", torch.compiler.disable(_ask_lengths))
-"""The compiler calls it as it is: the lengths of other ranks are known when it runs, and not before."""
 
 
 def _check_start(start: int) -> None:

@@ -16,9 +16,9 @@ width, Dv width of the values.
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeGuard, cast
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,8 @@ from nondual.ops.flash_attention.partial import engine_of
 from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks
 from nondual.parallel.halo import windowed_attention
-from nondual.parallel.inputs import Placing, checked_rows, refuse_options
+from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
+from nondual.parallel.passed_on import not_compiled
 from nondual.parallel.pieces import fragments
 from nondual.parallel.rounds import Ring, round_the_ring
 
@@ -87,7 +88,7 @@ def ring_attention(
 
 
 @dataclass(frozen=True)
-class RingAttention:
+class RingAttention(SharedByCopies):
     """What `MultiHeadAttention(op=...)` calls, over `ring_attention`; it has no parameters.
 
         MultiHeadAttention(512, 8, causal=True, op=RingAttention(zigzag))
@@ -143,7 +144,8 @@ class RingAttention:
         return _attention("RingAttention", q, k, v, self.layout, self.group, *options, asked)
 
 
-def _over_ranks(
+@not_compiled
+def _attention(
     call, q, k, v, layout, group, causal, window, documents, scale, impl, asked=(None, 0.0, False)
 ) -> Tensor:
     given = [x for x in (q, k, v) if isinstance(x, Tensor)]
@@ -175,10 +177,6 @@ def _over_ranks(
         return windowed_attention(ranks, held, q, k, v, window, scale, impl)
     ring = Ring(ranks, held, layout.lengths, causal, scale, engine_of(impl, q, k, v))
     return round_the_ring(q, k, v, ring)
-
-
-_attention = cast("Callable[..., Tensor]", torch.compiler.disable(_over_ranks))
-"""torch.compile calls it as it is, between two graphs: what other ranks hold is known when it runs, and not before."""
 
 
 def _check_options(causal: bool, window: object, documents: object) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from nondual.parallel import passed_on as of_module
 from nondual.parallel import ranks_of, traffic
-from nondual.parallel.passed_on import Line, Step, by_doubling, direct, doubled, passed_on
+from nondual.parallel.passed_on import Line, Step, by_doubling, direct, doubled, pass_on
 
 dist = torch.distributed
 
@@ -64,7 +64,7 @@ def against_a_loop(rank, size):
                 own = [x.clone().requires_grad_() for x in (added[rank], decay[rank], initial)]
                 first = own[2] if with_initial and rank == 0 else None
                 with traffic() as forward:
-                    got = passed_on(*own[:2], first, product=product)
+                    got = pass_on(*own[:2], first, product=product)
                 with traffic() as backward:
                     loss = (got[0] * weights[0, rank]).sum() + (got[1] * weights[1, rank]).sum()
                     grads = torch.autograd.grad(loss, own, allow_unused=True)
@@ -100,10 +100,10 @@ def what_a_reset_forgets(rank, size):
     nan, inf = float("nan"), float("inf")
     added = torch.tensor([nan, 0.0, 3.0, 0.0])[rank].expand(STATE).requires_grad_()
     decay = torch.tensor([1.0, 0.0, inf, 0.5])[rank].expand(STATE).requires_grad_()
-    before, after = passed_on(added, decay)
+    before, after = pass_on(added, decay)
     grads = torch.autograd.grad((before.sum() if rank else 0) + after.sum(), [added])
     matrix = torch.tensor([1.0, 0.0, 2.0, 0.5])[rank] * torch.eye(3)
-    of_matrix, _ = passed_on(added.detach(), matrix.expand(2, 3, 3), product=torch.matmul)
+    of_matrix, _ = pass_on(added.detach(), matrix.expand(2, 3, 3), product=torch.matmul)
     return [str(before.flatten()[0].item()), str(of_matrix.flatten()[0].item()), bool(grads[0].isfinite().all())]
 
 
@@ -111,16 +111,16 @@ def refused(rank, size):
     x = torch.zeros(2, 3)
     a = torch.ones(2, 1)
     return [
-        message_of(lambda: passed_on(torch.zeros(2, 3 + (rank == 1)), a)),
-        message_of(lambda: passed_on(x, a if rank else [1.0])),
-        message_of(lambda: passed_on(x, torch.ones(2, 2) if rank else a)),
-        message_of(lambda: passed_on(x, a, x if rank == 1 else None)),
-        message_of(lambda: passed_on(x, a, product=torch.add)),
-        message_of(lambda: passed_on(x, torch.ones(3, 3), product=torch.matmul)),
-        message_of(lambda: passed_on(x, a, torch.zeros(2))),
-        message_of(lambda: passed_on(x.clone().requires_grad_(rank == 0), a)),
-        message_of(lambda: passed_on(x, a.double())),
-        message_of(lambda: passed_on(x, a)),
+        message_of(lambda: pass_on(torch.zeros(2, 3 + (rank == 1)), a)),
+        message_of(lambda: pass_on(x, a if rank else [1.0])),
+        message_of(lambda: pass_on(x, torch.ones(2, 2) if rank else a)),
+        message_of(lambda: pass_on(x, a, x if rank == 1 else None)),
+        message_of(lambda: pass_on(x, a, product=torch.add)),
+        message_of(lambda: pass_on(x, torch.ones(3, 3), product=torch.matmul)),
+        message_of(lambda: pass_on(x, a, torch.zeros(2))),
+        message_of(lambda: pass_on(x.clone().requires_grad_(rank == 0), a)),
+        message_of(lambda: pass_on(x, a.double())),
+        message_of(lambda: pass_on(x, a)),
     ]
 
 
@@ -138,7 +138,7 @@ def everything(rank, size):
 
 @pytest.fixture(scope="module")
 def said(in_ranks):
-    return in_ranks(everything, sizes=(1, 2, 3, 4, 7), timeout=150)
+    return in_ranks(everything, sizes=(1, 2, 3, 4, 7), timeout=180)
 
 
 def with_one_rank_gone(rank, size):
@@ -146,10 +146,10 @@ def with_one_rank_gone(rank, size):
     dist.barrier()
     if rank == 1:
         os._exit(0)
-    line = Line(ranks, "passed_on")
+    line = Line(ranks, "pass_on")
     step = Step(torch.zeros(5), torch.ones(5))
     return [
-        message_of(lambda: passed_on(torch.zeros(5), torch.ones(5))),
+        message_of(lambda: pass_on(torch.zeros(5), torch.ones(5))),
         message_of(lambda: direct(line, step, torch.mul)),
     ]
 
@@ -193,14 +193,14 @@ def test_what_does_not_fit_is_one_error_on_every_rank(said):
     for rank, of_rank in enumerate(said[3]):
         shape, kind, decay, initial, product, matrix, short, learning, dtype, fine = of_rank["refused"]
         assert shape == (
-            "ValueError: passed_on must have the same size of dimension 1 of added on every rank, got [3, 4, 3] on "
+            "ValueError: pass_on must have the same size of dimension 1 of added on every rank, got [3, 4, 3] on "
             "ranks 0 to 2"
         )
         own = "decay must be a Tensor, got list; use torch.tensor(decay)"
-        assert kind == (f"TypeError: {own}" if rank == 0 else f"ValueError: passed_on on rank 0: {own}")
+        assert kind == (f"TypeError: {own}" if rank == 0 else f"ValueError: pass_on on rank 0: {own}")
         assert "decay must be (2, 3), or 1 in place of a size, got (2, 2)" in decay
         assert initial == (
-            "ValueError: passed_on: initial must be given on rank 0, which holds the start of the sequence, got it on "
+            "ValueError: pass_on: initial must be given on rank 0, which holds the start of the sequence, got it on "
             "ranks [1]"
         )
         assert product.startswith("ValueError: product must be torch.mul or torch.matmul, got <built-in method add")
@@ -212,10 +212,10 @@ def test_what_does_not_fit_is_one_error_on_every_rank(said):
 
 
 def test_a_rank_that_dies_is_named_by_those_that_live(in_ranks):
-    (ranks,) = in_ranks(with_one_rank_gone, sizes=(3,), dying=(1,)).values()
+    (ranks,) = in_ranks(with_one_rank_gone, sizes=(3,), dying=(1,), timeout=120).values()
     for rank in (0, 2):
-        assert ranks[rank][0].startswith(f"RuntimeError: passed_on: rank 1 does not answer (rank {rank} of 3 was told")
-    assert re.match("RuntimeError: passed_on: rank 1 does not answer", ranks[2][1])
+        assert ranks[rank][0].startswith(f"RuntimeError: pass_on: rank 1 does not answer (rank {rank} of 3 was told")
+    assert re.match("RuntimeError: pass_on: rank 1 does not answer", ranks[2][1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # here, before ranks are forked: the first call of a custom operator imports it, for seconds
 
 from nondual.ops.linear_attention import linear_attention
 from nondual.ops.selective_scan import selective_scan

@@ -8,6 +8,7 @@ Parameters are named and laid out as in the released code, in Hugging Face's and
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,6 +23,7 @@ from nondual.efficient_attention.mamba_parts import (
     convolve,
     empty_cache,
     one_step,
+    past_rows,
     step_bias,
     step_engine,
     without_bias,
@@ -58,6 +60,10 @@ class Mamba(nn.Module):
         bias: whether in_proj and out_proj have one.
         conv_bias: whether the convolution has one.
         impl: the scan's engine, as in `nondual.ops.selective_scan`.
+        scan: what stands in place of `nondual.ops.selective_scan`, with the same arguments, such as one where a
+            sequence lies on several devices (`nondual.parallel.shard_time`).
+        rows_before: what gives the convolution the inputs before the first, called as
+            `nondual.parallel.rows_before`; a cache, or zeros, where left out.
 
     Raises:
         ValueError: a size below 1, or step lengths out of order.
@@ -69,6 +75,8 @@ class Mamba(nn.Module):
     d_conv: int
     dt_rank: int
     impl: Literal["auto", "reference", "cpu", "triton"]
+    scan: Callable[..., tuple[Tensor, Tensor]] | None
+    rows_before: Callable[..., tuple[Tensor, Tensor]] | None
     in_proj: nn.Linear
     conv1d: nn.Conv1d
     x_proj: nn.Linear
@@ -90,13 +98,15 @@ class Mamba(nn.Module):
         bias: bool = False,
         conv_bias: bool = True,
         impl: Literal["auto", "reference", "cpu", "triton"] = "auto",
+        scan: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        rows_before: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         d_inner = int(expand * d_model)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_inner=d_inner, dt_rank=dt_rank)
         self.d_model, self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_model, d_inner, d_state, d_conv, dt_rank
-        self.impl = impl
+        self.impl, self.scan, self.rows_before = impl, scan, rows_before
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
@@ -135,10 +145,11 @@ class Mamba(nn.Module):
             cache.check(x, *self._cache_shapes(x.shape[0]))
         # --8<-- [start:block]
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, N, D) each
-        u, history = convolve(self.conv1d, u, None if cache is None else cache.history(u), reset, self.d_conv)
+        past, u = past_rows(self, u, None if cache is None else cache.history(u), reset)
+        u, history = convolve(self.conv1d, u, past, reset, self.d_conv)
         u = F.silu(u)
         delta, B, C = self.select(u)
-        y, state = selective_scan(
+        y, state = (self.scan or selective_scan)(
             u,
             delta,
             -torch.exp(at_least_float32(self.A_log)),

@@ -8,6 +8,7 @@ Where we differ from the paper: its T is our N, its N our S. Parameters are name
 and in Hugging Face's: their state_dicts load.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,6 +23,7 @@ from nondual.efficient_attention.mamba_parts import (
     convolve,
     empty_cache,
     one_step,
+    past_rows,
     step_bias,
     step_engine,
 )
@@ -84,6 +86,10 @@ class Mamba2(nn.Module):
         eps: added to the mean square in the norm.
         chunk: steps of a chunk, as in `nondual.ops.ssd`; the engine's own where left out.
         impl: the engine, as in `nondual.ops.ssd`.
+        scan: what stands in place of `nondual.ops.ssd`, with the same arguments, such as one where a sequence
+            lies on several devices (`nondual.parallel.shard_time`).
+        rows_before: what gives the convolution the inputs before the first, called as
+            `nondual.parallel.rows_before`; a cache, or zeros, where left out.
 
     Raises:
         ValueError: a size below 1, widths or groups that do not divide, step lengths or their limits out of order.
@@ -99,6 +105,8 @@ class Mamba2(nn.Module):
     dt_limit: tuple[float, ...]
     chunk: int | None
     impl: Literal["auto", "reference", "chunked", "triton"]
+    scan: Callable[..., tuple[Tensor, Tensor]] | None
+    rows_before: Callable[..., tuple[Tensor, Tensor]] | None
     d_mixed: int
     in_proj: nn.Linear
     conv1d: nn.Conv1d
@@ -125,6 +133,8 @@ class Mamba2(nn.Module):
         eps: float = 1e-5,
         chunk: int | None = None,
         impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
+        scan: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        rows_before: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         d_inner = int(expand * d_model)
@@ -139,6 +149,7 @@ class Mamba2(nn.Module):
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.n_heads, self.d_head, self.n_groups = n_heads, d_head, n_groups
         self.dt_limit, self.chunk, self.impl = tuple(dt_limit), chunk, impl
+        self.scan, self.rows_before = scan, rows_before
         self.d_mixed = d_inner + 2 * n_groups * d_state  # x, B and C go through the convolution together
         self.in_proj = nn.Linear(d_model, d_inner + self.d_mixed + n_heads, bias=bias)
         self.conv1d = nn.Conv1d(self.d_mixed, self.d_mixed, d_conv, groups=self.d_mixed, bias=conv_bias)
@@ -173,14 +184,14 @@ class Mamba2(nn.Module):
             cache.check(x, *self._cache_shapes(x.shape[0]))
         # --8<-- [start:block]
         z, mixed, delta = self.in_proj(x).split([self.d_inner, self.d_mixed, self.n_heads], dim=-1)
-        past = None if cache is None else cache.history(mixed)
+        past, mixed = past_rows(self, mixed, None if cache is None else cache.history(mixed), reset)
         mixed, history = convolve(self.conv1d, mixed, past, reset, self.d_conv)
         shared = self.n_groups * self.d_state
         u, B, C = F.silu(mixed).split([self.d_inner, shared, shared], dim=-1)
         u, z = (rearrange(v, "b n (h p) -> b n h p", p=self.d_head) for v in (u, z))
         B, C = (rearrange(v, "b n (g s) -> b n g s", s=self.d_state) for v in (B, C))
         delta, bias = self._step_length(delta)
-        y, state = ssd(
+        y, state = (self.scan or ssd)(
             u,
             delta,
             -torch.exp(at_least_float32(self.A_log)),

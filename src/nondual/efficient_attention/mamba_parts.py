@@ -131,6 +131,20 @@ def convolve(
     return y, window[:, length:].masked_fill(foreign[:, -1, 1:, None], 0)
 
 
+def past_rows(mixer: Any, x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The K - 1 inputs of a mixer's convolution before x (B, N, D), None for zeros; and x.
+
+    Args:
+        mixer: its `rows_before`, where it is not None, is called with x, K - 1, history= and reset=, and returns both.
+        x: (B, N, D).
+        past: what a cache holds of them.
+        reset: (B, N), True where a packed sequence begins.
+    """
+    if mixer.rows_before is None:
+        return past, x
+    return mixer.rows_before(x, mixer.d_conv - 1, history=past, reset=reset)
+
+
 def step_bias(n: int, dt_min: float, dt_max: float, *, floor: float = 1e-4) -> Float[Tensor, " n"]:
     """n biases whose softplus, the step length at the start, lies log-uniformly between dt_min and dt_max.
 

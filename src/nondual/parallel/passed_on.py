@@ -55,7 +55,7 @@ def not_compiled(function: F) -> F:
 
 
 @not_compiled
-def passed_on(
+def pass_on(
     added: Float[Tensor, "..."],
     decay: Float[Tensor, "..."],
     initial: Float[Tensor, "..."] | None = None,
@@ -99,9 +99,9 @@ def passed_on(
             "need of gradients": int(need_of_gradients(added, decay, initial)),
         }
 
-    sizes = compared(ranks, "passed_on", check, device_of(ranks, added), may_differ=("initial state",))
-    first_rank_gives("passed_on", "initial", [of_rank["initial state"] for of_rank in sizes])
-    before, _ = carry(ranks, "passed_on", added, decay, initial, product)
+    sizes = compared(ranks, "pass_on", check, device_of(ranks, added), may_differ=("initial state",))
+    first_rank_gives("pass_on", "initial", [of_rank["initial state"] for of_rank in sizes])
+    before, _ = carry(ranks, "pass_on", added, decay, initial, product)
     return before, act(product, decay, before) + added
 
 
@@ -145,10 +145,10 @@ def carry(
     Args:
         ranks: the group.
         call: the name of the operation, for an error.
-        added: as in `passed_on`; what the last rank adds is not needed.
+        added: as in `pass_on`; what the last rank adds is not needed.
         decay: likewise.
         initial: read on rank 0 alone.
-        product: as in `passed_on`.
+        product: as in `pass_on`.
         through: any tensors.
     """
     initial = initial if ranks.rank == 0 else None
@@ -254,51 +254,6 @@ class Step(NamedTuple):
     decay: Tensor | None
 
 
-def direct(line: "Line", own: Step, product: Product) -> Tensor | None:
-    """In one round: every step goes to all later places.
-
-    Args:
-        line: the ranks in order.
-        own: this rank's step.
-        product: as in `passed_on`.
-
-    Returns:
-        The state before this place, from zero; None for the first.
-    """
-    later, earlier = range(line.place + 1, line.size), range(line.place)
-    state = None
-    for step in line.exchanged(own, own if line.place else Step(own.added, None), later, earlier, earlier[1:]):
-        state = step.added if state is None or step.decay is None else act(product, step.decay, state) + step.added
-    return state
-
-
-def doubled(line: "Line", own: Step, product: Product) -> Tensor | None:
-    """In ceil(log2 P) rounds: in round k each place sends what it knows to the place 2^k further on.
-
-    The arguments and the result are those of `direct`.
-    """
-    assert own.decay is not None
-    before: Step | None = None  # of the places that this one has joined, up to the one before it
-    span = 1
-    while span < line.size:
-        source, to = line.place - span, line.place + span
-        added, decay = own
-        if before is not None:
-            added = act(product, own.decay, before.added) + added
-            decay = None if before.decay is None else act(product, own.decay, before.decay)
-        known = Step(added, decay if source >= 0 else None)
-        sends, receives = (range(place, place + 1) if 0 <= place < line.size else range(0) for place in (to, source))
-        for step in line.exchanged(own, known, sends, receives, receives if source >= span else range(0)):
-            if before is None:
-                before = step
-                continue
-            assert before.decay is not None
-            added = act(product, before.decay, step.added) + before.added
-            before = Step(added, None if step.decay is None else act(product, before.decay, step.decay))
-        span *= 2
-    return None if before is None else before.added
-
-
 class Line:
     """The ranks in the order in which a state passes them, each with its place from 0 on.
 
@@ -307,6 +262,12 @@ class Line:
         call: the name of the operation, for an error.
         reverse: the last rank has place 0.
     """
+
+    ranks: Ranks
+    call: str
+    reverse: bool
+    size: int
+    place: int
 
     def __init__(self, ranks: Ranks, call: str, reverse: bool = False):
         self.ranks, self.call, self.reverse, self.size = ranks, call, reverse, ranks.size
@@ -340,3 +301,48 @@ class Line:
         ).wait()
         decays = [x[n:].view(like.decay.shape) if place in with_decay else None for place, x in zip(receives, rows)]
         return [Step(x[:n].view(like.added.shape), decay) for x, decay in zip(rows, decays)]
+
+
+def direct(line: Line, own: Step, product: Product) -> Tensor | None:
+    """In one round: every step goes to all later places.
+
+    Args:
+        line: the ranks in order.
+        own: this rank's step.
+        product: as in `pass_on`.
+
+    Returns:
+        The state before this place, from zero; None for the first.
+    """
+    later, earlier = range(line.place + 1, line.size), range(line.place)
+    state = None
+    for step in line.exchanged(own, own if line.place else Step(own.added, None), later, earlier, earlier[1:]):
+        state = step.added if state is None or step.decay is None else act(product, step.decay, state) + step.added
+    return state
+
+
+def doubled(line: Line, own: Step, product: Product) -> Tensor | None:
+    """In ceil(log2 P) rounds: in round k each place sends what it knows to the place 2^k further on.
+
+    The arguments and the result are those of `direct`.
+    """
+    assert own.decay is not None
+    before: Step | None = None  # of the places that this one has joined, up to the one before it
+    span = 1
+    while span < line.size:
+        source, to = line.place - span, line.place + span
+        added, decay = own
+        if before is not None:
+            added = act(product, own.decay, before.added) + added
+            decay = None if before.decay is None else act(product, own.decay, before.decay)
+        known = Step(added, decay if source >= 0 else None)
+        sends, receives = (range(place, place + 1) if 0 <= place < line.size else range(0) for place in (to, source))
+        for step in line.exchanged(own, known, sends, receives, receives if source >= span else range(0)):
+            if before is None:
+                before = step
+                continue
+            assert before.decay is not None
+            added = act(product, before.decay, step.added) + before.added
+            before = Step(added, None if step.decay is None else act(product, before.decay, step.decay))
+        span *= 2
+    return None if before is None else before.added

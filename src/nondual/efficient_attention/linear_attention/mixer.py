@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nondual.efficient_attention.feature_maps import identity
 from nondual.efficient_attention.mamba2 import GroupRMSNorm
-from nondual.efficient_attention.mamba_parts import convolve, step_engine
+from nondual.efficient_attention.mamba_parts import convolve, past_rows, step_engine
 from nondual.mixers import check_reset
 from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
@@ -71,6 +71,10 @@ class LinearMixer(nn.Module):
         eps: added to the mean square in the norm.
         chunk: steps of a chunk, as in `nondual.ops.linear_attention`; the engine's own where left out.
         impl: the engine, as in `nondual.ops.linear_attention`.
+        scan: what stands in place of `nondual.ops.linear_attention`, with the same arguments, such as one where a
+            sequence lies on several devices (`nondual.parallel.shard_time`).
+        rows_before: what gives the convolution the inputs before the first, called as
+            `nondual.parallel.rows_before`; a cache, or zeros, where left out.
 
     Raises:
         ValueError: a size below 1, or heads that do not divide d_model.
@@ -86,6 +90,8 @@ class LinearMixer(nn.Module):
     scale: float
     chunk: int | None
     impl: Impl
+    scan: Callable[..., tuple[Tensor, Tensor]] | None
+    rows_before: Callable[..., tuple[Tensor, Tensor]] | None
     d_mixed: int
     d_gate: int
     in_proj: nn.Linear
@@ -109,6 +115,8 @@ class LinearMixer(nn.Module):
         eps: float = 1e-5,
         chunk: int | None = None,
         impl: Impl = "auto",
+        scan: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        rows_before: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         check_sizes(d_model=d_model, n_heads=n_heads)
@@ -121,6 +129,7 @@ class LinearMixer(nn.Module):
             raise ValueError(f"d_conv must be 0 or more, got {d_conv}")
         self.d_model, self.n_heads, self.d_head, self.d_value, self.d_conv = d_model, n_heads, d_head, d_value, d_conv
         self.feature_map, self.normalise, self.scale, self.chunk, self.impl = feature_map, normalise, scale, chunk, impl
+        self.scan, self.rows_before = scan, rows_before
         self.d_mixed = n_heads * (2 * d_head + d_value)  # q, k and v go through the convolution together
         self.d_gate = n_heads * d_value if gate else 0
         self.in_proj = nn.Linear(d_model, self.d_mixed + self.d_gate, bias=False)
@@ -162,14 +171,14 @@ class LinearMixer(nn.Module):
         mixed, z = self.in_proj(x).split([self.d_mixed, self.d_gate], dim=-1)
         history = None if cache is None else cache.conv
         if self.conv1d is not None:
-            past = None if cache is None else cache.conv.to(mixed.dtype)
+            past, mixed = past_rows(self, mixed, None if cache is None else cache.conv.to(mixed.dtype), reset)
             mixed, history = convolve(self.conv1d, mixed, past, reset, self.d_conv)
             mixed = F.silu(mixed)
         widths = [self.n_heads * width for width in (self.d_head, self.d_head, self.d_value)]
         q, k, v = (rearrange(u, "b n (h d) -> b h n d", h=self.n_heads) for u in mixed.split(widths, dim=-1))
         q, k = self.features(q, k, 0 if cache is None else cache.length)
         gates = self.gates(x)
-        out, state = linear_attention(
+        out, state = (self.scan or linear_attention)(
             q,
             k,
             v.to(q.dtype),  # a feature map may widen q and k

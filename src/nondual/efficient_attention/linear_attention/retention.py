@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nondual.efficient_attention.linear_attention.mixer import LinearMixer
 from nondual.ops.linear_attention import Impl
-from nondual.relative_positions import Rotary
+from nondual.relative_positions import RelativePositions, Rotary
 
 
 class Retention(LinearMixer):
@@ -38,7 +38,7 @@ class Retention(LinearMixer):
 
     scale: float
     log_decay: Tensor
-    positions: Rotary | None
+    positions: RelativePositions | None
 
     def __init__(
         self,

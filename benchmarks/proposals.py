@@ -241,9 +241,18 @@ def main(options: list[str]) -> None:
     whole = {section: part for section, arms in SECTIONS.items() if (part := part_of(found, arms))}
     for section, part in whole.items():
         command = f"nox -s bench -- proposals --section={section}"
-        write(f"proposals_{section}", command, {"jobs": list(part.values()), "compared": judged(part)})
+        write(
+            f"proposals_{section}",
+            command,
+            {"jobs": [without_losses(each) for each in part.values()], "compared": judged(part)},
+        )
     if len(whole) == len(SECTIONS):
         (MEASURED / "proposals.csv").write_text(as_csv(list(found.values())))
+
+
+def without_losses(job: dict[str, Any]) -> dict[str, Any]:
+    """A job without the losses on the way, half of what its runs keep: they stay in the cache folder."""
+    return {**job, "runs": [{key: value for key, value in run.items() if key != "loss"} for run in job["runs"]]}
 
 
 def part_of(found: Mapping[tuple[str, str], Any], arms: Iterable[str]) -> dict[tuple[str, str], Any]:

@@ -137,7 +137,7 @@ def test_a_second_derivative_is_refused(said):
 
 
 def test_a_rank_that_dies_on_the_way_is_named_by_the_others(in_ranks):
-    (ranks,) = in_ranks(with_a_rank_lost, sizes=(3,), dying=(1,)).values()
+    (ranks,) = in_ranks(with_a_rank_lost, sizes=(3,), dying=(1,), timeout=120).values()
     for rank in (0, 2):
         said = rf"RuntimeError: ring_attention, the gradients of .*: rank 1 does not answer \(rank {rank} of 3"
         assert re.match(said, ranks[rank]) or (rank == 0 and not ranks[rank])

@@ -241,7 +241,7 @@ def test_a_module_with_it_and_compiled(said):
 
 
 def test_a_rank_that_dies_on_the_way_is_named_by_the_others(in_ranks):
-    for size, ranks in in_ranks(with_a_rank_lost, sizes=(3, 4), dying=(1,)).items():
+    for size, ranks in in_ranks(with_a_rank_lost, sizes=(3, 4), dying=(1,), timeout=120).items():
         for rank in set(range(size)) - {1}:
             assert re.match(
                 rf"RuntimeError: ring_attention: rank 1 does not answer \(rank {rank} of {size}", ranks[rank]

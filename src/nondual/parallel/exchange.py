@@ -224,24 +224,25 @@ def exchange(
         RuntimeError: a rank does not answer.
     """
     own = [x for to, x in sends if to == ranks.rank]
-    calls, others = [], []
+    calls: list[tuple[int, Any]] = []  # the rank on the other side, and what is to be done
     for to, x in sends:
         if to != ranks.rank and x.numel():
             x = x.contiguous()
             note_sent(x)
-            calls.append(dist.P2POp(dist.isend, x, _global(ranks, to), group=ranks.group))
-            others.append(to)
+            calls.append((to, dist.P2POp(dist.isend, x, _global(ranks, to), group=ranks.group)))
     for source, into in receives:
         if source == ranks.rank:
             into.copy_(own.pop(0))
         elif into.numel():
-            calls.append(dist.P2POp(dist.irecv, into, _global(ranks, source), group=ranks.group))
-            others.append(source)
-    with naming_the_lost(ranks, what):
-        works = dist.batch_isend_irecv(calls) if calls else []
-    if len(works) != len(calls):  # a backend that joins them into one
-        others = [None] * len(works)
-    return Pending(ranks, what, list(zip(works, others)), [into for _, into in receives])
+            calls.append((source, dist.P2POp(dist.irecv, into, _global(ranks, source), group=ranks.group)))
+    works = []
+    # NCCL has to start them together. gloo starts them in turn, and so can say which of them failed.
+    apart = dist.get_backend(ranks.group) == "gloo"
+    for batch in [[call] for call in calls] if apart else [calls] if calls else []:
+        other = batch[0][0] if len(batch) == 1 else None
+        with naming_the_lost(ranks, what, other):
+            works += [(work, other) for work in dist.batch_isend_irecv([call for _, call in batch])]
+    return Pending(ranks, what, works, [into for _, into in receives])
 
 
 def _global(ranks: Ranks, rank: int) -> int:
@@ -255,9 +256,15 @@ def _global(ranks: Ranks, rank: int) -> int:
 def naming_the_lost(ranks: Ranks, what: str, other: int | None = None) -> Iterator[None]:
     """Turn the backend's error into one that names the rank that does not answer.
 
-    Every rank that lives writes so into the job's store as soon as its own wait fails, and the first few seconds show
-    who does not. In a ring a rank far from the lost one may still be waiting then: so where the rank on the other side
-    of a send or receive is among those who do not answer, it is named alone.
+    Every rank that lives writes so into the job's store when its own wait fails, and the first few seconds show who
+    does not. In a ring, ranks far from the lost one still wait then, until their neighbours end, and are not lost. So
+    where the rank on the other side of a send or receive does not answer, it is named alone, and the store is told: of
+    several that do not answer, the others name those of which the store was told.
+
+    Args:
+        ranks: the group.
+        what: what the block does, for the error.
+        other: the rank on the other side of a send or a receive.
 
     Raises:
         RuntimeError: a send, a receive or a collective within the block failed.
@@ -265,8 +272,7 @@ def naming_the_lost(ranks: Ranks, what: str, other: int | None = None) -> Iterat
     try:
         yield
     except RuntimeError as error:
-        missing = _who_does_not_answer(ranks)
-        missing = [other] if other in missing else missing
+        missing = _who_does_not_answer(ranks, other)
         names = "a rank" if not missing else ", ".join(f"rank {rank}" for rank in missing)
         reason = str(error).splitlines()[0][:200]
         raise RuntimeError(
@@ -274,18 +280,21 @@ def naming_the_lost(ranks: Ranks, what: str, other: int | None = None) -> Iterat
         ) from error
 
 
-def _who_does_not_answer(ranks: Ranks) -> list[int]:
+def _who_does_not_answer(ranks: Ranks, other: int | None) -> list[int]:
     """The ranks that do not say that they live; none where the store has gone with them."""
     numbers = [_global(ranks, rank) for rank in range(ranks.size)]
+    lives, lost = "nondual/lives/{}".format, "nondual/lost/{}".format
     try:
         store = dist.distributed_c10d._get_default_store()
-        key = "nondual/lives/{}".format
-        store.set(key(_global(ranks, ranks.rank)), "yes")
+        store.set(lives(numbers[ranks.rank]), "yes")
         end = time.monotonic() + ROLL_CALL
         while True:
-            missing = [rank for rank, number in enumerate(numbers) if not store.check([key(number)])]
+            missing = [rank for rank, number in enumerate(numbers) if not store.check([lives(number)])]
             if not missing or time.monotonic() > end:
-                return missing
+                break
             time.sleep(0.05)
+        if other in missing:
+            store.set(lost(numbers[other]), "yes")
+        return [rank for rank in missing if store.check([lost(numbers[rank])])] or missing
     except (RuntimeError, ValueError, AttributeError):
         return []

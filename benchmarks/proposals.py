@@ -55,6 +55,13 @@ from nondual.store import cache_folder
 RATES, CHOOSING, SEEDS = (0.003, 0.01), (101, 102), tuple(range(1, 9))
 FROM_LOWER = {"direction": (0.001, 0.003, 0.01)}
 """Tasks whose grid begins with other rates."""
+WRITTEN = {
+    "continuous": "proposals_continuous",
+    "self_liberating": "proposals_self_liberating",
+    "head_fusion": "proposals_head_fusion",
+    "arc": "proposals_arc",
+}
+"""The file of each section."""
 NAMED = {False: 0.02, True: 0.01}
 """The effect named beforehand: two points of right answers, or 0.01 bit."""
 
@@ -182,9 +189,10 @@ def jobs(options: list[str], folder: Path) -> list[Job]:
     tasks = given["tasks"].split(",") if "tasks" in given else list(TASKS)
     if unknown := set(tasks) - set(TASKS):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))}; there are: {', '.join(TASKS)}")
-    if given.get("section", "arc") not in SECTIONS:
-        raise SystemExit(f"there is no section {given['section']}; there are: {', '.join(SECTIONS)}")
-    arms = [arm for arm in SECTIONS.get(given.get("section", ""), ARMS) if given.get("only", "") in arm]
+    section = next((option.removeprefix("--section=") for option in options if option.startswith("--section=")), None)
+    if section is not None and section not in SECTIONS:
+        raise SystemExit(f"there is no section {section}; there are: {', '.join(SECTIONS)}")
+    arms = [arm for arm in (ARMS if section is None else SECTIONS[section]) if given.get("only", "") in arm]
     if not arms:
         raise SystemExit(f"no arm has {given['only']} in its name; there are: {'; '.join(ARMS)}")
     pairs = pairs_of(arms, tasks)

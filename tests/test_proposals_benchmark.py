@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import proposals_run
-from benchmarks.proposals import Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, part_of, said
+from benchmarks.proposals import WRITTEN, Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, part_of, said
 from benchmarks.proposals_run import (
     ARMS,
     CONTEXT,
@@ -232,7 +232,7 @@ def test_a_section_is_written_when_it_is_whole():
     of_fusion = [(task, arm) for task in TASKS for arm in ("base", *proposals_run.FUSION)]
     found = {pair: pair[0] for pair in reversed(of_fusion)} | {("copy", "LSTM"): "copy"}
     part = part_of(found, proposals_run.FUSION)
-    assert set(part) == set(of_fusion)
+    assert set(part) == set(of_fusion) and set(WRITTEN) == set(proposals_run.SECTIONS)
     del found["Gita", "base"]
     assert part_of(found, proposals_run.FUSION) == {}
 

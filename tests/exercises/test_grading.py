@@ -317,7 +317,26 @@ def mixed(z, share):
     return torch.stack(out)
 
 
+def sharing(part=lambda m: (m - m.T) / 2, power=2):
+    """The antisymmetric share, or with a mistake in it."""
+    return lambda w_q, w_k: float((part(w_q @ w_k.T).norm() / (w_q @ w_k.T).norm()) ** power)
+
+
+def going_down(sign=1, asks=1, asked=lambda p: p.T, whole=True, scale=lambda d: 1.0):
+    """A step down the energy, or with a mistake in it."""
+
+    def step(g, w_q, w_k, size):
+        q, k = g @ w_q, g @ w_k
+        p = (q @ k.T / k.shape[1] ** 0.5).softmax(-1)
+        way = asks * p @ k @ w_q.T + (0 if asked is None else asked(p) @ q @ w_k.T)
+        return (g if whole else 0) + sign * size * scale(k.shape[1]) * way
+
+    return step
+
+
 RIGHT = [
+    ("continuous", "antisymmetric_share", sharing()),
+    ("continuous", "step", going_down()),
     ("bytes", "spread", spreading()),
     ("ttt", "dual", learning()),
     ("denseformer", "without", leaving()),
@@ -369,6 +388,16 @@ WRONG = [
     ("bytes", "spread", spreading(lambda z, p, cut: mixed(z, p)), "P is p at the cuts"),
     ("bytes", "spread", spreading(back=lambda cut: (cut.cumsum(0) - 2).clamp(min=0)), "the piece before its own"),
     ("bytes", "spread", spreading(lambda z, p, cut: -z), "some read something else"),
+    ("continuous", "antisymmetric_share", sharing(lambda m: (m + m.T) / 2), "share of the symmetric part"),
+    ("continuous", "antisymmetric_share", sharing(power=1), "square them"),
+    ("continuous", "antisymmetric_share", sharing(lambda m: m - m.T), "half of M less its transpose"),
+    ("continuous", "antisymmetric_share", lambda w_q, w_k: None, "should be a number"),
+    ("continuous", "step", going_down(sign=-1), "go against the gradient"),
+    ("continuous", "step", going_down(asked=None), "it is a key, too"),
+    ("continuous", "step", going_down(asks=0), "it asks, too"),
+    ("continuous", "step", going_down(asked=lambda p: p), "not by its row"),
+    ("continuous", "step", going_down(whole=False), "add it to g"),
+    ("continuous", "step", going_down(scale=lambda d: d**-0.5), "has no √D left"),
     ("ttt", "dual", learning(lambda q, k: q @ k.T), "reads the steps of later ones too"),
     ("ttt", "dual", learning(lambda q, k: (q @ k.T).tril(-1)), "read before its own step"),
     ("ttt", "dual", learning(sign=1), "the steps go uphill"),

@@ -1,7 +1,9 @@
 """Scores without fixed roles, and a flow down one energy: the laws of `nondual.extensions.continuous`."""
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,9 @@ def drawn(*shape, dtype=torch.float64, seed=0):
 
 def of_heads(seed):
     return drawn(B, H, N, D, seed=seed)
+
+
+MEASURED = Path(__file__).parents[2] / "docs/measured/proposals_continuous.json"
 
 
 # ---- roles -----------------------------------------------------------------------------------------------------------
@@ -373,3 +378,34 @@ def test_what_the_flow_refuses():
         with pytest.raises(ValueError, match="mask must be boolean"):
             flow(torch.zeros(2, 3, 12), mask=mask)
     assert isinstance(flow, nn.Module)
+
+
+# ---- ten tasks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A8.5", "holds if")
+def test_what_ten_tasks_say_of_attention_without_fixed_roles():
+    """By the protocol's own words; and the library's form of it: mutual scores, and a flow down one energy."""
+    run = json.loads(MEASURED.read_text())["figures"]["compared"]
+    arms = ["symmetric less base", "one projection less base", "symmetric, rotary less base, rotary"]
+    rows = [run[arm] for arm in (*arms, "learned share less base", "flow less base")]
+    good = [sum(row["is"] in ("equivalent", "better", "better as named") for row in each.values()) for each in rows]
+    bad = [sum(row["is"] == "worse as named" for task, row in each.items() if task != "direction") for each in rows]
+    assert max(good) < 8 and min(bad) <= 2, "neither as hoped nor refuted"
+    assert all(row[task]["is"].startswith("better") for row in rows[:-1] for task in ("recall", "conjunction"))
+    assert all(row["is"] == "worse as named" for row in rows[-1].values()), "the flow"
+    symmetric = {task: row["mean"] for task, row in rows[0].items()}
+    assert [round(100 * symmetric[task]) for task in ("recall", "conjunction", "reverse", "long range")] == [
+        8,
+        6,
+        -4,
+        -11,
+    ]
+    assert round(symmetric["Shakespeare"], 2) == -0.03
+
+    q, k, v = (of_heads(seed) for seed in range(3))
+    scores = Roles(H, 0.0)(q, k, v, return_weights=True)[1].log()
+    around = sum(scores[..., i, (i + 1) % 3] - scores[..., (i + 1) % 3, i] for i in range(3))
+    torch.testing.assert_close(around, torch.zeros_like(around))  # a ring of three, both ways: mutual
+    flow, x = made(), drawn(B, N, H * D)
+    assert (flow.energy(x + 0.01 * flow.velocity(x)) < flow.energy(x)).all()

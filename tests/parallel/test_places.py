@@ -20,6 +20,7 @@ from nondual.parallel import (
 )
 from nondual.positional_encoding import Sinusoidal
 from nondual.relative_positions import ALiBi, RelativeBias, Rotary
+from nondual.self_attention import MultiHeadAttention
 
 dist = torch.distributed
 V, E, H = 11, 24, 12
@@ -145,6 +146,11 @@ def test_what_a_rank_cannot_read_is_refused(in_ranks):
 def test_positions_with_a_bias_are_refused(positions, kind, said):
     with pytest.raises(kind, match=re.escape(said)):
         RowPositions(positions, contiguous(4, 2))
+
+
+def test_another_head_width_is_refused():
+    with pytest.raises(ValueError, match=re.escape("positions must be Rotary(2), of the head width")):
+        MultiHeadAttention(E, H, positions=RowPositions(Rotary(4), contiguous(4, 2)))
 
 
 def test_without_a_group_the_error_says_how_to_make_one():

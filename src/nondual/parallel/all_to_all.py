@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops.flash_attention import flash_attention
+from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, naming_the_lost, note_sent
 from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
 from nondual.parallel.layout import Layout
@@ -63,7 +64,8 @@ def all_to_all_attention(
         TypeError: q, k or v is not a tensor, or layout neither a Layout nor a function.
         ValueError: on every rank alike: H is no multiple of P; rows that do not fit together, the layout, or those of
             the other ranks; a window below 1.
-        RuntimeError: no process group, a rank that does not answer, or a second derivative.
+        RuntimeError: no process group, a rank that does not answer, or a second derivative. A forward-mode derivative
+            or a transform of torch.func.
     """
     return _attention("all_to_all_attention", q, k, v, layout, group, causal, window, scale)
 
@@ -124,6 +126,9 @@ class AllToAllAttention(SharedByCopies):
 
 @not_compiled
 def _attention(call, q, k, v, layout, group, causal, window, scale, asked=(None, 0.0, False)) -> Tensor:
+
+    if why := refuses_transforms(*(x for x in (q, k, v) if isinstance(x, Tensor))):
+        raise RuntimeError(f"{call} {why}; on one device nondual.ops.flash_attention.flash_attention has them")
 
     def refuse(ranks: Ranks) -> None:
         refuse_options(call, *asked)

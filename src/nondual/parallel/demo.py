@@ -224,11 +224,12 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def shown(device: torch.device | str) -> int:
-    """Measure on every rank; rank 0 prints the table.
+def shown(mine: Sequence[Row], where: str) -> int:
+    """Gather the lines of all ranks; rank 0 prints the table.
 
     Args:
-        device: where this rank computes.
+        mine: this rank's lines, from `measured`.
+        where: on what the ranks computed, for the head.
 
     Returns:
         0, or 1 on every rank where something is not right.
@@ -238,13 +239,13 @@ def shown(device: torch.device | str) -> int:
     """
     ranks = ranks_of()
     gathered: list[Any] = [None] * ranks.size
-    dist.all_gather_object(gathered, measured(device), group=ranks.group)
+    dist.all_gather_object(gathered, list(mine), group=ranks.group)
     rows = [row for of_way in zip(*gathered) for row in of_way]
     faults = wrong(rows)
     if ranks.rank == 0:
         print(
             f"one sequence of {LENGTH} positions over {ranks.size} {'rank' if ranks.size == 1 else 'ranks'}, by "
-            f"{dist.get_backend(ranks.group)} on {torch.device(device).type}, in "
+            f"{dist.get_backend(ranks.group)} on {where}, in "
             f"{str(HEADS.dtype).removeprefix('torch.')}: {HEADS.query} heads of queries, {HEADS.key} of keys and "
             f"values, {HEADS.width} wide\nholds and sends: bytes; off: the largest difference from one device\n\n"
             f"{table(rows)}\n"
@@ -271,7 +272,7 @@ def main() -> int:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=60))
     try:
-        return shown(device)
+        return shown(measured(device), device.type)
     finally:
         dist.destroy_process_group()
 

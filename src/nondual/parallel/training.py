@@ -24,6 +24,7 @@ from nondual.ops.dtypes import at_least_float32
 from nondual.parallel.exchange import Ranks, compared, naming_the_lost, ranks_of
 from nondual.parallel.inputs import Placing, device_of
 from nondual.parallel.layout import Layout
+from nondual.parallel.passed_on import not_compiled
 
 dist = torch.distributed
 
@@ -31,6 +32,7 @@ IGNORED = -100
 """The target of a position that predicts nothing, as in `torch.nn.functional.cross_entropy`."""
 
 
+@not_compiled
 def shard_tokens(
     ids: Int[Tensor, "b m"], layout: Placing, group: Any = None
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"]]:
@@ -74,6 +76,7 @@ def _layout_of(layout: Placing, length: int, size: int) -> Layout:
     return layout if isinstance(layout, Layout) else layout(length, size)
 
 
+@not_compiled
 def parallel_token_loss(
     scores: Float[Tensor, "b n v"], targets: Int[Tensor, "b n"], group: Any = None
 ) -> Float[Tensor, ""]:

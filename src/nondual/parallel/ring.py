@@ -65,8 +65,9 @@ def ring_attention(
         layout: which rank holds which positions: a `Layout`, or a function of N and P that gives it, such as `zigzag`.
         group: the ranks: a process group, a mesh of one dimension, or None for all.
         causal: each query sees its own position and those before.
-        window: with causal, each query sees the last `window` keys, its own included. Then a rank holds, besides its
-            rows, the keys in their reach. A window that reaches over the longest document is none.
+        window: each query sees the last `window` keys, its own included; it looks back only, whether `causal` is True
+            or not. Then a rank holds, besides its rows, the keys in their reach. A window that reaches over the longest
+            document leaves all that are before.
         documents: the lengths of several sequences that are packed along N, in their order, summing to N; a query sees
             keys of its own sequence alone. One for all N where left out.
         scale: factor on q · k; 1/√D where left out.
@@ -79,7 +80,7 @@ def ring_attention(
     Raises:
         TypeError: q, k or v is not a tensor, layout neither a Layout nor a function, or documents no sequence.
         ValueError: on every rank alike: rows that do not fit together, the layout, or those of the other ranks; a
-            window below 1 or without causal; documents that are no lengths or do not sum to N; an engine that cannot
+            window below 1; documents that are no lengths or do not sum to N; an engine that cannot
             hold these tensors.
         RuntimeError: no process group, a rank that does not answer, or a second derivative. A forward-mode derivative
             or a transform of torch.func.
@@ -96,7 +97,7 @@ class RingAttention(SharedByCopies):
     Attributes:
         layout: as in `ring_attention`.
         group: the ranks; all where None.
-        window: how many keys a query sees, its own included, in a causal module. All where None.
+        window: how many keys a query sees, its own included; it makes the module causal. All where None.
         documents: lengths of sequences packed along N; None for one.
         scale: factor on q · k; 1/√D where None.
         impl: as in `ring_attention`.
@@ -154,10 +155,11 @@ def _attention(
 
     def refuse(_: Ranks) -> None:
         refuse_options(call, *asked)
-        _check_options(causal, window, documents)
+        _check_options(window, documents)
         if len(given) == 3 and impl != "auto":
             engine_of(impl, *as_autocast_does(q, k, v))
 
+    causal = causal or window is not None
     options = {
         "causal": causal,
         "window": window if isinstance(window, int) else None,
@@ -179,15 +181,13 @@ def _attention(
     return round_the_ring(q, k, v, ring)
 
 
-def _check_options(causal: bool, window: object, documents: object) -> None:
+def _check_options(window: object, documents: object) -> None:
     """Refuse a window or documents that are none."""
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(
                 f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}"
             )
-        if not causal:
-            raise ValueError(f"causal must be True with a window, which looks back only, got window={window}")
     if documents is None:
         return
     if not _is_sequence(documents):

@@ -127,6 +127,24 @@ def with_attention(rank, size):
     return float((got - part.shard(plain(ids), rank, dim=1)).detach().abs().max())
 
 
+def in_ddp(rank, size):
+    """Gradients averaged by DDP while states and rows travel in the same backward pass, in each of three steps."""
+    errors = []
+    for kind in ("Mamba", "Mamba2"):
+        plain = model_of(kind)
+        ours = torch.nn.parallel.DistributedDataParallel(shard_time(copy.deepcopy(plain)), bucket_cap_mb=1e-3)
+        for length in (7, 5, 8):
+            ids, _, weights = read(length)
+            part = of_lengths([length - 2, 2])
+            plain.zero_grad()
+            ours.zero_grad()
+            (plain(ids) * weights).sum().backward()
+            (ours(part.shard(ids, rank, dim=1)) * part.shard(weights, rank)).sum().backward()
+            for one, two in zip(ours.parameters(), plain.parameters()):
+                errors.append(float((size * one.grad - two.grad).abs().max()))
+    return max(errors)
+
+
 def refused(rank, size):
     def block(i):
         return MixerBlock(Mamba(E), E)
@@ -143,7 +161,7 @@ def everything(rank, size):
     """All that needs ranks, since starting them takes longer."""
     said = {"models": whole_models(rank, size), "caches": caches(rank, size)}
     if size == 2:
-        said |= {"attention": with_attention(rank, size), "refused": refused(rank, size)}
+        said |= {"attention": with_attention(rank, size), "DDP": in_ddp(rank, size), "refused": refused(rank, size)}
     return said
 
 
@@ -168,6 +186,10 @@ def test_the_last_rank_goes_on_with_its_cache(said):
 
 def test_a_model_of_both_kinds_of_mixers(said):
     assert max(of_rank["attention"] for of_rank in said[2]) < 1e-12
+
+
+def test_ddp_averages_the_gradients_of_parts(said):
+    assert max(of_rank["DDP"] for of_rank in said[2]) < 1e-11
 
 
 def test_what_does_not_read_a_part_of_time_is_refused_and_nothing_changed(said):

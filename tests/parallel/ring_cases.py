@@ -75,12 +75,3 @@ def against_one_device(layout, rank, kv_heads, seed, gaps=False, **options):
         grads = torch.autograd.grad(out, (q, k, v), rows[3])
     difference = farthest([out.detach(), *grads], [layout.shard(x, rank) for x in expected])
     return difference, forward.bytes, backward.bytes
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from refusals import message_of
 from torch.utils.checkpoint import checkpoint
 
 from nondual.ops.flash_attention import flash_attention
@@ -47,15 +48,6 @@ def farthest(ours, theirs) -> float:
     """The largest difference of two lists of tensors of the same shapes."""
     assert [x.shape for x in ours] == [x.shape for x in theirs]
     return max((float((x - y).abs().max()) for x, y in zip(ours, theirs) if x.numel()), default=0.0)
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -5,20 +5,12 @@ import re
 
 import pytest
 import torch
+from refusals import message_of
 
 from nondual.parallel import ranks_of, traffic
 from nondual.parallel.exchange import MOST, compared, exchange
 
 dist = torch.distributed
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from ring_cases import DV, B, D, against_one_device, drawn, farthest, layouts, message_of, packed, with_gradients
+from refusals import message_of
+from ring_cases import DV, B, D, against_one_device, drawn, farthest, layouts, packed, with_gradients
 
 from nondual.ops.flash_attention import flash_attention
 from nondual.parallel import halo, of_lengths, ring_attention, zigzag

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from refusals import message_of
 
 from nondual.ops.causal_conv1d import causal_conv1d
 from nondual.parallel import of_lengths, traffic
@@ -21,15 +22,6 @@ def drawn(length):
     shapes = [(B, length, D), (D, K), (D,), (B, K - 1, D), (B, length, D), (B, K - 1, D)]
     x, weight, bias, history, *gradients = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
     return x, weight, bias, history, torch.rand(B, length, generator=draw) < 0.15, gradients
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -2,18 +2,10 @@
 
 import pytest
 import torch
+from refusals import message_of
 
 from nondual.parallel import of_lengths, zigzag
 from nondual.parallel.inputs import checked_rows, refuse_options
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def refusals(rank, size):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch._dynamo  # here, before ranks are forked: the first call of a custom operator imports it, for seconds
+from refusals import message_of
 
 from nondual.efficient_attention.linear_attention import GatedDeltaNet, GatedLinearAttention, LinearMixer, Retention
 from nondual.efficient_attention.mamba import Mamba
@@ -41,15 +42,6 @@ def read(length):
     draw = torch.Generator().manual_seed(length)
     ids = torch.randint(V, (B, length), generator=draw)
     return ids, torch.rand(B, length, generator=draw) < 0.15, torch.randn(B, length, V, generator=draw).double()
-
-
-def message_of(call, *args) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call(*args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from refusals import message_of
 
 from nondual.parallel import passed_on as of_module
 from nondual.parallel import ranks_of, traffic
@@ -32,15 +33,6 @@ def in_a_loop(added, decay, initial, product):
         before.append(h)
         h = product(D, h) + S
     return torch.stack(before), torch.stack([*before[1:], h])
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

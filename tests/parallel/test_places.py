@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from refusals import message_of
 
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.gpt import GPT
@@ -39,15 +40,6 @@ POSITIONS = {
 def model_of(options) -> GPT:
     torch.manual_seed(0)
     return GPT(V, E, 2, H, d_ff=5, n_kv_heads=4, **copy.deepcopy(options)).double()
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

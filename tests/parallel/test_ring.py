@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from refusals import message_of
 from ring_cases import (
     DV,
     B,
@@ -14,7 +15,6 @@ from ring_cases import (
     drawn,
     farthest,
     layouts,
-    message_of,
     one_device,
     packed,
     with_gradients,

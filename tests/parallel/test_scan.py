@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from refusals import message_of
 from time_cases import B, cases
 
 from nondual.ops.linear_attention import linear_attention
@@ -31,15 +32,6 @@ def summed(x):
     x = x.clone()
     dist.all_reduce(x)
     return x
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as saved
+from refusals import message_of
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -73,15 +74,6 @@ def farthest(ours, theirs) -> float:
     whole = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in ours.parameters()]
     assert [x.shape for x in whole] == [x.shape for x in theirs.parameters()]
     return max(float((x - y).detach().abs().max()) for x, y in zip(whole, theirs.parameters()))
-
-
-def message_of(call) -> str:
-    """What a call is refused with; empty where it is not."""
-    try:
-        call()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 # --- in every rank -------------------------------------------------------------------------------------------------

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.impl import refuses_transforms
-from nondual.parallel.exchange import Ranks, naming_the_lost, note_sent
+from nondual.parallel.exchange import Ranks, naming_the_lost, not_compiled, note_sent
 from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
 from nondual.parallel.layout import Layout
-from nondual.parallel.passed_on import not_compiled
 
 dist = torch.distributed
 

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
-from nondual.parallel.exchange import Ranks, compared, exchange, ranks_of
+from nondual.parallel.exchange import Ranks, compared, exchange, not_compiled, ranks_of
 from nondual.parallel.inputs import device_of
 from nondual.parallel.layout import Layout, of_lengths
-from nondual.parallel.passed_on import first_rank_gives, need_of_gradients, not_compiled
+from nondual.parallel.passed_on import first_rank_gives, need_of_gradients
 
 
 @not_compiled

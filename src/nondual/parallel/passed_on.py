@@ -19,9 +19,8 @@ applications", section 1.4.1, for linear recurrences; over devices Sun et al. 20
 pass states from rank to rank, one after another. Symbols: P ranks, numbered r.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,29 +28,13 @@ from torch import Tensor
 
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
-from nondual.parallel.exchange import Ranks, compared, exchange, ranks_of
+from nondual.parallel.exchange import Ranks, compared, exchange, not_compiled, ranks_of
 from nondual.parallel.inputs import device_of
 
 ROUND = 2**19
 """How many bytes can be sent in the time that one more round takes to begin: 10 to 20 microseconds at 25 to 50 GB/s."""
 
 Product = Callable[[Tensor, Tensor], Tensor]
-F = TypeVar("F", bound=Callable)
-
-
-def not_compiled(function: F) -> F:
-    """Make a compiled model have a break at this function: what ranks tell one another is read on the host.
-
-    The same as torch.compiler.disable, which would take two seconds as it is imported.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **options)
-        return function(*args, **options)
-
-    return cast("F", call)
 
 
 @not_compiled

@@ -23,10 +23,9 @@ from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.language_models.causal import CausalLM
 from nondual.ops.attention import attention
 from nondual.ops.checks import check_tensors
-from nondual.parallel.exchange import compared, ranks_of
+from nondual.parallel.exchange import compared, not_compiled, ranks_of
 from nondual.parallel.inputs import Placing, SharedByCopies, device_of
 from nondual.parallel.layout import Layout
-from nondual.parallel.passed_on import not_compiled
 from nondual.positional_encoding import AddedPositions
 from nondual.relative_positions import RelativePositions
 from nondual.self_attention import MultiHeadAttention

@@ -27,10 +27,9 @@ from torch import Tensor
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.flash_attention.partial import engine_of
 from nondual.ops.impl import refuses_transforms
-from nondual.parallel.exchange import Ranks
+from nondual.parallel.exchange import Ranks, not_compiled
 from nondual.parallel.halo import windowed_attention
 from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
-from nondual.parallel.passed_on import not_compiled
 from nondual.parallel.pieces import fragments
 from nondual.parallel.rounds import Ring, round_the_ring
 

@@ -33,9 +33,9 @@ from nondual.ops.linear_attention.inputs import Inputs as LinearAttentionInputs
 from nondual.ops.selective_scan.inputs import Inputs as SelectiveScanInputs
 from nondual.ops.ssd.inputs import Inputs as SSDInputs
 from nondual.parallel.end_state import EndState, of_linear_attention, of_selective_scan, of_ssd, without_steps
-from nondual.parallel.exchange import Ranks, compared, naming_the_lost, note_sent, ranks_of
+from nondual.parallel.exchange import Ranks, compared, naming_the_lost, not_compiled, note_sent, ranks_of
 from nondual.parallel.inputs import device_of
-from nondual.parallel.passed_on import carry, first_rank_gives, need_of_gradients, not_compiled
+from nondual.parallel.passed_on import carry, first_rank_gives, need_of_gradients
 
 dist = torch.distributed
 

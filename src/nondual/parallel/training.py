@@ -21,10 +21,9 @@ from torch import Tensor
 
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
-from nondual.parallel.exchange import Ranks, compared, naming_the_lost, ranks_of
+from nondual.parallel.exchange import Ranks, compared, naming_the_lost, not_compiled, ranks_of
 from nondual.parallel.inputs import Placing, device_of
 from nondual.parallel.layout import Layout
-from nondual.parallel.passed_on import not_compiled
 
 dist = torch.distributed
 

@@ -374,7 +374,7 @@ def all_to_all_time(
 ) -> Seconds:
     """Seconds of all-to-all attention: an exchange, the attention of H/P heads over all positions, an exchange back.
 
-    Nothing is computed while rows travel.
+    Nothing is computed while rows travel. The messages of an exchange go at once, and wait once.
 
     Args:
         heads: their sizes.
@@ -392,7 +392,7 @@ def all_to_all_time(
     count = n * (n + 1) // 2 if causal else n * n
     work = 2 * multiply_adds(heads, count, backward=backward) / size / rate
     sent = max(all_to_all_bytes(heads, layout, rank)[int(backward)] for rank in range(size))
-    waits = 2 * (size - 1) * link.latency
+    waits = 2 * link.latency if size > 1 else 0.0
     return Seconds(work + sent / link.bandwidth + waits, work, sent / link.bandwidth, waits)
 
 

@@ -162,7 +162,9 @@ def test_times_by_hand():
 
     heads = Heads(2, 2, 8, dtype=torch.float32)
     found = all_to_all_time(heads, layout, Link("slow", 1e6, 0.5), 1e9, causal=False)
-    assert found == pytest.approx((4 * step + 4 * sending / 2 + 1, 4 * step, 4 * sending / 2, 1))  # two waits, one each way
+    assert found == pytest.approx(
+        (4 * step + 4 * sending / 2 + 1, 4 * step, 4 * sending / 2, 1)
+    )  # two waits, one each way
     assert all_to_all_time(heads, zigzag(64, 1), Link("slow", 1e6, 0.5), 1e9).latency == 0
 
 

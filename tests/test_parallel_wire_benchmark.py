@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import parallel_wire
 from nondual.parallel.demo import ways
+
+MEASURED = Path(__file__).parent.parent / "docs/measured/parallel_wire.json"
 
 
 def test_without_the_command_ip_it_says_what_it_needs(monkeypatch):
@@ -20,7 +21,7 @@ def test_without_the_command_ip_it_says_what_it_needs(monkeypatch):
 
 
 def test_the_wire_carries_what_is_counted_and_a_little_more():
-    found = json.loads((ROOT / "docs/measured/parallel_wire.json").read_text())["figures"]["ways"]
+    found = json.loads(MEASURED.read_text())["figures"]["ways"]
     assert set(found) == {way.name for way in ways(2)}
     for way in ways(2):
         for rank, of_rank in enumerate(found[way.name]):

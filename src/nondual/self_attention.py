@@ -113,7 +113,7 @@ class MultiHeadAttention(nn.Module):
     Raises:
         TypeError: positions that do not act inside attention.
         ValueError: head counts that do not divide, a dropout outside [0, 1), positions made for another number or
-            width of heads, or positions together with a d_memory of another width.
+            width of heads, positions that the op refuses, or positions together with a d_memory of another width.
     """
 
     n_heads: int
@@ -155,7 +155,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         d_head = d_model // n_heads if d_head is None else d_head
         if positions is not None:
-            _check_positions(positions, n_heads, d_head)
+            _check_positions(positions, n_heads, d_head, op)
             if d_memory != d_model:
                 raise ValueError(f"positions must be None for a memory of another width, d_memory={d_memory}: {_ONE_X}")
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_head
@@ -353,13 +353,16 @@ def _check_width(name: str, x: Tensor, width: int) -> None:
 _ONE_X = "positions are of x alone, and the steps between x and a memory have no meaning"
 
 
-def _check_positions(positions: object, n_heads: int, d_head: int) -> None:
+def _check_positions(positions: object, n_heads: int, d_head: int, op: object) -> None:
     if not isinstance(positions, RelativePositions):
         raise TypeError(
             f"positions must be Rotary, ALiBi, RelativeBias or another of RelativePositions, got {_name(positions)}; "
             "what is added to embeddings, such as Sinusoidal, goes to CausalLM(positions=)"
         )
     why = positions.refuses(n_heads, d_head)
+    refuses = getattr(op, "refuses_positions", None)  # of attention over a sequence that lies on several devices
+    if why is None and refuses is not None:
+        why = refuses(positions)
     if why is not None:
         raise ValueError(why)
 

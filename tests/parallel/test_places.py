@@ -76,14 +76,13 @@ def refusals(rank, size):
     biased = GPT(V, E, 2, H, positions=ALiBi(H))
     ours = shard_sequence(GPT(V, E, 1, H, positions=Rotary(2)), layout, op=AllToAllAttention)
     short = shard_sequence(GPT(V, E, 1, H, max_len=6), layout, op=AllToAllAttention)
-    unplaced = GPT(V, E, 1, H, op=AllToAllAttention(layout), positions=RelativeBias(H))
     return [
         message_of(lambda: shard_sequence(biased, layout, op=AllToAllAttention)),
         type(biased.layers[0].mixer.op).__name__,
         message_of(lambda: shard_sequence(MambaLM(V, E, 2), layout, op=AllToAllAttention)),
         message_of(lambda: shard_sequence(ours, layout, op=AllToAllAttention)),
         message_of(lambda: shard_sequence(torch.nn.Linear(2, 2), layout, op=AllToAllAttention)),
-        message_of(lambda: unplaced(mine)),
+        message_of(lambda: GPT(V, E, 1, H, op=AllToAllAttention(layout), positions=RelativeBias(H))),
         message_of(lambda: short(mine)),
         message_of(lambda: ours(mine if rank else ids[:, :1])),
         message_of(lambda: ours.generate(mine[:, :1], 2)),
@@ -115,7 +114,7 @@ def test_what_a_rank_cannot_read_is_refused(in_ranks):
         assert mamba.startswith("ValueError: layer 0 must have MultiHeadAttention as its mixer, got Mamba: ")
         assert twice.startswith("ValueError: layer 0 must join queries, keys and values by attention or FlashAttention")
         assert other == "TypeError: model must be a CausalLM, such as GPT, got Linear"
-        assert bias.startswith("ValueError: mask must be None for AllToAllAttention")
+        assert bias.startswith("ValueError: positions must be RowPositions, for AllToAllAttention, got RelativeBias")
         assert short.startswith("ValueError: positions must lie in 0 to 5, got 6")
         assert rows.startswith(
             "ValueError: AllToAllAttention: the ranks must hold the layout's [3, 4] rows, got [1, 4]"
@@ -143,6 +142,15 @@ def test_positions_with_a_bias_are_refused(positions, kind, said):
 def test_another_head_width_is_refused():
     with pytest.raises(ValueError, match=re.escape("positions must be Rotary(2), of the head width")):
         MultiHeadAttention(E, H, positions=RowPositions(Rotary(4), contiguous(4, 2)))
+
+
+@pytest.mark.parametrize("op", [RingAttention(zigzag), AllToAllAttention(contiguous(4, 2))])
+def test_positions_that_know_this_rank_alone_are_refused_with_attention_over_ranks(op):
+    """They would turn a rank's rows as if they were the first of the sequence, without a word."""
+    with pytest.raises(ValueError, match=re.escape(f"for {type(op).__name__}, got Rotary, which knows no places but")):
+        MultiHeadAttention(E, H, op=op, positions=Rotary(E // H))
+    MultiHeadAttention(E, H, op=op, positions=RowPositions(Rotary(E // H), zigzag))
+    MultiHeadAttention(E, H, op=op)
 
 
 def test_without_a_group_the_error_says_how_to_make_one():

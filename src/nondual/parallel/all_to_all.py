@@ -24,7 +24,7 @@ from torch import Tensor
 from nondual.ops.flash_attention import flash_attention
 from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, naming_the_lost, not_compiled, note_sent
-from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
+from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options
 from nondual.parallel.layout import Layout
 
 dist = torch.distributed
@@ -70,7 +70,7 @@ def all_to_all_attention(
 
 
 @dataclass(frozen=True)
-class AllToAllAttention(SharedByCopies):
+class AllToAllAttention(OverRanks):
     """What `MultiHeadAttention(op=...)` calls, over `all_to_all_attention`; it has no parameters.
 
         MultiHeadAttention(512, 8, causal=True, op=AllToAllAttention(zigzag))

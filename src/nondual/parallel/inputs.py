@@ -33,6 +33,24 @@ class SharedByCopies:
         return self
 
 
+class OverRanks(SharedByCopies):
+    """What joins this rank's queries to the keys of all ranks, in a `MultiHeadAttention`."""
+
+    def refuses_positions(self, positions: object) -> str | None:
+        """Why these positions would turn rows by their places on this rank, and be wrong; None where they do not.
+
+        Args:
+            positions: those of the module.
+        """
+        if getattr(positions, "layout", None) is not None:
+            return None
+        name = type(positions).__name__
+        return (
+            f"positions must be RowPositions, for {type(self).__name__}, got {name}, which knows no places but those "
+            "on this rank: give RowPositions(positions, layout), or let shard_sequence change the model"
+        )
+
+
 class Rows(NamedTuple):
     """This rank's rows of q, k and v, which fit together and fit those of the other ranks.
 

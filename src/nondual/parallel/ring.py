@@ -29,7 +29,7 @@ from nondual.ops.flash_attention.partial import engine_of
 from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, not_compiled
 from nondual.parallel.halo import windowed_attention
-from nondual.parallel.inputs import Placing, SharedByCopies, checked_rows, refuse_options
+from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options
 from nondual.parallel.pieces import fragments
 from nondual.parallel.rounds import Ring, round_the_ring
 
@@ -88,7 +88,7 @@ def ring_attention(
 
 
 @dataclass(frozen=True)
-class RingAttention(SharedByCopies):
+class RingAttention(OverRanks):
     """What `MultiHeadAttention(op=...)` calls, over `ring_attention`; it has no parameters.
 
         MultiHeadAttention(512, 8, causal=True, op=RingAttention(zigzag))

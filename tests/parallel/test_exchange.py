@@ -24,7 +24,7 @@ def round_the_ring(rank, size):
             own = torch.full((2, rank), rank, dtype=dtype)
             before = (rank - 1) % size
             into = torch.empty((2, before), dtype=dtype)
-            (got,) = exchange(ranks, [((rank + 1) % size, own)], [(before, into)], "rows").wait()
+            (got,) = exchange(ranks, [((rank + 1) % size, own)], [(before, into)], "rows").arrived()
             arrived.append(bool((got == before).all()) and got.shape == (2, before))
     return arrived, count.bytes, count.messages
 
@@ -60,7 +60,7 @@ def with_one_rank_gone(rank, size, kind):
         return message_of(lambda: compared(ranks, "ring_attention", lambda: {"width": 4}, "cpu"))
     into = torch.empty(1000)
     sends, receives = [((rank + 1) % size, torch.ones(1000))], [((rank - 1) % size, into)]
-    return message_of(lambda: exchange(ranks, sends, receives, "ring_attention").wait())
+    return message_of(lambda: exchange(ranks, sends, receives, "ring_attention").arrived())
 
 
 def groups(rank, size):

@@ -74,9 +74,9 @@ def measured(rank, size):
         events.append("s")
 
         class Waited:
-            def wait(self):
+            def arrived(self):
                 events.append("w")
-                return pending.wait()
+                return pending.arrived()
 
         return Waited()
 

@@ -213,8 +213,8 @@ class Pending(NamedTuple):
     works: list[tuple[Any, int | None]]
     received: list[Tensor]
 
-    def wait(self) -> list[Tensor]:
-        """The tensors that arrived, in the order in which they were asked for.
+    def arrived(self) -> list[Tensor]:
+        """The tensors, in the order in which they were asked for, once they are there.
 
         Raises:
             RuntimeError: a rank does not answer.

@@ -140,7 +140,7 @@ class _Fetch(torch.autograd.Function):
                     sends.append((other, torch.cat([x[:, :, _slice(part)] for part in rows], 2)))
                 if count:
                     receives.append((other, _empty(x, count)))
-        arrived = exchange(ranks, sends, receives, "ring_attention, the keys in a window").wait()
+        arrived = exchange(ranks, sends, receives, "ring_attention, the keys in a window").arrived()
         return tuple(torch.cat([x[:, :, :0], *arrived[kind::2]], 2) for kind, x in enumerate((k, v)))
 
     @staticmethod
@@ -161,7 +161,7 @@ class _Return(torch.autograd.Function):
                     sends.append((other, of_kind[other]))
                 if rows:
                     receives.append((other, _empty(of_kind[other], sum(map(len, rows)))))
-        arrived = exchange(ranks, sends, receives, "ring_attention, the gradients of keys in a window").wait()
+        arrived = exchange(ranks, sends, receives, "ring_attention, the gradients of keys in a window").arrived()
         sums = [_empty(x, n, accumulation_dtype(x.dtype)).zero_() for x in gradients]
         sent = [rows for rows, _ in planned if rows]
         for kind, total in enumerate(sums):

@@ -131,7 +131,7 @@ class _RowsBefore(torch.autograd.Function):
         sends = [(to, packed(piece)) for (source, to), (piece, _) in mine.items() if source == ranks.rank]
         places = [(source, len(piece), place) for (source, to), (piece, place) in mine.items() if to == ranks.rank]
         receives = [(source, x.new_empty(batch, count, before.shape[2])) for source, count, _ in places]
-        arrived = exchange(ranks, sends, receives, "rows_before").wait()
+        arrived = exchange(ranks, sends, receives, "rows_before").arrived()
         for (_, count, place), part in zip(places, arrived):
             before[:, place : place + count] = part
         if history is not None:
@@ -163,6 +163,6 @@ class _RowsBefore(torch.autograd.Function):
             if source == ranks.rank:
                 places.append((to, piece))
         receives = [(to, like.new_empty(batch, len(piece), width)) for to, piece in places]
-        for (_, piece), part in zip(places, exchange(ranks, sends, receives, "rows_before").wait()):
+        for (_, piece), part in zip(places, exchange(ranks, sends, receives, "rows_before").arrived()):
             d_held[:, piece.start : piece.stop] += part
         return None, None, None, None, d_held[:, started:], d_held[:, :started] if started else None

@@ -281,7 +281,7 @@ class Line:
             [(self.rank_at(place), packed) for place in sends],
             [(self.rank_at(place), into) for place, into in zip(receives, rows)],
             self.call,
-        ).wait()
+        ).arrived()
         decays = [x[n:].view(like.decay.shape) if place in with_decay else None for place, x in zip(receives, rows)]
         return [Step(x[:n].view(like.added.shape), decay) for x, decay in zip(rows, decays)]
 

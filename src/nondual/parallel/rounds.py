@@ -90,7 +90,7 @@ class Ring(NamedTuple):
             under_way = None if last else self.pass_on(block, source)
             yield source, block[0], block[1]
             if under_way is not None:
-                block, source = under_way.wait(), self.before(source)
+                block, source = under_way.arrived(), self.before(source)
 
     # --8<-- [end:round]
 
@@ -128,12 +128,12 @@ def backward(
             for total, added in zip(block, of_block):
                 total[:, :, keys] += added
         if of_keys:
-            for own, others in zip(block, travelling.wait() if travelling is not None else ()):
+            for own, others in zip(block, travelling.arrived() if travelling is not None else ()):
                 own += others  # those of the ranks that these keys have been to
             travelling = ring.pass_on(block, source)
     if travelling is None:
         return dq.to(q.dtype), None, None
-    dk, dv = travelling.wait()  # home
+    dk, dv = travelling.arrived()  # home
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

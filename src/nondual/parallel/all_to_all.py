@@ -22,9 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops.flash_attention import flash_attention
-from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, naming_the_lost, not_compiled, note_sent
-from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options
+from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options, refuse_transforms
 from nondual.parallel.layout import Layout
 
 dist = torch.distributed
@@ -125,9 +124,7 @@ class AllToAllAttention(OverRanks):
 
 @not_compiled
 def _attention(call, q, k, v, layout, group, causal, window, scale, asked=(None, 0.0, False)) -> Tensor:
-
-    if why := refuses_transforms(*(x for x in (q, k, v) if isinstance(x, Tensor))):
-        raise RuntimeError(f"{call} {why}; on one device nondual.ops.flash_attention.flash_attention has them")
+    refuse_transforms(call, q, k, v)
 
     def refuse(ranks: Ranks) -> None:
         refuse_options(call, *asked)

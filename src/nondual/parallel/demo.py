@@ -131,6 +131,16 @@ def measured(device: torch.device | str) -> list[Row]:
         RuntimeError: no process group, or a rank does not answer.
     """
     ranks = ranks_of()
+    given, gradient = drawn(device)
+    return [_compared(way, ranks, given[: way.inputs], gradient) for way in ways(ranks.size)]
+
+
+def drawn(device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The whole sequence's q, k, v and logarithms of decays, and a gradient of the output, the same at every call.
+
+    Args:
+        device: where they are.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int) -> Tensor:
@@ -139,8 +149,7 @@ def measured(device: torch.device | str) -> list[Row]:
 
     q, k, v, gradient = normal(HEADS.query), normal(HEADS.key), normal(HEADS.key), normal(HEADS.query)
     decay = -gradient[..., 0].exp()  # below 0
-    given = (q * HEADS.width**-0.5, k, v, decay)
-    return [_compared(way, ranks, given[: way.inputs], gradient) for way in ways(ranks.size)]
+    return (q * HEADS.width**-0.5, k, v, decay), gradient
 
 
 def _compared(way: Way, ranks: Ranks, given: Sequence[Tensor], gradient: Tensor) -> Row:

@@ -127,7 +127,7 @@ def after(log: Tensor, dim: int, forgotten: Tensor | None) -> Tensor:
 
 
 def before_last_reset(reset: Tensor | None) -> Tensor | None:
-    """True at the steps (B, L) that a later reset forgets."""
+    """True at the steps that a later reset forgets; steps lie along dimension 1."""
     if reset is None:
         return None
     return reset.flip(1).cumsum(1).flip(1) > reset.long()

@@ -20,7 +20,7 @@ from torch import Tensor
 from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.flash_attention import Impl, flash_attention
 from nondual.parallel.exchange import Ranks, exchange
-from nondual.parallel.pieces import Fragment
+from nondual.parallel.pieces import Fragment, as_slice
 
 Held = Sequence[Sequence[Fragment]]
 """What each rank holds, as `nondual.parallel.pieces.fragments` gives it."""
@@ -52,7 +52,7 @@ def windowed_attention(
     for piece in held[ranks.rank] or [Fragment(range(0), 0, 0)]:  # without rows too there is a way back to the keys
         keys = [slice(at, at + len(part)) for part, at in _overlaps(reach(piece, window, own=True), places)]
         k_i, v_i = (torch.cat([x[:, :, rows] for rows in keys or [slice(0)]], 2) for x in (k, v))
-        outs.append(flash_attention(q[:, :, _slice(piece.rows)], k_i, v_i, window=window, scale=scale, impl=impl))
+        outs.append(flash_attention(q[:, :, as_slice(piece.rows)], k_i, v_i, window=window, scale=scale, impl=impl))
     return torch.cat(outs, 2)
     # --8<-- [end:halo]
 
@@ -88,13 +88,14 @@ def needed(held: Held, rank: int, window: int) -> list[range]:
 def plan(ranks: Ranks, held: Held, window: int) -> list[tuple[list[range], int]]:
     """For each rank, the rows of this rank that it is sent, and how many this rank is sent by it."""
     of_rank = [needed(held, rank, window) for rank in range(ranks.size)]
-    own = _held_places(held[ranks.rank])
+    places = list(map(_held_places, held))
+    own = places[ranks.rank]
     return [
         (
-            [range(at, at + len(part)) for keys in of_rank[other] for part, at in _overlaps(keys, own)],
-            sum(len(part) for keys in of_rank[ranks.rank] for part, _ in _overlaps(keys, _held_places(held[other]))),
+            [range(at, at + len(part)) for keys in of_other for part, at in _overlaps(keys, own)],
+            sum(len(part) for keys in of_rank[ranks.rank] for part, _ in _overlaps(keys, of_places)),
         )
-        for other in range(ranks.size)
+        for of_other, of_places in zip(of_rank, places)
     ]
 
 
@@ -102,9 +103,10 @@ def _places(held: Held, rank: int, window: int) -> list[tuple[range, int]]:
     """Where positions stand on a rank: its own rows, and then those of each rank from which it fetches."""
     places = _held_places(held[rank])
     row = sum(len(piece.positions) for piece in held[rank])
-    for other in range(len(held)):
-        for keys in needed(held, rank, window):
-            for part, _ in _overlaps(keys, _held_places(held[other])):
+    fetched = needed(held, rank, window)
+    for of_other in map(_held_places, held):
+        for keys in fetched:
+            for part, _ in _overlaps(keys, of_other):
                 places.append((part, row))
                 row += len(part)
     return places
@@ -137,7 +139,7 @@ class _Fetch(torch.autograd.Function):
         for other, (rows, count) in enumerate(planned):
             for x in (k, v):
                 if rows:
-                    sends.append((other, torch.cat([x[:, :, _slice(part)] for part in rows], 2)))
+                    sends.append((other, torch.cat([x[:, :, as_slice(part)] for part in rows], 2)))
                 if count:
                     receives.append((other, _empty(x, count)))
         arrived = exchange(ranks, sends, receives, "ring_attention, the keys in a window").arrived()
@@ -167,7 +169,7 @@ class _Return(torch.autograd.Function):
         for kind, total in enumerate(sums):
             for rows, came in zip(sent, arrived[kind::2]):
                 for part, piece in zip(rows, came.split([len(part) for part in rows], 2)):
-                    total[:, :, _slice(part)] += piece
+                    total[:, :, as_slice(part)] += piece
         return tuple(total.to(x.dtype) for total, x in zip(sums, gradients))
 
     @staticmethod
@@ -178,7 +180,3 @@ class _Return(torch.autograd.Function):
 def _empty(x: Tensor, rows: int, dtype: torch.dtype | None = None) -> Tensor:
     """As x, with another number of rows."""
     return x.new_empty(*x.shape[:2], rows, x.shape[3], dtype=x.dtype if dtype is None else dtype)
-
-
-def _slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop)

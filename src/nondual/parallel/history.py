@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
+from nondual.parallel.end_state import before_last_reset
 from nondual.parallel.exchange import Ranks, compared, exchange, not_compiled, ranks_of
 from nondual.parallel.inputs import device_of
 from nondual.parallel.layout import Layout, of_lengths
 from nondual.parallel.passed_on import first_rank_gives, need_of_gradients
+from nondual.parallel.pieces import as_slice
 
 
 @not_compiled
@@ -122,7 +124,7 @@ class _RowsBefore(torch.autograd.Function):
         marks = None if reset is None else F.pad(reset, (ctx.started, 0)).to(x.dtype)[..., None]
 
         def packed(piece: range) -> Tensor:
-            cut = slice(piece.start, piece.stop)
+            cut = as_slice(piece)
             return held[:, cut] if marks is None else torch.cat([held[:, cut], marks[:, cut]], -1)
 
         batch, _, width = x.shape
@@ -139,7 +141,7 @@ class _RowsBefore(torch.autograd.Function):
         ctx.forgotten = None
         if marks is not None:
             began = before[..., width:] != 0  # (B, R, 1)
-            ctx.forgotten = began.flip(1).cumsum(1).flip(1) > began.long()
+            ctx.forgotten = before_last_reset(began)
             before = before[..., :width].masked_fill(ctx.forgotten, 0)
         return before, x
 
@@ -164,5 +166,5 @@ class _RowsBefore(torch.autograd.Function):
                 places.append((to, piece))
         receives = [(to, like.new_empty(batch, len(piece), width)) for to, piece in places]
         for (_, piece), part in zip(places, exchange(ranks, sends, receives, "rows_before").arrived()):
-            d_held[:, piece.start : piece.stop] += part
+            d_held[:, as_slice(piece)] += part
         return None, None, None, None, d_held[:, started:], d_held[:, :started] if started else None

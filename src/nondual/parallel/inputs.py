@@ -15,6 +15,7 @@ from torch import Tensor
 from nondual.ops.attention import check_qkv
 from nondual.ops.autocast import as_autocast_does
 from nondual.ops.checks import check_tensors
+from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, compared, ranks_of
 from nondual.parallel.layout import Layout
 
@@ -135,13 +136,24 @@ def checked_rows(
 
     sizes = compared(ranks, call, check, device_of(ranks, q), may_differ=("rows",))
     rows = tuple(of_rank["rows"] for of_rank in sizes)
-    whole = layout if isinstance(layout, Layout) else layout(sum(rows), ranks.size)
+    whole = layout_of(layout, sum(rows), ranks.size)
     if whole.lengths != rows:
         raise ValueError(
             f"{call}: the ranks must hold the layout's {list(whole.lengths)} rows, got {list(rows)} on ranks 0 to "
             f"{ranks.size - 1}; layout.shard(x, rank) cuts them"
         )
     return Rows(ranks, whole, *given)
+
+
+def layout_of(layout: Placing, length: int, size: int) -> Layout:
+    """The layout itself, or what a function gives for N and P.
+
+    Args:
+        layout: as in `checked_rows`.
+        length: N.
+        size: P.
+    """
+    return layout if isinstance(layout, Layout) else layout(length, size)
 
 
 def device_of(ranks: Ranks, x: object) -> torch.device:
@@ -161,6 +173,20 @@ def _number(x: int | float | None) -> int:
     if x is None:
         return -1
     return struct.unpack("q", struct.pack("d", x))[0] if isinstance(x, float) else int(x)
+
+
+def refuse_transforms(call: str, *xs: object) -> None:
+    """Refuse forward-mode derivatives and the transforms of torch.func, which attention over ranks does not have.
+
+    Args:
+        call: the name of the operation.
+        xs: what it was given, tensors or not.
+
+    Raises:
+        RuntimeError: one of them has a tangent or is transformed.
+    """
+    if why := refuses_transforms(*(x for x in xs if isinstance(x, Tensor))):
+        raise RuntimeError(f"{call} {why}; on one device nondual.ops.flash_attention.flash_attention has them")
 
 
 def refuse_options(call: str, mask: Tensor | None, dropout: float, return_weights: bool) -> None:

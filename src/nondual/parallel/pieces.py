@@ -52,6 +52,15 @@ class Pair(NamedTuple):
     causal: bool
 
 
+def as_slice(rows: range) -> slice:
+    """What takes these rows from a tensor.
+
+    Args:
+        rows: a range of step 1.
+    """
+    return slice(rows.start, rows.stop)
+
+
 def fragments(layout: Layout, rank: int, documents: Sequence[int] | None = None) -> list[Fragment]:
     """What a rank holds, cut at the borders of documents; empty parts are left out.
 

@@ -25,11 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nondual.ops.autocast import as_autocast_does
+from nondual.ops.flash_attention import check_window
 from nondual.ops.flash_attention.partial import engine_of
-from nondual.ops.impl import refuses_transforms
 from nondual.parallel.exchange import Ranks, not_compiled
 from nondual.parallel.halo import windowed_attention
-from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options
+from nondual.parallel.inputs import OverRanks, Placing, checked_rows, refuse_options, refuse_transforms
 from nondual.parallel.pieces import fragments
 from nondual.parallel.rounds import Ring, round_the_ring
 
@@ -149,8 +149,7 @@ def _attention(
     call, q, k, v, layout, group, causal, window, documents, scale, impl, asked=(None, 0.0, False)
 ) -> Tensor:
     given = [x for x in (q, k, v) if isinstance(x, Tensor)]
-    if why := refuses_transforms(*given):
-        raise RuntimeError(f"{call} {why}; on one device nondual.ops.flash_attention.flash_attention has them")
+    refuse_transforms(call, q, k, v)
 
     def refuse(_: Ranks) -> None:
         refuse_options(call, *asked)
@@ -182,11 +181,7 @@ def _attention(
 
 def _check_options(window: object, documents: object) -> None:
     """Refuse a window or documents that are none."""
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(
-                f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}"
-            )
+    check_window(window)
     if documents is None:
         return
     if not _is_sequence(documents):

@@ -22,7 +22,7 @@ from torch import Tensor
 from nondual.ops.autocast import without_autocast
 from nondual.ops.flash_attention.partial import Partial, PartialEngine, add_, nothing
 from nondual.parallel.exchange import Pending, Ranks, exchange
-from nondual.parallel.pieces import Fragment, Pair, pairs
+from nondual.parallel.pieces import Fragment, Pair, as_slice, pairs
 
 
 def round_the_ring(q: Tensor, k: Tensor, v: Tensor, ring: "Ring") -> Tensor:
@@ -101,7 +101,7 @@ def forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor) -> Partial:
     whole = nothing(q, v)
     for source, k_s, v_s in ring.blocks(k, v):
         for pair in ring.pairs(source):
-            rows, keys = _slice(pair.rows), _slice(pair.keys)
+            rows, keys = as_slice(pair.rows), as_slice(pair.keys)
             part = ring.engine.forward(q[:, :, rows], k_s[:, :, keys], v_s[:, :, keys], pair.causal, ring.scale)
             add_(whole.rows(rows), part, ring.engine.unit)
     return whole
@@ -121,7 +121,7 @@ def backward(
     for source, k_s, v_s in ring.blocks(k, v):
         block = [x.new_zeros(x.shape, dtype=wide) for x in (k_s, v_s)]  # dk and dv of these keys, from own queries
         for pair in ring.pairs(source):
-            rows, keys = _slice(pair.rows), _slice(pair.keys)
+            rows, keys = as_slice(pair.rows), as_slice(pair.keys)
             given = d_out[:, :, rows], q[:, :, rows], k_s[:, :, keys], v_s[:, :, keys], whole.rows(rows)
             dq_i, *of_block = ring.engine.backward(*given, pair.causal, ring.scale)
             dq[:, :, rows] += dq_i
@@ -138,10 +138,6 @@ def backward(
 
 
 # --8<-- [end:backward]
-
-
-def _slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop)
 
 
 # --- as one operation with a gradient ------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from torch import Tensor
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.parallel.exchange import Ranks, compared, naming_the_lost, not_compiled, ranks_of
-from nondual.parallel.inputs import Placing, device_of
-from nondual.parallel.layout import Layout
+from nondual.parallel.inputs import Placing, device_of, layout_of
 
 dist = torch.distributed
 
@@ -57,7 +56,7 @@ def shard_tokens(
         check_tensors({"ids": ids})
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.shape[1]:
             raise ValueError(f"ids must be integers (B, N + 1), got {ids.dtype} {tuple(ids.shape)}")
-        cut = _layout_of(layout, ids.shape[1] - 1, ranks.size)
+        cut = layout_of(layout, ids.shape[1] - 1, ranks.size)
         if (cut.length, cut.size) != (ids.shape[1] - 1, ranks.size):
             raise ValueError(
                 f"layout must be of {ids.shape[1] - 1} positions, one fewer than ids has, over {ranks.size} ranks, got "
@@ -67,12 +66,8 @@ def shard_tokens(
         return {"batch size": ids.shape[0], "number of tokens": ids.shape[1], "ids (their checksum)": checksum}
 
     compared(ranks, "shard_tokens", check, device_of(ranks, ids))
-    cut = _layout_of(layout, ids.shape[1] - 1, ranks.size)
+    cut = layout_of(layout, ids.shape[1] - 1, ranks.size)
     return cut.shard(ids[:, :-1], ranks.rank, dim=1), cut.shard(ids[:, 1:], ranks.rank, dim=1)
-
-
-def _layout_of(layout: Placing, length: int, size: int) -> Layout:
-    return layout if isinstance(layout, Layout) else layout(length, size)
 
 
 @not_compiled

@@ -164,8 +164,7 @@ def flash_attention(
     n, m = q.shape[2], k.shape[2]
     if v.shape[-1] == 0:
         raise ValueError("v must have a width of 1 or more, got 0")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
+    check_window(window)
     causal = causal or window is not None
     if log_forget is not None:
         check_gates(log_forget, (q.shape[0], q.shape[1], m), q, causal)
@@ -190,6 +189,12 @@ class Inputs(NamedTuple):
     scale: float
     return_lse: bool
     log_forget: Tensor | None  # (B, H, M), only with causal
+
+
+def check_window(window: object) -> None:
+    """Refuse what is neither None nor a number of keys."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer of 1 or more (the query's own key counts) or None, got {window!r}")
 
 
 def check_gates(log_forget: Tensor, shape: tuple[int, int, int], q: Tensor, causal: bool) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.record import write
 from nondual.parallel import traffic
-from nondual.parallel.demo import HEADS, LENGTH, Way, ways
+from nondual.parallel.demo import LENGTH, Way, drawn, ways
 
 dist = torch.distributed
 SPACES, LINKS, ADDRESSES = ("nondual0", "nondual1"), ("ndveth0", "ndveth1"), ("10.99.7.1", "10.99.7.2")
@@ -59,17 +59,13 @@ def left_the_interface(rank: int) -> int:
 
 def sent(way: Way, rank: int) -> dict[str, Any]:
     """What a rank counts and what its interface sends, in one forward and backward pass."""
-    generator = torch.Generator().manual_seed(0)
-    whole = [
-        torch.randn(HEADS.batch, heads, LENGTH, HEADS.width, generator=generator, dtype=HEADS.dtype)
-        for heads in (HEADS.query, HEADS.key, HEADS.key)
-    ]
-    given = [whole[0] * HEADS.width**-0.5, *whole[1:], -whole[0][..., 0].exp()][: way.inputs]
-    mine = [way.layout.shard(x, rank, 2).requires_grad_() for x in given]
+    given, gradient = drawn("cpu")
+    mine = [way.layout.shard(x, rank, 2).requires_grad_() for x in given[: way.inputs]]
+    d_out = way.layout.shard(gradient, rank, 2)
     dist.barrier()
     before = left_the_interface(rank)
     with traffic() as count:
-        way.ours(*mine).sum().backward()
+        way.ours(*mine).backward(d_out)
     dist.barrier()
     return {"counted": count.bytes, "wire": left_the_interface(rank) - before}
 

@@ -115,6 +115,7 @@ def compared(ours: Sequence[float], others: Sequence[float], text: bool) -> dict
         "interval": [round(low, 5), round(high, 5)],
         "p": round(p, 6),
         "is": said(low, high, middle - half90, middle + half90, named),
+        "equivalent": bool(-named < middle - half90 and middle + half90 < named),  # if a little better or worse, too
     }
 
 

@@ -180,8 +180,14 @@ def test_differences_are_paired_and_turned_so_that_above_0_is_better():
     assert found["interval"] == [round(0.05 - half, 5), round(0.05 + half, 5)]
     assert compared(ours, others, text=True)["mean"] == pytest.approx(-0.05)
     assert compared([0.5] * 3, [0.5] * 3, text=False) == {
-        "mean": 0, "interval": [0, 0], "p": 1.0, "is": "equivalent",
+        "mean": 0, "interval": [0, 0], "p": 1.0, "is": "equivalent", "equivalent": True,
     }  # fmt: skip
+
+
+def test_a_small_and_sure_difference_is_worse_and_equivalent_at_once():
+    found = compared([0.499, 0.4991, 0.4989], [0.5] * 3, text=False)
+    assert found["is"] == "worse" and found["equivalent"]
+    assert not compared([0.4, 0.401, 0.399], [0.5] * 3, text=False)["equivalent"]
 
 
 def test_holm():

@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from benchmarks.proposals_run import (
     ARMS,
-    BOTH_WAYS,
     CHECKS,
     FUSION,
+    FUSION_OPEN,
     MADE_UP,
+    MEETS,
     SECTIONS,
-    SEEN_BOTH_WAYS,
     TASKS,
     Run,
     carry_out,
@@ -138,9 +138,11 @@ def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Every arm against its control on every task, and the fusion against its placebo."""
+    """Every arm against its control on every task, and each fusion against its placebo."""
     pairs = [(arm, control_of(arm)) for arm in ARMS if arm != control_of(arm)]
-    pairs += [(arm, "fusion, placebo") for arm in FUSION if arm != "fusion, placebo"]
+    for arms in (FUSION, FUSION_OPEN):
+        placebo = next(arm for arm in arms if arm.endswith("placebo"))
+        pairs += [(arm, placebo) for arm in arms if arm != placebo]
     out: dict[str, Any] = {}
     for arm, control in pairs:
         rows = {}
@@ -175,13 +177,9 @@ def as_csv(found: Sequence[dict[str, Any]]) -> str:
 
 
 def pairs_of(arms: Iterable[str], tasks: Iterable[str] = TASKS) -> list[tuple[str, str]]:
-    """(task, arm) for these arms and what they are compared with. The arms that see both ways meet three tasks."""
+    """(task, arm) for these arms and what they are compared with, on the tasks that they meet."""
     wanted = {each for arm in arms for each in (arm, control_of(arm))}
-    return [
-        (task, arm)
-        for task, arm in product(tasks, ARMS)
-        if arm in wanted and (task in SEEN_BOTH_WAYS or arm not in BOTH_WAYS)
-    ]
+    return [(task, arm) for task, arm in product(tasks, ARMS) if arm in wanted and task in MEETS[arm]]
 
 
 def jobs(options: list[str], folder: Path) -> list[Job]:

@@ -153,6 +153,8 @@ TASKS: dict[str, Callable[[], Task]] = {
 MADE_UP = tuple(name for name in TASKS if name not in ("Shakespeare", "Gita"))
 SEEN_BOTH_WAYS = ("recall", "conjunction", "direction")
 """The tasks that the arms without causality meet."""
+SEEN_OPEN = ("recall", "conjunction")
+"""The tasks that the fusions whose gates start open meet."""
 
 
 # --- arms ----------------------------------------------------------------------------------------------------------
@@ -200,6 +202,12 @@ class Additive(nn.Module):
         return self.out(self.attend(x, x, masks.causal(x.shape[1], device=x.device))[0])
 
 
+def opened(fusion: HeadFusion) -> HeadFusion:
+    """The same, with a gate that starts at 1, so that heads meet from the first step on: tanh(1) = 0.76."""
+    nn.init.ones_(fusion.gate)
+    return fusion
+
+
 def hybrid(i: int, _: bool) -> nn.Module:
     """Mamba first, attention after it."""
     return Mamba(WIDTH) if i == 0 else MultiHeadAttention(WIDTH, HEADS, bias=False, causal=True)
@@ -224,6 +232,10 @@ FUSION = {
     "fusion, fixed point": Arm(lambda: HeadFusion(HEAD, solver=fixed_point(1e-4))),
     "fusion, placebo": Arm(lambda: HeadFusion(HEAD, couple=alone)),
 }
+FUSION_OPEN = {
+    "fusion, open": Arm(lambda: opened(HeadFusion(HEAD))),
+    "fusion, open, placebo": Arm(lambda: opened(HeadFusion(HEAD, couple=alone))),
+}
 LIBERATING = {  # queries and keys are normalised in all of them, so that the first is their control
     "normalised": Arm(mixer=partial(decaying, forgets=False), places="none", as_wide=True),
     "decay": Arm(mixer=decaying, places="none"),
@@ -242,9 +254,18 @@ ARC = {
     "Mamba-2": Arm(mixer=lambda _, __: Mamba2(WIDTH, d_state=64, d_head=HEAD), places="none", as_wide=True),
     "hybrid": Arm(mixer=hybrid, as_wide=True),
 }
-SECTIONS = {"continuous": CONTINUOUS | BOTH_WAYS, "self_liberating": LIBERATING, "head_fusion": FUSION, "arc": ARC}
+SECTIONS = {
+    "continuous": CONTINUOUS | BOTH_WAYS,
+    "self_liberating": LIBERATING,
+    "head_fusion": FUSION | FUSION_OPEN,
+    "arc": ARC,
+}
 """The arms of each section of the protocol, by the name of its chapter."""
 ARMS = {name: arm for arms in SECTIONS.values() for name, arm in arms.items()}
+MEETS = (
+    dict.fromkeys(ARMS, tuple(TASKS)) | dict.fromkeys(BOTH_WAYS, SEEN_BOTH_WAYS) | dict.fromkeys(FUSION_OPEN, SEEN_OPEN)
+)
+"""The tasks that each arm meets."""
 
 
 def control_of(arm: str) -> str:

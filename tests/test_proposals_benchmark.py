@@ -218,7 +218,11 @@ def test_controls_differ_in_the_mechanism_alone():
 
 def test_the_plan(tmp_path):
     whole = jobs([], tmp_path)
-    assert len(whole) == len(set(whole)) == 10 * len(ARMS) - 7 * len(proposals_run.BOTH_WAYS)
+    assert (
+        len(whole)
+        == len(set(whole))
+        == 10 * len(ARMS) - 7 * len(proposals_run.BOTH_WAYS) - 8 * len(proposals_run.FUSION_OPEN)
+    )
     assert {job.task for job in whole if job.arm in proposals_run.BOTH_WAYS} == set(proposals_run.SEEN_BOTH_WAYS)
     some = jobs(["--only=fusion", "--tasks=copy,Gita"], tmp_path)
     assert {job.arm for job in some} == {"base", "fusion", "fusion, fixed point", "fusion, placebo"}

@@ -334,7 +334,20 @@ def going_down(sign=1, asks=1, asked=lambda p: p.T, whole=True, scale=lambda d: 
     return step
 
 
+def fusing(scale=True, own=-torch.inf, dim=-1, turned=False, add=True, squash=math.tanh, outer=torch.tanh, taken=None):
+    """Heads that take from one another, or with a mistake in it."""
+
+    def fused(o, w_a, w_b, w_c, gate):
+        scores = (o @ w_a) @ (o @ w_b).T / (o.shape[-1] ** 0.5 if scale else 1)
+        scores = scores + torch.where(torch.eye(len(o)) > 0, own, 0.0)
+        weights = (scores.T if turned else scores).softmax(dim)
+        return o * add + squash(gate) * outer(weights @ (o @ w_c if taken is None else taken(o)))
+
+    return fused
+
+
 RIGHT = [
+    ("head_fusion", "fused", fusing()),
     ("continuous", "antisymmetric_share", sharing()),
     ("continuous", "step", going_down()),
     ("bytes", "spread", spreading()),
@@ -392,6 +405,14 @@ WRONG = [
     ("continuous", "antisymmetric_share", sharing(power=1), "square them"),
     ("continuous", "antisymmetric_share", sharing(lambda m: m - m.T), "half of M less its transpose"),
     ("continuous", "antisymmetric_share", lambda w_q, w_k: None, "should be a number"),
+    ("head_fusion", "fused", fusing(own=0.0), "looks at itself too"),
+    ("head_fusion", "fused", fusing(dim=0), "runs over the columns"),
+    ("head_fusion", "fused", fusing(turned=True), "belongs to the head that asks"),
+    ("head_fusion", "fused", fusing(scale=False), "divided by √D"),
+    ("head_fusion", "fused", fusing(add=False), "add it to O"),
+    ("head_fusion", "fused", fusing(squash=float), "the gate goes through tanh"),
+    ("head_fusion", "fused", fusing(outer=lambda x: x), "through tanh before the gate"),
+    ("head_fusion", "fused", fusing(taken=lambda o: o), "O W_C from one another"),
     ("continuous", "step", going_down(sign=-1), "go against the gradient"),
     ("continuous", "step", going_down(asked=None), "it is a key, too"),
     ("continuous", "step", going_down(asks=0), "it asks, too"),

@@ -1,6 +1,8 @@
 """Heads that condition one another: the laws of `nondual.extensions.head_fusion`."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from nondual.ops.flash_attention import flash_attention
 from nondual.self_attention import MultiHeadAttention
 
 B, H, N, M, D, DV = 2, 3, 5, 7, 4, 6
+MEASURED = Path(__file__).parents[2] / "docs/measured/proposals_head_fusion.json"
 
 
 def drawn(*shape, seed=0, dtype=torch.float64):
@@ -287,3 +290,23 @@ def test_what_the_fusion_refuses():
         HeadFusion(5)(q, k, v)
     with pytest.raises(TypeError, match="v must be a Tensor"):
         HeadFusion(DV)(q, k, None)
+
+
+# --- ten tasks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("A8.7", "does not hold")
+def test_heads_condition_one_another_and_no_task_is_better_for_it():
+    """The output of one head moves another, where in ordinary attention it cannot; by the protocol's own words no form
+    is better than both the base and the placebo on any task. Talking heads, which are linear, are better on some."""
+    compared = json.loads(MEASURED.read_text())["figures"]["compared"]
+    for form in ("fusion", "fusion, fixed point"):
+        against = [compared[f"{form} less {other}"] for other in ("base", "fusion, placebo")]
+        assert all(len(rows) == 10 for rows in against)
+        assert not [task for task in against[0] if all("better" in rows[task]["is"] for rows in against)], form
+    linear = compared["talking heads less base"]
+    assert all(linear[task]["is"] == "better as named" for task in ("recall", "conjunction", "Shakespeare"))
+    opened = [compared[f"fusion, open less {other}"] for other in ("base", "fusion, open, placebo")]
+    assert not [task for task in opened[0] if all("better" in rows[task]["is"] for rows in opened)], "added afterwards"
+
+    assert (jacobian_between_heads(fusion()) > 1e-3).all(), "each head moves each other one"

@@ -1,6 +1,8 @@
 """The fonts of the built site hold what its pages use, and little more."""
 
 import re
+import unicodedata
+from html import unescape
 from io import BytesIO
 
 import pytest
@@ -83,3 +85,14 @@ def test_the_sites_fonts_hold_every_letter_of_its_pages_that_they_held(pages):
         if file.name.startswith("noto-"):
             wanted -= fonts.ALWAYS
         assert wanted <= held((SITE / "assets/fonts" / file.name).read_bytes()), file.name
+
+
+def test_every_letter_of_another_script_has_a_face(pages):
+    """A reader without fonts for Chinese, Tibetan or Devanagari would see a gap."""
+    faces = set().union(*(held(file.read_bytes()) for file in (ROOT / "docs/assets/fonts").glob("*.woff2")))
+    without = {}
+    for name, page in pages.items():
+        letters = {c for c in re.sub("<[^>]*>", "", unescape(page.text)) if c.isalpha() and ord(c) > 0x52F}
+        if gaps := {c for c in letters - faces if not unicodedata.name(c).startswith("MATHEMATICAL")}:
+            without[name] = sorted(gaps)
+    assert not without

@@ -1,4 +1,4 @@
-"""The chapter that sums up: each claim linked there stands under the heading of its verdict, and no failure is missing."""
+"""The chapter that sums up: a claim linked there stands under the heading of its verdict; no failure is missing."""
 
 import re
 from pathlib import Path

@@ -17,6 +17,7 @@ from typing import Any
 import checks_of_contexts as contexts
 import checks_of_decoding as decoding
 import checks_of_depth as depth
+import checks_of_fading as fading
 import checks_of_images as images
 import checks_of_meeting as meeting
 import checks_of_memories as memories
@@ -44,6 +45,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "recognition_aim": {"recall": contexts.check_recall},
     "continuous": {"antisymmetric_share": roles.check_antisymmetric_share, "step": roles.check_step},
     "head_fusion": {"fused": meeting.check_fused},
+    "self_liberating": {"kept": fading.check_kept},
     "ctm": {"one_tick": ticks.check_one_tick, "when_to_stop": ticks.check_when_to_stop},
     "denseformer": {"without": depth.check_without, "average": depth.check_average},
     "ttt": {"dual": memories.check_dual},

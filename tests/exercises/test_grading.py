@@ -346,7 +346,26 @@ def fusing(scale=True, own=-torch.inf, dim=-1, turned=False, add=True, squash=ma
     return fused
 
 
+def fading(scale=2.0, summed=True, begin=1, count=lambda steps, gone: steps - gone, dtype=torch.int64):
+    """How many keys are kept, or with a mistake in it."""
+
+    def kept(log_forget, bound, epsilon):
+        n = len(log_forget)
+        decay = torch.tensor(
+            [
+                [float(log_forget[j + begin : i + 1].sum()) if j <= i else float("inf") for j in range(n)]
+                for i in range(n)
+            ]
+        ).double()
+        bounds = (scale * bound + decay).exp()
+        gone = ((bounds.cumsum(1) if summed else bounds) <= epsilon).sum(1)
+        return count(torch.arange(1, n + 1), gone.minimum(torch.arange(n))).to(dtype)
+
+    return kept
+
+
 RIGHT = [
+    ("self_liberating", "kept", fading()),
     ("head_fusion", "fused", fusing()),
     ("continuous", "antisymmetric_share", sharing()),
     ("continuous", "step", going_down()),
@@ -413,6 +432,17 @@ WRONG = [
     ("head_fusion", "fused", fusing(squash=float), "the gate goes through tanh"),
     ("head_fusion", "fused", fusing(outer=lambda x: x), "through tanh before the gate"),
     ("head_fusion", "fused", fusing(taken=lambda o: o), "O W_C from one another"),
+    ("self_liberating", "kept", fading(scale=1.0), "one bound for its score, one for the query's own"),
+    ("self_liberating", "kept", fading(summed=False), "it is their sum that may not exceed it"),
+    ("self_liberating", "kept", fading(begin=0), "the sum begins at j + 1"),
+    ("self_liberating", "kept", fading(count=lambda steps, gone: gone), "count those that stay"),
+    (
+        "self_liberating",
+        "kept",
+        fading(count=lambda steps, gone: steps - gone - 1),
+        "the query's own key is not counted",
+    ),
+    ("self_liberating", "kept", fading(dtype=torch.float32), "should be of int64"),
     ("continuous", "step", going_down(sign=-1), "go against the gradient"),
     ("continuous", "step", going_down(asked=None), "it is a key, too"),
     ("continuous", "step", going_down(asks=0), "it asks, too"),

@@ -115,7 +115,7 @@ def compared(ours: Sequence[float], others: Sequence[float], text: bool) -> dict
         "interval": [round(low, 5), round(high, 5)],
         "p": round(p, 6),
         "is": said(low, high, middle - half90, middle + half90, named),
-        "equivalent": bool(-named < middle - half90 and middle + half90 < named),  # if a little better or worse, too
+        "equivalent": equivalent(middle - half90, middle + half90, named),  # if a little better or worse, too
     }
 
 
@@ -124,7 +124,12 @@ def said(low: float, high: float, low90: float, high90: float, named: float) -> 
     if low > 0 or high < 0:
         word = "better" if low > 0 else "worse"
         return f"{word} as named" if min(abs(low), abs(high)) > named else word
-    return "equivalent" if -named < low90 and high90 < named else "not decided"
+    return "equivalent" if equivalent(low90, high90, named) else "not decided"
+
+
+def equivalent(low90: float, high90: float, named: float) -> bool:
+    """Whether the 90 % interval lies within the effect that was named, on both sides of 0."""
+    return bool(-named < low90 and high90 < named)
 
 
 def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.intervals import by_seeds
+from benchmarks.heads_trained import difference
 from benchmarks.record import write
 from benchmarks.sweeps import grown, lowest
 from nondual.efficient_attention.mamba import Mamba
@@ -58,22 +58,17 @@ def copying(name: str, rate: float, seed: int, steps: int = STEPS) -> dict[str, 
     blocks = [Residual(nn.RMSNorm(WIDTH), MODELS[name](WIDTH, d_state=8)) for _ in range(2)]
     model = nn.Sequential(nn.Embedding(8, WIDTH), *blocks, nn.RMSNorm(WIDTH), nn.Linear(WIDTH, LETTERS))
 
-    def examples(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return selective_copying(32, LENGTH, tokens=2, vocabulary=LETTERS, generator=generator)
+    def examples(generator: torch.Generator, rows: int = 32, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+        return selective_copying(rows, length, tokens=2, vocabulary=LETTERS, generator=generator)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0])[:, -2:].mT, batch[1])
 
     train(model, loss, examples, optimiser=optimiser(model, rate), steps=steps, seed=seed)
-    losses, right = [], []
+    fresh = [examples(torch.Generator().manual_seed(1000), ASKED, times * LENGTH) for times in LONGER]
     with torch.no_grad():
-        for times in LONGER:
-            fresh = torch.Generator().manual_seed(1000)
-            ids, answers = selective_copying(ASKED, times * LENGTH, tokens=2, vocabulary=LETTERS, generator=fresh)
-            scores = model(ids)[:, -2:]
-            losses.append(F.cross_entropy(scores.mT, answers).item())
-            right.append(round((scores.argmax(-1) == answers).float().mean().item(), 4))
-    return {"seed": seed, "loss": round(losses[0], 5), "right": right}
+        right = [(model(ids)[:, -2:].argmax(-1) == answers).float().mean().item() for ids, answers in fresh]
+        return {"seed": seed, "loss": round(loss(fresh[0]).item(), 5), "right": [round(each, 4) for each in right]}
 
 
 def main(options: list[str]) -> None:
@@ -93,13 +88,8 @@ def main(options: list[str]) -> None:
             "rate": rate,
             "runs": runs,
         }
-    gaps = []
-    for i, times in enumerate(LONGER):
-        pairs = zip(*(found[name]["runs"] for name in MODELS), strict=True)
-        interval = by_seeds([ours["right"][i] - theirs["right"][i] for ours, theirs in pairs])
-        assert interval, "three to eight seeds"
-        middle, *ends = (round(each, 4) for each in interval)
-        gaps.append({"times": times, "mean": middle, "interval": ends})
+    right = [zip(*(run["right"] for run in model["runs"])) for model in found.values()]  # by length, a number a seed
+    gaps = [{"times": times, **difference(ours, theirs)} for times, ours, theirs in zip(LONGER, *right)]
     if tiny:
         print([row["times"] for row in gaps])
         return

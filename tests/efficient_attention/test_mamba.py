@@ -190,10 +190,8 @@ def test_the_state_integrates_the_whole_past_and_only_selection_chooses_what_sta
     found = json.loads(MEASURED.read_text())["figures"]
     selective, twin = found["models"].values()
     for model in (selective, twin):
-        assert (
-            min(map(float, model["rates"])) < model["rate"] < max(map(float, model["rates"]))
-            and len(model["runs"]) == 8
-        )
+        rates = [float(rate) for rate in model["rates"]]
+        assert min(rates) < model["rate"] < max(rates) and len(model["runs"]) == 8
     trained, twice, four_times = found["selective less time-invariant"]
     assert statistics.median(run["right"][0] for run in selective["runs"]) > 0.95
     assert statistics.median(run["right"][1] for run in selective["runs"]) > 0.9

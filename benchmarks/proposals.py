@@ -14,12 +14,14 @@ stopped. A job is one arm on one task.
                                                      must be one that all its machines see (NONDUAL_CACHE)
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
 
-A section whose jobs are all done is written to docs/measured/proposals_<section>.json; with all of them, every run is a
-row of docs/measured/proposals.csv.
+A section whose jobs are all done is written to docs/measured/proposals_<section>.json. Once there is a file of each section,
+every run of all four is a row of docs/measured/proposals.csv. Processors round differently, and training magnifies it: a
+section that is measured on another machine trains its control there too.
 """
 
 import csv
 import io
+import json
 import multiprocessing
 import os
 import tempfile
@@ -64,6 +66,22 @@ WRITTEN = {
 """The file of each section."""
 NAMED = {False: 0.02, True: 0.01}
 """The effect named beforehand: two points of right answers, or 0.01 bit."""
+
+
+STEPS = (
+    ("additive", "LSTM"),
+    ("base", "additive"),
+    ("window of 16", "base"),
+    ("fixed, stretches of 16", "base"),
+    ("linear", "base"),
+    ("linear", "fixed, stretches of 16"),
+    ("delta rule", "linear"),
+    ("Mamba", "linear"),
+    ("Mamba", "base"),
+    ("Mamba-2", "Mamba"),
+    ("hybrid", "Mamba"),
+)
+"""The steps of the history, each with what came before it: section 5 of the protocol."""
 
 
 class Job(NamedTuple):
@@ -143,8 +161,9 @@ def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Every arm against its control on every task, and each fusion against its placebo."""
+    """Every arm against its control on every task, each fusion against its placebo, each step against the one before."""
     pairs = [(arm, control_of(arm)) for arm in ARMS if arm != control_of(arm)]
+    pairs += [step for step in STEPS if step not in pairs]
     for arms in (FUSION, FUSION_OPEN):
         placebo = next(arm for arm in arms if arm.endswith("placebo"))
         pairs += [(arm, placebo) for arm in arms if arm != placebo]
@@ -162,20 +181,28 @@ def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def as_csv(found: Sequence[dict[str, Any]]) -> str:
+def as_csv(sections: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Every run of the paired seeds as a row: what was trained, how well it did, and what went wrong."""
-    columns = ["task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
+    columns = ["section", "task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
     columns += [f"after 1/{part}" if part > 1 else "at the end" for part in CHECKS]
     columns += ["loss spikes", "failed", "parameters"]
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(columns)
-    for job in found:
-        unit = "share of right answers" if job["task"] in MADE_UP else "bits a character"
-        for run in job["runs"]:
-            row = [job["task"], job["arm"], control_of(job["arm"]), unit, run["rate"], run["seed"], run["outcome"]]
-            rows.writerow([*row, *run["curve"], run["spikes"], run["failed"] or "", run["parameters"]])
+    for section, found in sections.items():
+        for job in found:
+            unit = "share of right answers" if job["task"] in MADE_UP else "bits a character"
+            what = [section, job["task"], job["arm"], control_of(job["arm"]), unit]
+            for run in job["runs"]:
+                ended = [run["rate"], run["seed"], run["outcome"], *run["curve"]]
+                rows.writerow([*what, *ended, run["spikes"], run["failed"] or "", run["parameters"]])
     return out.getvalue()
+
+
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """The jobs of each section that has a file."""
+    files = {section: MEASURED / f"{name}.json" for section, name in WRITTEN.items()}
+    return {name: json.loads(file.read_text())["figures"]["jobs"] for name, file in files.items() if file.exists()}
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -258,8 +285,8 @@ def main(options: list[str]) -> None:
             command,
             {"jobs": [without_losses(each) for each in part.values()], "compared": judged(part)},
         )
-    if len(whole) == len(SECTIONS):
-        (MEASURED / "proposals.csv").write_text(as_csv(list(found.values())))
+    if len(written := measured()) == len(SECTIONS):
+        (MEASURED / "proposals.csv").write_text(as_csv(written))
 
 
 def without_losses(job: dict[str, Any]) -> dict[str, Any]:

@@ -140,9 +140,10 @@ def test_every_run_is_a_row_of_the_table():
         },
         {"task": "Gita", "arm": "decay", "runs": [{**run, "failed": None}]},
     ]
-    rows = csv.DictReader(io.StringIO(as_csv(jobs)))
-    assert rows.fieldnames[:7] == ["task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
+    rows = csv.DictReader(io.StringIO(as_csv({"head_fusion": jobs[:1], "self_liberating": jobs[1:]})))
+    assert rows.fieldnames[:8] == ["section", "task", "arm", "compared with", "unit", "rate", "seed", "outcome"]
     first, second, third = rows
+    assert [row["section"] for row in (first, second, third)] == ["head_fusion", "head_fusion", "self_liberating"]
     assert first["arm"] == "fusion, placebo" and first["compared with"] == "base" and first["at the end"] == "0.9"
     assert second["failed"] == "a, b" and second["seed"] == "4" and first["failed"] == ""
     assert third["unit"] == "bits a character" and third["compared with"] == "normalised"
@@ -207,6 +208,8 @@ def test_controls_differ_in_the_mechanism_alone():
     found = judged(runs)
     assert set(found) == {"fusion less base", "fusion, placebo less base", "fusion less fusion, placebo"}
     assert found["fusion less base"]["copy"]["mean"] == 1 == -found["fusion less base"]["Gita"]["mean"]
+    steps = judged({("copy", arm): runs["copy", "base"] for arm in ("base", "additive", "Mamba")})
+    assert set(steps) == {"additive less base", "Mamba less base", "base less additive"}  # each pair once
     assert (
         found["fusion less base"]["copy"]["remains with Holm"]
         and not found["fusion, placebo less base"]["copy"]["remains with Holm"]

@@ -14,9 +14,9 @@ stopped. A job is one arm on one task.
                                                      must be one that all its machines see (NONDUAL_CACHE)
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
 
-A section whose jobs are all done is written to docs/measured/proposals_<section>.json. Once there is a file of each section,
-every run of all four is a row of docs/measured/proposals.csv. Processors round differently, and training magnifies it: a
-section that is measured on another machine trains its control there too.
+A section whose jobs are all done is written to docs/measured/proposals_<section>.json. Once each section has a file,
+every run of all four is a row of docs/measured/proposals.csv. Processors round differently, and training magnifies
+that: a section that is measured on another machine trains its control there too.
 """
 
 import csv
@@ -161,7 +161,7 @@ def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def judged(found: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Every arm against its control on every task, each fusion against its placebo, each step against the one before."""
+    """Every arm against its control on every task, a fusion against its placebo, a step against the one before."""
     pairs = [(arm, control_of(arm)) for arm in ARMS if arm != control_of(arm)]
     pairs += [step for step in STEPS if step not in pairs]
     for arms in (FUSION, FUSION_OPEN):

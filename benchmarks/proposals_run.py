@@ -243,6 +243,7 @@ LIBERATING = {  # queries and keys are normalised in all of them, so that the fi
     "decay and persistence": Arm(mixer=decaying, places="none", persistent=True),
     "decay, no positions": Arm(mixer=partial(decaying, rotary=False), places="none"),
 }
+# --8<-- [start:arc]
 ARC = {
     "LSTM": Arm(mixer=lambda _, __: Recurrent(WIDTH, LSTM(WIDTH, WIDTH)), places="none", as_wide=True),
     "additive": Arm(mixer=Additive, as_wide=True),
@@ -254,6 +255,7 @@ ARC = {
     "Mamba-2": Arm(mixer=lambda _, __: Mamba2(WIDTH, d_state=64, d_head=HEAD), places="none", as_wide=True),
     "hybrid": Arm(mixer=hybrid, as_wide=True),
 }
+# --8<-- [end:arc]
 SECTIONS = {
     "continuous": CONTINUOUS | BOTH_WAYS,
     "self_liberating": LIBERATING,

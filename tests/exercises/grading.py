@@ -21,6 +21,7 @@ import checks_of_fading as fading
 import checks_of_images as images
 import checks_of_meeting as meeting
 import checks_of_memories as memories
+import checks_of_pairs as pairs
 import checks_of_roles as roles
 import checks_of_sequences as sequences
 import checks_of_texts as texts
@@ -45,6 +46,7 @@ CHECKS: dict[str, dict[str, Callable[[Callable[..., Any]], None]]] = {
     "recognition_aim": {"recall": contexts.check_recall},
     "continuous": {"antisymmetric_share": roles.check_antisymmetric_share, "step": roles.check_step},
     "head_fusion": {"fused": meeting.check_fused},
+    "proposals": {"interval": pairs.check_interval},
     "self_liberating": {"kept": fading.check_kept},
     "ctm": {"one_tick": ticks.check_one_tick, "when_to_stop": ticks.check_when_to_stop},
     "denseformer": {"without": depth.check_without, "average": depth.check_average},

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, pstdev, stdev
 
 import pytest
 import torch
@@ -364,7 +365,19 @@ def fading(scale=2.0, summed=True, begin=1, count=lambda steps, gone: steps - go
     return kept
 
 
+def paired(spread=stdev, root=0.5, sign=1, apart=False, t_sign=1):
+    """The interval of paired differences, or with a mistake in it."""
+
+    def interval(ours, others, t):
+        each, n = [sign * (a - b) for a, b in zip(ours, others)], len(ours)
+        error = ((stdev(ours) ** 2 + stdev(others) ** 2) / n) ** 0.5 if apart else spread(each) / n**root
+        return mean(each) - t_sign * t * error, mean(each) + t_sign * t * error
+
+    return interval
+
+
 RIGHT = [
+    ("proposals", "interval", paired()),
     ("self_liberating", "kept", fading()),
     ("head_fusion", "fused", fusing()),
     ("continuous", "antisymmetric_share", sharing()),
@@ -424,6 +437,13 @@ WRONG = [
     ("continuous", "antisymmetric_share", sharing(power=1), "square them"),
     ("continuous", "antisymmetric_share", sharing(lambda m: m - m.T), "half of M less its transpose"),
     ("continuous", "antisymmetric_share", lambda w_q, w_k: None, "should be a number"),
+    ("proposals", "interval", paired(sign=-1), "ours less others"),
+    ("proposals", "interval", paired(pstdev), "by n - 1, not by n"),
+    ("proposals", "interval", paired(root=0), "of a mean is s / √n"),
+    ("proposals", "interval", paired(root=1), "s / √n, not s / n"),
+    ("proposals", "interval", paired(apart=True), "the runs are paired"),
+    ("proposals", "interval", paired(t_sign=-1), "the lower end comes first"),
+    ("proposals", "interval", lambda ours, others, t: 0.1, "must be two numbers"),
     ("head_fusion", "fused", fusing(own=0.0), "looks at itself too"),
     ("head_fusion", "fused", fusing(dim=0), "runs over the columns"),
     ("head_fusion", "fused", fusing(turned=True), "belongs to the head that asks"),

@@ -43,14 +43,13 @@ def test_attention_of_every_head_equals_the_independent_models(encoder, package)
     torch.testing.assert_close(encoder.vectors([SENTENCES[0]])[0], theirs.last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
-def test_after_a_fork_the_tokenizer_neither_warns_nor_waits():
+def test_after_a_fork_the_tokenizer_neither_warns_nor_waits(in_a_process_of_its_own):
     script = (
         "import os\nfrom nondual.pretrained import minilm\ne = minilm()\ne.encode(['one', 'two'] * 50)\n"
         "child = os.fork()\nif child == 0:\n    e.tokens('three')\n    os._exit(7)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120)
+    done = in_a_process_of_its_own(script, timeout=120, env={"TOKENIZERS_PARALLELISM": None})
     assert (done.stdout, done.stderr) == ("7\n", "")
 
 

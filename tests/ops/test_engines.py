@@ -24,7 +24,14 @@ from nondual.ops.selective_scan import selective_scan, selective_scan_step
 from nondual.ops.sparse_attention import BlockMask, sparse_attention
 from nondual.ops.ssd import ssd
 
-KERNELS = {"nondual::flash_attention", "nondual::selective_scan", "nondual::sparse_attention", "nondual::ssd"}
+KERNELS = {
+    "nondual::flash_attention",
+    "nondual::selective_scan",
+    "nondual::sparse_attention",
+    "nondual::ssd",
+    "nondual::linear_attention",
+    "nondual::delta_rule",
+}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HALF_AND_SINGLE = DTYPES[:3]
 
@@ -103,6 +110,10 @@ def listed(d: int = 8, dv: int = 8, tile: int = 16, dtype=torch.float32, device=
     return *heads(d, dv, dtype=dtype, device=device), mask.to("cpu" if device == "cpu" else "meta")
 
 
+def summed(d: int = 8, dv: int = 8, length: int = 5, dtype=torch.float32, device="cuda"):
+    return heads(d, dv, length, length, dtype=dtype, device=device)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The kernels are not interpreted, as on a machine with a GPU."""
@@ -112,6 +123,7 @@ def compiled(monkeypatch):
 
 OPERATIONS = {
     "flash_attention": (flash_attention, heads),
+    "linear_attention": (linear_attention, summed),
     "selective_scan": (selective_scan, scanned),
     "sparse_attention": (sparse_attention, listed),
     "ssd": (ssd, dual),
@@ -191,6 +203,27 @@ def test_ssd_on_a_gpu(compiled):
         for chunk in (1, 8, 48, 512):
             assert engine(ssd, *dual(), chunk=chunk) == "torch"
         assert engine(ssd, *dual(length=0)) == "torch"
+
+
+def test_linear_attention_on_a_gpu(compiled):
+    """The kernels for half and single precision, D and Dv of up to 256 and their own chunks, the delta rule too; by
+    chunks in torch where each channel decays by itself, and for what has no order."""
+    with OnAGpu():
+        each = numbers(2, 4, 5, dtype=torch.float32, device="cuda")
+        for dtype, d, dv in product(DTYPES, (1, 64, 256, 257), (1, 128, 256, 257)):
+            expected = "triton" if dtype in HALF_AND_SINGLE and max(d, dv) <= 256 else "torch"
+            for options in ({}, {"log_decay": each}, {"beta": each}, {"log_decay": each, "beta": each}):
+                assert engine(linear_attention, *summed(d, dv, dtype=dtype), **options) == expected, (dtype, d, dv)
+        for options in ({"normalise": True}, {"log_decay": each[0, :, 0]}):
+            assert engine(linear_attention, *summed(), **options) == "triton"
+        for chunk in (16, 32, 64, 128, 256):
+            assert engine(linear_attention, *summed(), chunk=chunk) == "triton"
+        for chunk in (1, 8, 48, 512):
+            assert engine(linear_attention, *summed(), chunk=chunk) == "torch"
+        channels = numbers(2, 4, 5, 8, dtype=torch.float32, device="cuda")
+        for options in ({"log_decay": channels}, {"causal": False}):
+            assert engine(linear_attention, *summed(), **options) == "torch"
+        assert engine(linear_attention, *summed(length=0)) == "torch"
 
 
 def test_linear_attention_in_plain_torch():

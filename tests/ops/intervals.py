@@ -21,6 +21,8 @@ if __name__ == "__main__":
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached kernel would not pass through the compiler
 
 INFINITE = float("inf")
+LOOP = re.compile(r"scf\.for %([\w$.-]+) = (%[\w$.-]+(?:#\d+)?) to (%[\w$.-]+(?:#\d+)?)")
+REDUCED = re.compile(r'%([\w$.-]+) = "tt\.reduce"\((%[\w$.-]+(?:#\d+)?)\)')
 ASSIGNED = re.compile(r"^\s*%(?P<name>[\w$.-]+)(?::\d+)? = (?P<op>[\w.]+)(?P<rest>.*)$")
 
 
@@ -57,10 +59,14 @@ class Kernel:
         text: the kernel's TTIR.
         values: its integer arguments by name.
         grid: the number of programs.
+        loaded: for arguments that hold 32-bit integers, between which two these lie. Those of others are indices of
+            steps: -1 to `length`.
     """
 
-    def __init__(self, text: str, values: dict[str, int], grid: int):
+    def __init__(self, text: str, values: dict[str, int], grid: int, loaded: dict[str, tuple[int, int]] | None = None):
         self.grid = grid
+        self.loaded = loaded or {}
+        self.reduced: tuple[str, tuple] | None = None  # the result of a reduction and what it is of, while it is told
         self.known: dict[str, tuple] = {name: (value, value) for name, value in values.items()}
         self.root: dict[str, str] = {}
         self.faults: list[str] = []
@@ -93,9 +99,24 @@ class Kernel:
             self.order.append(("B", ""))
         if "tt.store" in line:
             self.order.append(("S", self.root.get(re.search(r"tt\.store %([\w$.-]+)", line)[1], "?")))
+        if loop := LOOP.search(line):
+            low, high = self.of(loop[2]), self.of(loop[3])
+            self.known[loop[1]] = low[0], max(low[0], high[1] - 1)
+            return
+        if reduced := REDUCED.search(line):  # the greatest or the least of several integers
+            self.reduced = reduced[1], self.of(reduced[2])
+            self.known[reduced[1]] = self.reduced[1]
+            return
+        if line.strip().startswith("^bb0(") and self.reduced:
+            self.known |= dict.fromkeys(re.findall(r"%([\w$.-]+): i\d+", line), self.reduced[1])
+            return
+        if self.reduced and "tt.reduce.return" in line:
+            self.reduced = None
         found = ASSIGNED.match(line)
         if not found:
             return
+        if self.reduced and found["op"] == "arith.addi":  # their sum: of how many is not known
+            self.known[self.reduced[0]] = -INFINITE, INFINITE
         name, op, rest = found["name"], found["op"], found["rest"]
         operands = re.findall(r"%[\w$.-]+(?:#\d+)?", re.sub(r"loc\(.*", "", rest))
         given = [self.of(x) for x in operands]
@@ -106,19 +127,15 @@ class Kernel:
                 self.order.append(("L", root))
             elif op in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "arith.select"):
                 self.root[name] = root
-        if op == "scf.for":
-            induction = re.search(r"scf\.for (%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?) to (%[\w$.-]+(?:#\d+)?)", line)
-            low, high = self.of(induction[2]), self.of(induction[3])
-            self.known[induction[1].lstrip("%")] = low[0], max(low[0], high[1] - 1)
-            return
         bits = width(line)
         if bits is None:
             return
         result = self.result(op, rest, given)
         if result is None:  # loaded, reduced or carried through a loop: any value of that width
             result = (0, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            if op == "tt.load" and bits == 32:  # kernels load no 32-bit integers but the indices of steps
-                result = (-1, self.known.get("length", (0, 0))[1])
+            if op == "tt.load" and bits == 32:  # kernels load no 32-bit integers but indices
+                source = self.root.get(operands[0].lstrip("%").split("#")[0], "")
+                result = self.loaded.get(source, (-1, self.known.get("length", (0, 0))[1]))
             elif bits > 8 and op != "tt.load":
                 self.faults.append(f"{self.where(line)}: {op} is not bounded")
         limit = 2 ** (bits - 1)
@@ -220,7 +237,7 @@ def launches() -> dict[str, dict]:
                 name = f"{self.fn.__name__}, {now[-1]}"
                 while name in found:
                     name += "'"
-                found[name] = Kernel(reached.text, values, grid[0]).told()
+                found[name] = Kernel(reached.text, values, grid[0], indices(given)).told()
             else:
                 raise RuntimeError("the compiler did not pass through its stages")
 
@@ -233,6 +250,16 @@ def launches() -> dict[str, dict]:
     return found
 
 
+def indices(given: dict) -> dict[str, tuple[int, int]]:
+    """What block-sparse attention's lists hold: places in the list, tiles of a row or column, kinds of tiles."""
+    if "p_kinds" not in given:
+        return {}
+    entries, kinds = given["p_kinds"].numel(), given["p_masks"].shape[0]
+    tiles = max(given["n"] // given["TILE_Q"], given["m"] // given["TILE_KV"])
+    places = dict.fromkeys(("p_start", "p_part"), (0, entries)) | dict.fromkeys(("p_columns", "p_rows"), (0, tiles))
+    return places | {"p_kinds": (-1, kinds - 1)}
+
+
 def cases():
     """Launches whose tensors have more elements than 32 bits can count."""
     import torch
@@ -240,10 +267,12 @@ def cases():
     from nondual.ops.flash_attention.forget import sums_of
     from nondual.ops.flash_attention.triton import launch as flash
     from nondual.ops.flash_attention.triton.tiles import splits_of
+    from nondual.ops.linear_attention.triton import launch as linear
     from nondual.ops.selective_scan.triton import launch as scan
+    from nondual.ops.sparse_attention.triton import launch as sparse
     from nondual.ops.ssd.triton import launch as ssd
 
-    ssd.chip_of = flash.chip_of = lambda device: "sm_90"
+    linear.chip_of = sparse.chip_of = ssd.chip_of = flash.chip_of = lambda device: "sm_90"
     empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
 
     def attend(dtype, b, h, g, n, m, d, causal, window, gates=False):
@@ -286,6 +315,37 @@ def cases():
 
         return run
 
+    def listed(dtype, b, h, g, n, m, d, tile, entries, masks):
+        """Masks of their own for each sequence and head of keys, with so many tiles in all."""
+
+        def lists(lines):
+            start, part, across, kinds = (
+                empty(*shape, dtype=torch.int32) for shape in ((b, g, lines + 1), (b, g, lines), (entries,), (entries,))
+            )
+            return sparse.Lists(start, part, across, kinds)
+
+        def run():
+            q = empty(b, n, h, d, dtype=dtype).transpose(1, 2)
+            k, v = (empty(b, g, m, d, dtype=dtype) for _ in range(2))
+            mask = sparse.Mask(lists(-(-n // tile)), lists(-(-m // tile)), empty(masks, tile, tile, dtype=torch.bool))
+            out, top, total = sparse.launch_forward(q, k, v, mask, 0.5)
+            sparse.launch_backward(out, total, q, k, v, out, top, total, mask, 0.5)
+
+        return run
+
+    def erased(dtype, b, length, h, d, width, chunk, full=True):
+        """The delta rule."""
+
+        def run():
+            q, v = empty(b, length, h, d, dtype=dtype), empty(b, length, h, width, dtype=dtype)
+            rest = (empty(b, h, d, width), empty(b, length, dtype=torch.bool)) if full else (None, None)
+            beta = empty(b, h, length)
+            call = linear.DeltaLauncher(q, q, v, empty(b, length, h) if full else None, beta, *rest, 0.5, chunk)
+            out, last = call.forward()
+            call.backward(out, last)
+
+        return run
+
     half, single = torch.bfloat16, torch.float32
     yield "all keys", attend(half, 32, 64, 8, 131072, 131072, 128, False, 0)
     yield "causal, float32", attend(single, 32, 64, 64, 131072, 131072, 128, True, 0)
@@ -301,6 +361,10 @@ def cases():
     yield "two levels, B and C constant", selective(single, 1, 2**23, 500, 256, 0, full=False)
     yield "Mamba-2", dual(half, 16, 65536, 80, 64, 1, 128, 256)
     yield "Mamba-2, float32, short chunks", dual(single, 16, 65536, 80, 64, 8, 128, 16)
+    yield "tiles", listed(half, 32, 64, 8, 131072, 131072, 128, 64, 2**28, 3)
+    yield "tiles, float32, few and long", listed(single, 2, 2, 1, 2**23, 2**23, 256, 128, 2**27, 2**20)
+    yield "delta rule", erased(half, 16, 65536, 64, 128, 128, 64)
+    yield "delta rule, float32, short chunks", erased(single, 16, 2**20, 8, 128, 256, 16, full=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 `intervals.py` beside this file brings every kernel to Triton's intermediate code, by the launchers themselves, for
 tensors of more than 2³¹ elements (state space duality with L 65,536, B 16, H 80 among them), and bounds its integers.
+Linear attention without the delta rule runs on the kernels of state space duality.
 """
 
 import json
@@ -18,6 +19,8 @@ KERNELS = {
     "flash": {"forward", "decode", "combine", "delta", "dq", "dkdv"},
     "scan": {"forward", "pass", "adjoint", "backward"},
     "dual": {"steps", "states", "pass", "output", "pass_back", "rows", "columns", "steps_back"},
+    "delta rule": {"steps", "solve", "carry", "read", "written", "carry_back", "chunk_back"},
+    "tiles": {"forward", "delta", "dq", "dkdv"},
 }
 
 
@@ -35,6 +38,9 @@ def launches() -> dict[str, dict]:
 def test_every_kernel_is_looked_at(launches):
     names = {name.split(",")[0].removesuffix("_kernel") for name in launches}
     assert names == set().union(*KERNELS.values())
+    for case in ("delta rule", "tiles"):  # which share names with the others
+        of_case = {name.split(",")[0].removesuffix("_kernel") for name in launches if f", {case}" in name}
+        assert of_case == KERNELS[case]
     assert all(0 < found["grid"] < 2**31 for found in launches.values()), "more programs than a grid holds"
 
 
@@ -44,20 +50,24 @@ def test_no_integer_leaves_its_width(launches):
 
 
 def test_no_product_is_rounded_to_tf32(launches):
-    """In float32 as in half precision: `tl.dot` would do it unless it is told not to."""
-    assert sum(found["dots"] > 0 and "float32" in name for name, found in launches.items()) >= 8
-    assert {name: found["tf32"] for name, found in launches.items() if found["tf32"]} == {}
+    """In float32 as in half precision: `tl.dot` would do it unless it is told not to. The inverse of a chunk is joined
+    from such products where what it multiplies is in half precision, and only there."""
+    assert sum(found["dots"] > 0 and "float32" in name for name, found in launches.items()) >= 12
+    rounded = {name.rstrip("'") for name, found in launches.items() if found["tf32"]}
+    assert rounded == {"solve_kernel, delta rule"}
 
 
 def test_what_is_written_and_read_in_one_kernel_has_its_barriers(launches):
     """S a store, B a barrier, L a load, in their order. Scratch of the scan's backward, which other threads read: a
     barrier after it is written, and one before the next chunk overwrites it. The states that state space duality
-    passes on: each thread reads its own number before it writes there, and no other does."""
+    passes on, and what the delta rule writes: read before it is written, by one program, which reads it no more."""
     scratch, in_place = {"p_scratch": "SBLB"}, {"pass": {"p_states": "LS"}, "pass_back": {"p_grads": "LS"}}
+    written = {"carry": {"p_u": "LS"}, "carry_back": {"p_du": "LS"}}
     for name, found in launches.items():
         kernel, case = name.split(", ", 1)
         kernel = kernel.removesuffix("_kernel")
-        expected = scratch if kernel == "backward" else in_place.get(kernel, {}) if "Mamba-2" in case else {}
+        overwritten = in_place if "Mamba-2" in case else written if "delta rule" in case else {}
+        expected = scratch if kernel == "backward" else overwritten.get(kernel, {})
         assert found["both"] == expected, name
 
 
@@ -90,3 +100,36 @@ def test_the_analysis_itself_by_hand(monkeypatch):
     assert small.faults == [] and small.both_ways() == {"p": "SL"}
     assert large.faults == [f"a/b.py:7: arith.muli in 32 bits reaches {99 * 2**25}"]
     assert large.known["e"] == (0, 99 * 2**25)
+
+
+LARGEST = """
+module {
+  tt.func public @k(%p: !tt.ptr<i32> loc("p"(#loc)), %n: i32 loc("n"(#loc))) {
+    %c0 = arith.constant 0 : i32 loc(#loc)
+    %r = tt.make_range {end = 64 : i32, start = 0 : i32} : tensor<64xi32> loc(#loc)
+    scf.for %i = %c0 to %n step %c1  : i32 {
+      %s = tt.splat %i : i32 -> tensor<64xi32> loc(#loc)
+      %o = arith.addi %s, %r : tensor<64xi32> loc(#loc)
+      %m = "tt.reduce"(%o) <{axis = 0 : i32}> ({
+      ^bb0(%a: i32 loc(#loc), %b: i32 loc(#loc)):
+        %g = arith.maxsi %a, %b : i32 loc(#loc)
+        tt.reduce.return %g : i32 loc(#loc)
+      }) : (tensor<64xi32>) -> i32 loc(#loc)
+      %e = arith.addi %m, %m : i32 loc(#loc)
+    }
+    %l = tt.load %p : !tt.ptr<i32> loc(#loc)
+  }
+}
+"""
+
+
+def test_the_analysis_of_a_loop_without_results_and_of_a_largest_number_by_hand(monkeypatch):
+    """i from 0 to n - 1 and a step of 64 from there; the largest of them; a number from memory, which is told."""
+    monkeypatch.syspath_prepend(str(HERE))
+    from intervals import Kernel
+
+    found = Kernel(LARGEST, {"n": 1000}, 1, {"p": (3, 7)})
+    assert found.known["i"] == (0, 999) and found.known["o"] == (0, 1062) == found.known["m"]
+    assert found.known["e"] == (0, 2124) and found.known["l"] == (3, 7) and found.faults == []
+    summed = Kernel(LARGEST.replace("maxsi", "addi"), {"n": 1000}, 1)
+    assert summed.known["m"] == (-float("inf"), float("inf")) and len(summed.faults) == 1

@@ -166,6 +166,11 @@ CASES["attention, weights"] = (partial(attention, return_weights=True), qkv)
 CASES["flash_attention, sdpa"] = (partial(flash, impl="sdpa"), qkv)
 for impl in ("reference", "triton"):
     CASES[f"flash_attention, {impl}"] = (partial(flash, impl=impl, return_lse=True), qkv)
+for impl in ("reference", "triton"):
+    CASES[f"flash_attention, {impl}, forget gates"] = (
+        partial(flash_attention, impl=impl, causal=True, return_lse=True),
+        lambda: qkv(n=N, m=N) | {"log_forget": rates(B, H, N)},
+    )
 CASES["flash_attention, triton, decoding"] = (
     torch.no_grad()(partial(flash_attention, impl="triton", return_lse=True)),  # its backward is that of any other
     lambda: qkv(heads=2, groups=1, n=1, m=521),
@@ -202,6 +207,14 @@ for impl in ("reference", "parallel", "chunked"):
         "each channel": partial(summed, (B, H, L, D)),
     }.items():
         CASES[f"linear_attention, {impl}, {name}"] = (partial(linear_attention, impl=impl, **chunk), make)
+CASES["linear_attention, triton, gated"] = (
+    partial(linear_attention, impl="triton", chunk=16),
+    partial(summed, (B, H, L)),
+)
+CASES["linear_attention, triton, gated delta rule"] = (
+    partial(linear_attention, impl="triton", chunk=16),
+    partial(summed, (B, H, L), True),
+)
 CASES["linear_attention_step"] = (
     linear_attention_step,
     lambda: {
@@ -240,6 +253,9 @@ CASES["attend"] = (
 QUICK = ("rows apart", "every second")
 VARIED = {
     "flash_attention, triton, decoding": ("q", "k", "v"),
+    "flash_attention, triton, forget gates": ("q", "log_forget", "gradient received by output 0"),
+    "linear_attention, triton, gated": ("v", "k", "log_decay", "state"),
+    "linear_attention, triton, gated delta rule": ("k", "v", "beta"),
     "selective_scan, triton, constant B and C": ("B", "C"),
     "selective_scan_step, triton": ("u", "state"),
     "ssd, triton, one head": ("x", "A", "B", "C"),

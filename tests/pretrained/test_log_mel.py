@@ -79,3 +79,11 @@ def test_what_is_no_sound_is_refused():
             log_mel(wrong)
     with pytest.raises(ValueError, match=r"seconds must be 0.025 or more, one window, got 0.02"):
         log_mel(torch.zeros(1, 5), seconds=0.02)
+
+
+def test_autocast_changes_nothing():
+    sound = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    plain = log_mel(sound, seconds=0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = log_mel(sound, seconds=0.25)
+    assert within.dtype == torch.float32 and torch.equal(within, plain)

@@ -20,6 +20,7 @@ from nondual.attention_mechanism import (
 from nondual.decoder import Decoder
 from nondual.efficient_attention.flash_attention import FlashAttention
 from nondual.efficient_attention.mamba import Mamba
+from nondual.extensions import DecayingAttention, HeadFusion, TalkingHeads
 from nondual.feed_forward import GatedFeedForward
 from nondual.language_models.gpt import GPT
 from nondual.ops import masks
@@ -57,6 +58,18 @@ def layers(x: Tensor, flag: bool) -> None:
     assert_type(cache.length, int)
     assert_type(MultiHeadAttention(12, 3, causal=True).new_cache(2, 8), KVCache)
     assert_type(MultiHeadAttention(12, 3)(x, reset=x[..., 0] > 0), Tensor)
+
+
+def extensions(x: Tensor, q: Tensor, flag: bool) -> None:
+    decaying = DecayingAttention(12, 3)
+    assert_type(decaying(x, scores=lambda s: 2 * s), Tensor)
+    assert_type(decaying(x, return_weights=True), tuple[Tensor, Tensor])
+    assert_type(decaying(x, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+    for op in (TalkingHeads(3), HeadFusion(4)):
+        assert_type(op(q, q, q, causal=flag, scale=0.5, mask=None), Tensor)
+        assert_type(op(q, q, q, return_weights=True), tuple[Tensor, Tensor])
+        assert_type(op(q, q, q, dropout=0.1, return_weights=flag), Tensor | tuple[Tensor, Tensor])
+        MultiHeadAttention(12, 3, op=op)
 
 
 def blocks(x: Tensor, ids: Tensor, flag: bool) -> None:

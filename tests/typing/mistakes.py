@@ -6,6 +6,7 @@ from torch import Tensor
 
 import nondual
 from nondual import MultiHeadAttention, attention, flash_attention, selective_scan, ssd
+from nondual.extensions import DecayingAttention, HeadFusion, TalkingHeads
 
 
 def mistakes(q: Tensor, A: Tensor) -> None:
@@ -20,3 +21,6 @@ def mistakes(q: Tensor, A: Tensor) -> None:
     attention(q, q, q, return_weights=True).sum()  # refused
     assert_type(attention(q, q, q), tuple[Tensor, Tensor])  # refused
     MultiHeadAttention(12, "3")  # refused
+    DecayingAttention(12, 3)(q, return_weights=True).sum()  # refused
+    TalkingHeads(3)(q, q, q, masks=None)  # refused
+    HeadFusion(4)(q, q, q, return_weights=True).sum()  # refused

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.analysis.attention_layers import AttentionLayer, attention_layer, weight_of
+from nondual.ops.autocast import autocast_off
 
 
 def qk_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor, "e e"]:
@@ -26,7 +27,8 @@ def qk_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor
         head: a query head; where heads share keys, the key is that of its group.
 
     Returns:
-        (E, E), rows for the query's token; (E, E of the memory) in cross-attention.
+        (E, E), rows for the query's token; (E, E of the memory) in cross-attention. In the dtype of the weights, under
+        autocast too.
 
     Raises:
         TypeError: a layer of another kind, or projections that are not plain linear layers.
@@ -34,7 +36,8 @@ def qk_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor
     """
     # --8<-- [start:qk_circuit]
     query, key = _reads(attention, head)  # W_Q and W_K of this head, (E, D) each
-    return query @ key.T
+    with autocast_off(query.device.type):
+        return query @ key.T
     # --8<-- [end:qk_circuit]
 
 
@@ -46,14 +49,15 @@ def ov_circuit(attention: nn.Module | AttentionLayer, head: int) -> Float[Tensor
         head: a query head; where heads share values, the value is that of its group.
 
     Returns:
-        (E, E), rows for the token that is looked at.
+        (E, E), rows for the token that is looked at; in the dtype of the weights, under autocast too.
 
     Raises:
         TypeError, ValueError: as in `qk_circuit`.
     """
     # --8<-- [start:ov_circuit]
     value, output = _writes(attention, head)  # W_V (E, D) and W_O (D, E) of this head
-    return value @ output
+    with autocast_off(value.device.type):
+        return value @ output
     # --8<-- [end:ov_circuit]
 
 
@@ -82,8 +86,8 @@ def composition_score(
     Raises:
         TypeError, ValueError: as in `qk_circuit`; layers of different widths; a head of zeros.
     """
-    (query, key), (value_b, output_b) = _reads(*later), _writes(*later)
-    value_a, output_a = _writes(*earlier)
+    read = (*_reads(*later), *_writes(*later), *_writes(*earlier))
+    query, key, value_b, output_b, value_a, output_a = (x.detach().double() for x in read)
     if not output_a.shape[1] == len(query) == len(key) == len(value_b):
         raise ValueError(
             f"both layers must have one width E, got {output_a.shape[1]} written and {len(query)}, {len(key)}, "

@@ -22,6 +22,7 @@ from nondual.analysis.attention_layers import (
     uncompiled,
     weight_of,
 )
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 from nondual.self_attention import MultiHeadAttention
@@ -173,7 +174,7 @@ def head_contributions(
         outputs: (B, N, H, D), as `record_heads` gives them.
 
     Returns:
-        (B, N, H, E).
+        (B, N, H, E), in the dtype of `outputs`, under autocast too.
 
     Raises:
         TypeError, ValueError: a layer of another kind, outputs of another shape.
@@ -183,10 +184,11 @@ def head_contributions(
     heads = (layer.n_heads, layer.d_head)
     if outputs.ndim != 4 or tuple(outputs.shape[2:]) != heads:
         raise ValueError(f"outputs must be (B, N, {heads[0]}, {heads[1]}), got {tuple(outputs.shape)}")
-    # --8<-- [start:head_contributions]
-    w_o = weight_of(layer.output, "the output projection").unflatten(1, heads)  # (E, H, D)
-    return torch.einsum("bnhd,ehd->bnhe", outputs, w_o.to(outputs.dtype))
-    # --8<-- [end:head_contributions]
+    with autocast_off(outputs.device.type):
+        # --8<-- [start:head_contributions]
+        w_o = weight_of(layer.output, "the output projection").unflatten(1, heads)  # (E, H, D)
+        return torch.einsum("bnhd,ehd->bnhe", outputs, w_o.to(outputs.dtype))
+        # --8<-- [end:head_contributions]
 
 
 # --- how -------------------------------------------------------------------------------------------------------------

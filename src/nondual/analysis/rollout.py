@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.dtypes import at_least_float32
 
@@ -27,7 +28,7 @@ def attention_rollout(weights: Float[Tensor, "layers b h n n"], *, residual: flo
         residual: r, the share of the residual path in each layer, 0 to 1. 0 multiplies attention alone.
 
     Returns:
-        (B, N, N) in float32, or float64 where the weights are.
+        (B, N, N) in float32, or float64 where the weights are; under autocast too.
 
     Raises:
         TypeError: weights are not a tensor.
@@ -36,8 +37,9 @@ def attention_rollout(weights: Float[Tensor, "layers b h n n"], *, residual: flo
     # --8<-- [start:rollout]
     mixed = mixed_layers(weights, residual)  # (L, B, N, N)
     rolled = mixed[0]
-    for layer in mixed[1:]:
-        rolled = layer @ rolled  # what comes later is on the left
+    with autocast_off(mixed.device.type):  # it would multiply in half precision
+        for layer in mixed[1:]:
+            rolled = layer @ rolled  # what comes later is on the left
     return rolled
     # --8<-- [end:rollout]
 

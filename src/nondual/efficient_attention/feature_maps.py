@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.dtypes import at_least_float32
 
 
@@ -79,12 +80,13 @@ class PositiveRandomFeatures(nn.Module):
         self.register_buffer("rows", rows.to(torch.get_default_dtype()))
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... f"]:
-        """x (…, D) -> (…, F), in float32 or better."""
+        """x (…, D) -> (…, F), in float32 or better, under autocast too."""
         y = at_least_float32(x) / x.shape[-1] ** 0.25
-        # --8<-- [start:random]
-        exponent = y @ self.rows.to(y.dtype).T - y.square().sum(-1, keepdim=True) / 2
-        return exponent.exp() / math.sqrt(len(self.rows))
-        # --8<-- [end:random]
+        with autocast_off(y.device.type):  # it would multiply in half precision
+            # --8<-- [start:random]
+            exponent = y @ self.rows.to(y.dtype).T - y.square().sum(-1, keepdim=True) / 2
+            return exponent.exp() / math.sqrt(len(self.rows))
+            # --8<-- [end:random]
 
 
 class Taylor(nn.Module):

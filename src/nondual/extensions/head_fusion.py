@@ -14,7 +14,7 @@ Sources: Shazeer et al. 2020, "Talking-Heads Attention" (2003.02436); a layer gi
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,52 @@ class TalkingHeads(nn.Module):
             # --8<-- [end:talking]
             out = (weights @ v_all).to(v.dtype)
         return (out, weights.to(v.dtype)) if return_weights else out
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            scale: float | None = None,
+            dropout: float = 0.0,
+            return_weights: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            scale: float | None = None,
+            dropout: float = 0.0,
+            return_weights: Literal[True],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            mask: Tensor | None = None,
+            causal: bool = False,
+            scale: float | None = None,
+            dropout: float = 0.0,
+            return_weights: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def among(scores: Float[Tensor, "... h h"]) -> Float[Tensor, "... h h"]:
@@ -244,7 +290,7 @@ class HeadFusion(nn.Module):
         *,
         return_weights: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """out (B, H, N, Dv), or (out, weights) where the operation gives them: its own weights, before the heads meet.
 
         Args:
@@ -272,4 +318,41 @@ class HeadFusion(nn.Module):
 
         # --8<-- [end:fusion]
         out = rearrange(self.solver(update, heads), "b n h d -> b h n d").to(out.dtype)
-        return (out, weights) if return_weights else out
+        return (out, cast(Tensor, weights)) if return_weights else out
+
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            return_weights: Literal[False] = False,
+            **options: Any,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            return_weights: Literal[True],
+            **options: Any,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            return_weights: bool,
+            **options: Any,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

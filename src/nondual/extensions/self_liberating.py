@@ -14,7 +14,7 @@ heads of width D, f_t the forget gate at t, s_ij a score before the decay, P_ij 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,37 @@ class DecayingAttention(nn.Module):
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
         return (out, weights.to(out.dtype)) if return_weights else out
 
+    if TYPE_CHECKING:  # what nn.Module hands on to forward
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            scores: Callable[[Tensor], Tensor] | None = None,
+            return_weights: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            scores: Callable[[Tensor], Tensor] | None = None,
+            return_weights: Literal[True],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            *,
+            scores: Callable[[Tensor], Tensor] | None = None,
+            return_weights: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 class Parts(NamedTuple):
     """What a `DecayingAttention` makes of x: queries, keys and values (B, H, N, D), and log f (B, H, N)."""
@@ -342,8 +373,9 @@ class CertifiedStream:
         missing = missing + (bounds * goes).sum(2)
         held = held & ~goes
         # --8<-- [end:let_go]
-        weights = masked_softmax(q @ keys.mT / self.mixer.d_head**0.5 + decay[:, :, None], held[:, :, None])
-        out = rearrange((weights @ values).to(x.dtype), "b h n d -> b n (h d)")
+        with autocast_off(x.device.type):  # it would multiply in half precision
+            weights = masked_softmax(q @ keys.mT / self.mixer.d_head**0.5 + decay[:, :, None], held[:, :, None])
+            out = rearrange((weights @ values).to(x.dtype), "b h n d -> b n (h d)")
         out = self.mixer.out_proj(out)
         first = int(held.any(0).any(0).int().argmax())  # the first position that any head of any row still holds
         self._keys, self._values = keys[:, :, first:], values[:, :, first:]

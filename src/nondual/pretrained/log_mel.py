@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 
 RATE = 16_000  # samples a second
@@ -50,7 +51,8 @@ def log_mel(sound: Float[Tensor, "b n"], *, seconds: float = SECONDS) -> Float[T
     waves = torch.stft(sound, WINDOW, HOP, window=window, return_complex=True)  # (B, 201, T + 1)
     power = waves[..., :-1].abs() ** 2
     bands = mel_bands(N_MELS, WINDOW, RATE).to(sound)  # (80, 201)
-    log = (bands @ power).clamp(min=1e-10).log10()
+    with autocast_off(power.device.type):  # it would multiply in half precision
+        log = (bands @ power).clamp(min=1e-10).log10()
     log = log.maximum(log.amax((1, 2), keepdim=True) - 8)
     # --8<-- [end:spectrogram]
     return (log + 4) / 4

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.dtypes import accumulation_dtype
 from nondual.ops.flash_attention import ENGINES, Impl, Inputs, reference
 from nondual.ops.impl import choose
@@ -118,7 +119,8 @@ def _visible(q: Tensor, k: Tensor, causal: bool) -> reference.Visible:
 
 def _reference_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:
     q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in (q, k, v))
-    return Partial(*reference.forward(q, k, v, _visible(q, k, causal), scale, TILE))
+    with autocast_off(q.device.type):  # it would multiply in half precision
+        return Partial(*reference.forward(q, k, v, _visible(q, k, causal), scale, TILE))
 
 
 def _reference_backward(
@@ -126,7 +128,8 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.to(accumulation_dtype(x.dtype)) for x in (q, k, v))
     zero = torch.zeros_like(whole.top)
-    return reference.backward(d_out, zero, q, k, v, *whole, _visible(q, k, causal), scale, TILE)[:3]
+    with autocast_off(q.device.type):
+        return reference.backward(d_out, zero, q, k, v, *whole, _visible(q, k, causal), scale, TILE)[:3]
 
 
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Partial:

@@ -35,8 +35,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nondual.ops.autocast import as_autocast_does
+from nondual.ops.autocast import as_autocast_does, autocast_off
 from nondual.ops.checks import check_chunk, check_kinds, check_shapes, check_tensors
+from nondual.ops.dtypes import at_least_float32
 from nondual.ops.impl import (
     KERNEL_DTYPES,
     Engine,
@@ -236,7 +237,7 @@ def linear_attention_matrix(
     """The matrix M with `linear_attention(q, k, v, …)[0] = M v`, from a state of zero.
 
     Its entries are what softmax attention calls weights. They may be negative, and a row sums to 1 only with
-    `normalise`.
+    `normalise`. Under autocast q and k are taken as they are.
 
     Args:
         q: (B, H, N, D).
@@ -257,18 +258,20 @@ def linear_attention_matrix(
     check_tensors({"q": q, "k": k})
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q must be (B, H, N, D) and k (B, G, N, D), got {tuple(q.shape)} and {tuple(k.shape)}")
+    q, k = (at_least_float32(x) if x.is_floating_point() else x for x in (q, k))  # others are refused with the rest
     steps = torch.eye(q.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
-    out, _ = linear_attention(
-        q,
-        k,
-        steps,
-        log_decay=log_decay,
-        beta=beta,
-        normalise=normalise,
-        scale=scale,
-        reset=reset,
-        impl="parallel",
-    )
+    with autocast_off(q.device.type):  # it would cast q and k
+        out, _ = linear_attention(
+            q,
+            k,
+            steps,
+            log_decay=log_decay,
+            beta=beta,
+            normalise=normalise,
+            scale=scale,
+            reset=reset,
+            impl="parallel",
+        )
     return out
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.discretize import step_length
 from nondual.ops.dtypes import accumulation_dtype
@@ -44,7 +45,7 @@ def selective_scan_matrix(
         reset: (B, L), True where a sequence begins: M is 0 where t lies in a later sequence than s.
 
     Returns:
-        M (B, D, L, L), in float32 or better: rows are outputs t, columns inputs s.
+        M (B, D, L, L), in float32 or better, under autocast too: rows are outputs t, columns inputs s.
 
     Raises:
         TypeError: what is not a tensor.
@@ -63,7 +64,8 @@ def selective_scan_matrix(
     mask = mask.expand(delta.shape[0], -1, -1)[..., None, None]
     decay = torch.exp((between[..., None] * A).masked_fill(~mask, -torch.inf))  # (B, t, s, D, N)
     B, C = (_for_each_channel(x, delta) for x in (B, C))
-    M = torch.einsum("btdn,btsdn,bsdn,bsd->bdts", C, decay, B, delta)
+    with autocast_off(delta.device.type):  # it would multiply in half precision
+        M = torch.einsum("btdn,btsdn,bsdn,bsd->bdts", C, decay, B, delta)
     return M if D is None else M + torch.diag_embed(D[:, None].expand(-1, length))
 
 

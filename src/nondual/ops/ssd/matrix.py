@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_tensors
 from nondual.ops.discretize import step_length
 from nondual.ops.dtypes import accumulation_dtype
@@ -43,7 +44,7 @@ def ssd_matrix(
         reset: (B, L), True where a sequence begins: what came before has no weight from there on.
 
     Returns:
-        M (B, H, L, L), in float32 or better: rows are outputs t, columns inputs s.
+        M (B, H, L, L), in float32 or better, under autocast too: rows are outputs t, columns inputs s.
 
     Raises:
         TypeError: what is not a tensor.
@@ -62,7 +63,8 @@ def ssd_matrix(
         sequence = reset.cumsum(1)
         visible = (visible & (sequence[:, :, None] == sequence[:, None]))[:, None]
     decay = between.masked_fill(~visible, -torch.inf).exp()
-    M = torch.einsum("bthn,bshn->bhts", C, B) * decay * delta[:, :, None]
+    with autocast_off(delta.device.type):  # it would multiply in half precision
+        M = torch.einsum("bthn,bshn->bhts", C, B) * decay * delta[:, :, None]
     return M if D is None else M + torch.diag_embed(D.to(wide)[:, None].expand(-1, length))
 
 

@@ -10,13 +10,15 @@ stopped. A job is one arm on one task.
     nox -s bench -- proposals --only=fusion          arms with this in their name, and what they are compared with
     nox -s bench -- proposals --tasks=copy,Gita      on these tasks
     nox -s bench -- proposals --minutes=30           begin no job after half an hour
+    nox -s bench -- proposals --left                 only tasks of which docs/measured has no runs, added to the others
     nox -s bench -- proposals --slurm=PARTITION      each job as one of a Slurm cluster, by submitit; the cache folder
                                                      must be one that all its machines see (NONDUAL_CACHE)
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
 
-A section whose jobs are all done is written to docs/measured/proposals_<section>.json. Once each section has a file,
-every run of all four is a row of docs/measured/proposals.csv. Processors round differently, and training magnifies
-that: a section that is measured on another machine trains its control there too.
+A section whose jobs are all done is written to docs/measured/proposals_<section>.json; with --left every task whose
+jobs are all done, and the names of the tasks that are left. Once each section has a file, every run of all four is a
+row of docs/measured/proposals.csv. Processors round differently, and training magnifies that: arms are compared within
+a task, whose runs are all of one machine.
 """
 
 import csv
@@ -50,7 +52,7 @@ from benchmarks.proposals_run import (
     carry_out,
     control_of,
 )
-from benchmarks.record import MEASURED, write
+from benchmarks.record import MEASURED, processor, write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
 
@@ -275,16 +277,28 @@ def main(options: list[str]) -> None:
         with tempfile.TemporaryDirectory() as apart:
             print([each["rate"] for each in done([job._replace(folder=Path(apart)) for job in plan], options)])
         return
-    found = {(each["task"], each["arm"]): each for each in done(plan, options)}
+    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    before = measured() if "--left" in options else {}
+    have = {section: {job["task"] for job in jobs} for section, jobs in before.items()}
+    wanted = {
+        (task, arm)
+        for section, arms in SECTIONS.items()
+        if section == given.get("section", section)
+        for task, arm in pairs_of(arms)
+        if task not in have.get(section, ())
+    }
+    plan = [job for job in plan if (job.task, job.arm) in wanted]
+    found = {(each["task"], each["arm"]): {**each, "device": processor()} for each in done(plan, options)}
     print(f"{len(found)} of {len(plan)} jobs done")
-    whole = {section: part for section, arms in SECTIONS.items() if (part := part_of(found, arms))}
-    for section, part in whole.items():
-        command = f"nox -s bench -- proposals --section={section}"
-        write(
-            f"proposals_{section}",
-            command,
-            {"jobs": [without_losses(each) for each in part.values()], "compared": judged(part)},
-        )
+    for section, arms in SECTIONS.items():
+        kept = {(job["task"], job["arm"]): job for job in before.get(section, ())}
+        part, left = whole_tasks(found, arms)
+        if part and (not left or "--left" in options):  # a part of a section does not take the place of the whole
+            part = {pair: (kept | part)[pair] for pair in pairs_of(arms) if pair in kept or pair in part}
+            jobs_of = [without_losses(each) for each in part.values()]
+            left = [task for task in left if task not in have.get(section, ())]
+            figures = {"jobs": jobs_of, "left": left, "compared": judged(part)}
+            write(WRITTEN[section], f"nox -s bench -- proposals --section={section}", figures)
     if len(written := measured()) == len(SECTIONS):
         (MEASURED / "proposals.csv").write_text(as_csv(written))
 
@@ -294,7 +308,10 @@ def without_losses(job: dict[str, Any]) -> dict[str, Any]:
     return {**job, "runs": [{key: value for key, value in run.items() if key != "loss"} for run in job["runs"]]}
 
 
-def part_of(found: Mapping[tuple[str, str], Any], arms: Iterable[str]) -> dict[tuple[str, str], Any]:
-    """What was found of these arms and their controls, if it is whole; nothing if a job is not done."""
+def whole_tasks(
+    found: Mapping[tuple[str, str], Any], arms: Iterable[str]
+) -> tuple[dict[tuple[str, str], Any], list[str]]:
+    """What was found of these arms and their controls on tasks whose jobs are all done, and the other tasks."""
     wanted = pairs_of(arms)
-    return {pair: found[pair] for pair in wanted} if found.keys() >= set(wanted) else {}
+    left = list(dict.fromkeys(task for task, arm in wanted if (task, arm) not in found))
+    return {pair: found[pair] for pair in wanted if pair[0] not in left}, left

@@ -80,7 +80,7 @@ def write(name: str, command: str, figures: dict, *, device: str = "cpu", **more
     """
     commit, changed = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "src", "benchmarks")
     record = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_driver(device)},
         "commit": commit + ("+changes" if changed else ""),
         "command": command,
@@ -115,7 +115,7 @@ def _driver(device: str) -> dict[str, str]:
         return {}
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's own name, where the system says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -12,8 +12,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import proposals_run
-from benchmarks.proposals import WRITTEN, Job, as_csv, carry_out_job, compared, done, holm, jobs, judged, part_of, said
+from benchmarks import proposals, proposals_run
+from benchmarks.proposals import (
+    WRITTEN,
+    Job,
+    as_csv,
+    carry_out_job,
+    compared,
+    done,
+    holm,
+    jobs,
+    judged,
+    said,
+    whole_tasks,
+)
 from benchmarks.proposals_run import (
     ARMS,
     CONTEXT,
@@ -241,13 +253,59 @@ def test_the_plan(tmp_path):
         jobs(["--only=nothing"], tmp_path)
 
 
-def test_a_section_is_written_when_it_is_whole():
+def test_a_task_is_written_when_it_is_whole():
     of_fusion = [(task, arm) for task in TASKS for arm in ("base", *proposals_run.FUSION)]
     found = {pair: pair[0] for pair in reversed(of_fusion)} | {("copy", "LSTM"): "copy"}
-    part = part_of(found, proposals_run.FUSION)
-    assert set(part) == set(of_fusion) and set(WRITTEN) == set(proposals_run.SECTIONS)
+    part, left = whole_tasks(found, proposals_run.FUSION)
+    assert set(part) == set(of_fusion) and not left and set(WRITTEN) == set(proposals_run.SECTIONS)
     del found["Gita", "base"]
-    assert part_of(found, proposals_run.FUSION) == {}
+    part, left = whole_tasks(found, proposals_run.FUSION)
+    assert set(part) == {pair for pair in of_fusion if pair[0] != "Gita"} and left == ["Gita"]
+    assert whole_tasks({}, proposals_run.FUSION) == ({}, list(TASKS))
+
+
+def test_what_is_left_is_added_to_what_was_measured(tmp_path, monkeypatch):
+    """Of a section with a file, only tasks that it has no runs of are trained; the others stay as they were."""
+
+    def job(task, arm, outcome):
+        run = {"seed": 1, "rate": 0.01, "outcome": outcome, "curve": [outcome] * 5, "spikes": 0, "failed": None}
+        return {
+            "task": task,
+            "arm": arm,
+            "rates": {},
+            "rate": 0.01,
+            "runs": [{**run, "seed": s, "parameters": 7} for s in (1, 2)],
+        }
+
+    def trained(plan, _):
+        asked.append({each.task for each in plan})
+        return [job(each.task, each.arm, 0.5) for each in plan if each.task != unfinished]
+
+    monkeypatch.setattr(proposals, "MEASURED", tmp_path)
+    monkeypatch.setattr(proposals, "done", trained)
+    monkeypatch.setattr(
+        proposals,
+        "write",
+        lambda name, _, figures: (tmp_path / f"{name}.json").write_text(json.dumps({"figures": figures})),
+    )
+    asked, unfinished = [], "Gita"
+    proposals.main(["--section=arc", "--tasks=copy,Gita"])
+    assert not list(tmp_path.iterdir())  # a part of the section
+    proposals.main(["--section=arc", "--tasks=copy,Gita", "--left"])
+    first = json.loads((tmp_path / "proposals_arc.json").read_text())["figures"]
+    assert (
+        {each["task"] for each in first["jobs"]} == {"copy"} and "Gita" in first["left"] and "copy" not in first["left"]
+    )
+    assert {each["device"] for each in first["jobs"]} == {proposals.processor()}
+    monkeypatch.setattr(proposals, "processor", lambda: "another")
+    unfinished = "nothing"
+    proposals.main(["--section=arc", "--left"])
+    then = json.loads((tmp_path / "proposals_arc.json").read_text())["figures"]
+    assert asked == [{"copy", "Gita"}, {"copy", "Gita"}, set(TASKS) - {"copy"}] and then["left"] == []
+    assert {each["task"]: each["device"] for each in then["jobs"]} == dict.fromkeys(TASKS, "another") | {
+        "copy": first["jobs"][0]["device"]
+    }
+    assert len(then["jobs"]) == len(TASKS) * 10 and list(then["compared"]["LSTM less base"]) == list(TASKS)
 
 
 def test_a_job_chooses_its_rate_and_runs_its_seeds(tmp_path):

@@ -6,6 +6,7 @@ light_pytest              variables with which a pytest of its own starts in a f
 largest                   how many numbers the largest tensor held that a call made
 in_float64                a context in which code that asks for float32 gets float64
 one_thread                torch computes with one thread, for models so small that several wait for each other
+held_by                   all that caches hold, as lists and numbers that can be compared
 quick_interpreter         for every test: Triton's interpreter works out once what never changes
 """
 
@@ -28,6 +29,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from nondual.kv_cache import KVCache
 
 # --- names of tests --------------------------------------------------------------------------------------------------
 
@@ -231,6 +234,27 @@ class InFloat64(TorchFunctionMode):
 def in_float64() -> InFloat64:
     """A context: within it a judge that narrows to float32 inside, whatever its weights are, stays in float64."""
     return InFloat64()
+
+
+# --- caches ----------------------------------------------------------------------------------------------------------
+
+
+def all_that_is_held(cache: object) -> object:
+    """The numbers and attributes of caches and of those in them; of keys and values those that are read again."""
+    if isinstance(cache, torch.Tensor):
+        return str(cache.dtype), tuple(cache.shape), cache.tolist()
+    if isinstance(cache, (list, tuple)):
+        return [all_that_is_held(each) for each in cache]
+    parts = dict(cache if isinstance(cache, dict) else getattr(cache, "__dict__", {}))
+    if isinstance(cache, KVCache):
+        parts |= {name: getattr(cache, name)[:, :, : cache.length] for name in ("keys", "values")}
+    return {name: all_that_is_held(each) for name, each in parts.items()} if parts else cache
+
+
+@pytest.fixture(scope="session")
+def held_by() -> Callable[[object], object]:
+    """A function: all that caches hold, to be compared by ==. See `all_that_is_held`."""
+    return all_that_is_held
 
 
 # --- Triton's interpreter --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ RANKS = {
     "data": 1,
     "ops": 0,
     "token_ids": 1,
+    "weights": 1,
     "tokenization": 1,
     "chunking": 1,
     "losses": 1,

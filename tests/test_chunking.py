@@ -17,7 +17,9 @@ from nondual.chunking import (
     smooth,
     upsample,
 )
+from nondual.efficient_attention.native_sparse_attention import NativeSparseAttention
 from nondual.language_models.bytes import Layers, rotary_layer
+from nondual.transformer_layer import MixerBlock
 
 E, MAIN = 12, 20
 
@@ -186,6 +188,19 @@ def test_an_error_leaves_the_cache_as_it_was():
     hook.remove()
     assert cache.before is before
     assert torch.allclose(chunking(x, cache=cache), expected)
+
+
+@torch.no_grad()
+def test_an_error_leaves_caches_in_the_networks_cache_as_they_were(held_by):
+    sparse = NativeSparseAttention(E, 1, block=2, selected=3, window=3)
+    chunking, x = DynamicChunking(Layers([MixerBlock(sparse, E)], E), E), torch.randn(1, 5, E)
+    cache = chunking.new_cache(1, 11)
+    chunking(x, cache=cache)
+    before = held_by(cache)
+    chunking.residual.register_forward_hook(lambda *_: 1 / 0)  # after the main network has read on
+    with pytest.raises(ZeroDivisionError):
+        chunking(x, cache=cache)
+    assert held_by(cache) == before
 
 
 def test_every_parameter_gets_its_gradient():

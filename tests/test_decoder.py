@@ -136,6 +136,22 @@ def test_a_layer_that_raises_has_changed_no_cache():
         model(x, memory, cache=cache[:1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_part_of_a_layer_that_raises_has_changed_no_cache(kind, held_by):
+    model, x, memory = KINDS[kind]().double(), draw(B, N, E), draw(B, M, E, seed=2)
+    cache = model.new_cache(B, N)
+    model(x[:, :3], memory, cache=cache)
+    before = held_by(cache)
+    for part in (part for layer in model.layers for part in (layer.mixer.out_proj, layer.cross, layer.feed_forward)):
+        handle = part.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x[:, 3:], memory, cache=cache)
+        assert held_by(cache) == before
+        handle.remove()
+    torch.testing.assert_close(model(x[:, 3:], memory, cache=cache), model(x, memory)[:, 3:])
+
+
 def test_dropout_is_for_training_only():
     layer = DecoderLayer(MultiHeadAttention(E, 3), MultiHeadAttention(E, 3), FeedForward(E, FF), E, dropout=0.5)
     x = torch.randn(B, N, E)

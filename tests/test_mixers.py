@@ -136,6 +136,38 @@ def test_where_sequences_began_by_hand():
     assert sequence_starts(None, 2, length=10) is None
 
 
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_what_raises_has_changed_no_cache(name, held_by):
+    mixer, x = make(name), draw(B, N, E)
+    cache = mixer.new_cache(B, N)
+    mixer(x[:, :4], cache=cache)
+    before = held_by(cache)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(*((mixer, "op") if name == "s4d" else (mixer.out_proj, "forward")), lambda *_: 1 / 0)
+        for part in (x[:, 4:], x[:, 4:5]):
+            with pytest.raises(ZeroDivisionError):
+                mixer(part, cache=cache)
+            assert held_by(cache) == before
+    torch.testing.assert_close(mixer(x[:, 4:], cache=cache), mixer(x)[:, 4:])
+
+
+def test_caches_in_caches_and_lists_are_put_back_too(held_by):
+    class Cache:
+        def __init__(self, inner):
+            self.inner, self.read, self.named = inner, [1, 2], {"a": 1}
+
+    cache = [Cache(Cache(None)), Cache(())]
+    cache[1].inner = cache[0]  # met twice
+    before = held_by(cache)
+    with pytest.raises(ZeroDivisionError), as_before_if_raised(cache):
+        cache[0].inner.read.append(3)
+        cache[0].inner.named["b"], cache[0].inner.more, cache[0].read = 2, 5, []
+        cache.append(None)
+        raise ZeroDivisionError
+    assert held_by(cache) == before and not hasattr(cache[0].inner, "more") and cache[0].inner.named == {"a": 1}
+
+
 def test_caches_are_put_back_and_none_is_no_cache():
     class Cache:
         def __init__(self):

@@ -9,6 +9,7 @@ The names below can be taken from here, `from nondual import attention, Mamba`, 
     nondual.self_attention        one X, three projections; many heads (Vaswani 2017)
     nondual.kv_cache              the key/value cache
     nondual.token_ids             token ids, checked where they enter a model
+    nondual.weights               layers whose weight is used past their call, and adapters in their place
     nondual.tokenization          bytes, characters, subwords and words as tokens; bits per byte
     nondual.chunking              cuts that are learned: a sequence in pieces, and back
     nondual.positional_encoding   positions added to embeddings: sinusoidal, learned
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         transformer,
         transformer_layer,
         vision_transformers,
+        weights,
     )
     from nondual.attention_mechanism import (
         AdditiveAttention,
@@ -236,6 +238,7 @@ __all__ = [
     "transformer",
     "transformer_layer",
     "vision_transformers",
+    "weights",
 ]
 
 # The module that a name of __all__ is taken from; a name that is not here is itself a module.

@@ -298,8 +298,14 @@ class DynamicChunking(nn.Module):
 
 
 def _copied(cache: Any) -> Any:
-    """A cache, or a list of them, that can be brought up to date while the first stays as it is."""
-    return [copy.copy(each) for each in cache] if isinstance(cache, list) else copy.copy(cache)
+    """A cache, or a list of them, that can be brought up to date while the first and the caches in it stay."""
+    if isinstance(cache, list):
+        return [_copied(each) for each in cache]
+    if isinstance(cache, Tensor) or not hasattr(cache, "__dict__"):
+        return cache
+    made = copy.copy(cache)
+    vars(made).update({name: _copied(each) for name, each in vars(cache).items()})
+    return made
 
 
 class ChunkingLayer(nn.Module):

@@ -32,6 +32,7 @@ from nondual.positional_encoding import AddedPositions, Sinusoidal
 from nondual.search import Found, check_request, find, select_rows
 from nondual.token_ids import check_ids, has_values
 from nondual.transformer import Encoder
+from nondual.weights import tied_scores
 
 
 class EncoderDecoder(nn.Module):
@@ -46,6 +47,8 @@ class EncoderDecoder(nn.Module):
 
     It starts with embeddings of standard deviation 1/√E, or 1 once multiplied by √E; every matrix is drawn by the rule
     of Glorot and Bengio 2010 (uniform), and every bias is 0.
+
+    Tied scores use the embeddings as those of `CausalLM` do, also where an adapter stands in their place.
 
     Args:
         vocabulary: V, of source and target alike, which then share one table of embeddings; or of the source alone.
@@ -76,6 +79,7 @@ class EncoderDecoder(nn.Module):
 
     vocabulary: int
     target_vocabulary: int
+    d_model: int
     embeddings: nn.Embedding
     source_embeddings: nn.Embedding | None
     positions: AddedPositions
@@ -126,7 +130,7 @@ class EncoderDecoder(nn.Module):
             "norm": norm,
             "feed_forward": feed_forward,
         }
-        self.vocabulary, self.target_vocabulary = vocabulary, n_tokens
+        self.vocabulary, self.target_vocabulary, self.d_model = vocabulary, n_tokens, d_model
         self.embeddings = nn.Embedding(n_tokens, d_model)
         self.source_embeddings = None if target_vocabulary is None else nn.Embedding(vocabulary, d_model)
         self.positions, self.target_positions = positions, target_positions
@@ -234,7 +238,10 @@ class EncoderDecoder(nn.Module):
             weights: Any = None
             if return_weights:
                 out, weights = out
-            scores = F.linear(out, self.embeddings.weight) if self.lm_head is None else self.lm_head(out)
+            if self.lm_head is None:
+                scores = tied_scores(self.embeddings, out, self.target_vocabulary)
+            else:
+                scores = self.lm_head(out)
         return (scores, weights) if return_weights else scores
 
     def loss(
@@ -390,7 +397,7 @@ class EncoderDecoder(nn.Module):
 
     def _embedded(self, table: nn.Embedding, ids: Tensor, where: Tensor) -> Tensor:
         """What a stack is given: embeddings times √E, so that they are of the size of the positions, and these."""
-        x = table(ids) * math.sqrt(table.embedding_dim)
+        x = table(ids) * math.sqrt(self.d_model)
         return self.dropout((x + where).to(x.dtype))  # a fixed code is in float32
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward

@@ -17,12 +17,12 @@ arguments, each of them keyword-only and None where left out:
     mask      as in `nondual.ops.attention.attention`
 
 A cache changes by having its attributes replaced. Tensors in it are never written into where they are read, so that its
-attributes are all that there is to put back after an error. A beam search (`nondual.search`) needs one method more:
-`select(rows)`, which gives a cache of its own for these rows of the batch.
+attributes, and those of the caches in it, are all that there is to put back after an error. A beam search
+(`nondual.search`) needs one method more: `select(rows)`, which gives a cache of its own for these rows of the batch.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -125,26 +125,39 @@ def sequence_starts(
 
 
 class _AsBeforeIfRaised:
-    """Puts the caches' attributes back where an exception leaves the block, a KeyboardInterrupt too."""
+    """Puts the caches back where an exception leaves the block, a KeyboardInterrupt too."""
 
     def __init__(self, caches: tuple[object, ...]):
         self.caches = caches
 
     def __enter__(self):
-        self.before = [dict(vars(cache)) for cache in self.caches]
+        self.before = [(part, part.copy()) for part in _parts(self.caches, set())]
 
     def __exit__(self, kind, *_):
         if kind is not None:
-            for cache, before in zip(self.caches, self.before):
-                vars(cache).update(before)
+            for part, before in self.before:
+                part.clear()
+                part.extend(before) if isinstance(part, list) else part.update(before)
+
+
+def _parts(held: object, seen: set[int]) -> Iterator[list[Any] | dict[Any, Any]]:
+    """The attributes, lists and dicts of which caches are made, and those of the caches that they hold."""
+    own = held if isinstance(held, (list, dict, tuple)) else getattr(held, "__dict__", None)
+    if not isinstance(own, (list, dict, tuple)) or isinstance(held, (Tensor, nn.Module)) or id(held) in seen:
+        return
+    seen.add(id(held))
+    if not isinstance(own, tuple):
+        yield own
+    for each in own.values() if isinstance(own, dict) else own:
+        yield from _parts(each, seen)
 
 
 def as_before_if_raised(*caches: object | None) -> AbstractContextManager[Any]:
-    """A context: where an exception leaves it, the caches are as they were when it was entered.
+    """A context: where an exception leaves it, the caches are as they were when it was entered, and those in them too.
 
     Args:
-        caches: each a cache of some mixer, or None. Compiled, an exception leaves no change behind by itself, and this
-            does nothing.
+        caches: each a cache of some mixer, or a list of them, or None. Compiled, an exception leaves no change behind
+            by itself, and this does nothing.
     """
     given = tuple(cache for cache in caches if cache is not None)
     return nullcontext() if not given or torch.compiler.is_compiling() else _AsBeforeIfRaised(given)

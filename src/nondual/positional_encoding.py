@@ -147,35 +147,23 @@ class LearnedPositions(AddedPositions):
         d_model: width E.
     """
 
+    max_len: int
     d_model: int
     table: nn.Embedding
 
     def __init__(self, max_len: int, d_model: int):
         super().__init__()
         self.table = nn.Embedding(max_len, d_model)
-        self.d_model = d_model
+        self.max_len, self.d_model = max_len, d_model
 
     @property
     def longest(self) -> int:
         """How many positions there are."""
-        return self.table.num_embeddings
+        return self.max_len
 
     def at(self, index: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape e"]:
         """The rows of the table at these positions."""
         return self.table(index)
-
-    def forward(self, n: int, *, start: int = 0) -> Float[Tensor, "n e"]:
-        """The vectors of positions start to start + n - 1, shape (N, E), a view of the table.
-
-        Args:
-            n: how many positions, N.
-            start: the first of them.
-
-        Raises:
-            ValueError: a position at or past max_len, or a negative one.
-        """
-        self._check(n, start)
-        return self.table.weight[start : start + n]
 
 
 class Sinusoidal(AddedPositions):

@@ -217,6 +217,8 @@ class TextEncoder(nn.Module):
         eps: added to the variance in the norms.
     """
 
+    vocabulary: int
+    n_segments: int
     token: nn.Embedding
     position: LearnedPositions
     segment: nn.Embedding
@@ -236,6 +238,7 @@ class TextEncoder(nn.Module):
         eps: float = 1e-12,
     ):
         super().__init__()
+        self.vocabulary, self.n_segments = vocabulary, n_segments
         self.token = nn.Embedding(vocabulary, d_model)
         self.position = LearnedPositions(max_len, d_model)
         self.segment = nn.Embedding(n_segments, d_model)
@@ -261,10 +264,8 @@ class TextEncoder(nn.Module):
                 left to torch's own embedding.
         """
         check_tensors({"ids": ids}, {"segments": segments})
-        ids = check_ids("ids", ids, self.token.num_embeddings)
-        which = (
-            torch.zeros_like(ids) if segments is None else check_ids("segments", segments, self.segment.num_embeddings)
-        )
+        ids = check_ids("ids", ids, self.vocabulary)
+        which = torch.zeros_like(ids) if segments is None else check_ids("segments", segments, self.n_segments)
         if which.shape != ids.shape:
             raise ValueError(f"segments must be of ids' shape {tuple(ids.shape)}, got {tuple(which.shape)}")
         return self.norm(self.token(ids) + self.position(ids.shape[1]) + self.segment(which))

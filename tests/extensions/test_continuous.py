@@ -357,6 +357,16 @@ def test_half_precision_flows_alike():
     assert (found.double() - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_energy(dtype):
+    """In float32 to the bit, of x in half precision too; and of a narrow module, its own."""
+    flow, narrow, x = made().float(), made().to(dtype), drawn(B, N, H * D, dtype=torch.float32)
+    right = flow.energy(x), flow.energy(x.to(dtype)), narrow.energy(x.to(dtype))
+    with torch.autocast("cpu", dtype=dtype):
+        found = flow.energy(x), flow.energy(x.to(dtype)), narrow.energy(x)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, right))
+
+
 def test_what_the_flow_refuses():
     for bad, match in [
         ({"d_model": 0}, "d_model must be 1 or more, got 0"),

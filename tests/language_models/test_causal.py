@@ -8,14 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nondual.efficient_attention.linear_attention import GatedDeltaNet, LinearAttentionMixer
+from nondual.efficient_attention.linear_attention import GatedDeltaNet, LinearAttentionMixer, Retention
 from nondual.efficient_attention.mamba2 import Mamba2
+from nondual.efficient_attention.native_sparse_attention import NativeSparseAttention
+from nondual.efficient_attention.s4d import S4D
+from nondual.language_models.bytes import HNet, Layers
 from nondual.language_models.causal import CausalLM
 from nondual.language_models.gpt import GPT
 from nondual.language_models.hybrid import HybridLM
 from nondual.language_models.mamba import MambaLM
 from nondual.positional_encoding import LearnedPositions, Sinusoidal
+from nondual.recent import TTTLinear
+from nondual.recurrent import LSTM, Recurrent
 from nondual.relative_positions import RelativeBias, Rotary
+from nondual.self_attention import MultiHeadAttention
 from nondual.transformer import FeedForward, MixerBlock, TransformerLayer
 
 B, N, V, E, LONGEST = 2, 11, 13, 12, 24
@@ -384,20 +390,48 @@ def test_caches_that_do_not_fit():
         make("hybrid").new_cache(B)
 
 
-@pytest.mark.parametrize("kind", ["gpt", "hybrid", "toy"])
+# Every kind of cache, and caches in caches. A chunking layer reads one sequence at a time.
+CACHED = MODELS | {
+    "s4d": lambda: over(partial(S4D, E, 6)),
+    "mamba2": lambda: over(partial(Mamba2, E, d_state=5, d_head=4)),
+    "retention": lambda: over(partial(Retention, E, 3)),
+    "recurrent": lambda: over(lambda: Recurrent(E, LSTM(E, 5))),
+    "native sparse attention": lambda: over(partial(NativeSparseAttention, E, 3, block=2, selected=3, window=3)),
+    "test-time training": lambda: over(partial(TTTLinear, E, 3, mini_batch=4)),
+    "layers in a layer": lambda: over(lambda: Layers([attends(), attends()], E)),
+    "chunking": lambda: HNet(E, E, 3, vocabulary=V),
+    "chunking, caches in caches": lambda: HNet(E, E, 3, vocabulary=V, layer=lambda d, h: MixerBlock(sparse(d, h), d)),
+}
+
+
+def attends():
+    return MixerBlock(MultiHeadAttention(E, 3, causal=True), E)
+
+
+def sparse(d_model, n_heads):
+    return NativeSparseAttention(d_model, n_heads, block=2, selected=3, window=3)
+
+
+def last_steps(model):
+    """What is computed last in each mixer and feed-forward network, and last of all."""
+    last = ("out_proj", "linear2", "residual", "norm_f")
+    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in last]
+    return found + [module for module in model.modules() if isinstance(module, (S4D, MovingAverage))]
+
+
+@pytest.mark.parametrize("kind", CACHED)
 @torch.no_grad()
-def test_a_layer_that_raises_has_changed_no_cache(kind):
-    model, ids = make(kind), tokens()
-    cache, right = model.new_cache(B, N), model.new_cache(B, N)
+def test_a_layer_that_raises_has_changed_no_cache(kind, held_by):
+    """Whichever it is, the caches hold what they held, and the next call gives what is right."""
+    model, ids = make(kind, CACHED), tokens(batch=1)
+    cache, right = model.new_cache(1, N), model.new_cache(1, N)
     model(ids[:, :4], cache=cache), model(ids[:, :4], cache=right)
-    before = [dict(vars(one)) for one in cache]
-
-    def broken(*_):
-        raise RuntimeError("broken")
-
-    handle = model.norm_f.register_forward_hook(broken)
-    with pytest.raises(RuntimeError, match="broken"):
-        model(ids[:, 4:], cache=cache)
-    assert all(vars(one)[name] is value for one, was in zip(cache, before) for name, value in was.items())
-    handle.remove()
+    before, steps = held_by(cache), last_steps(model)
+    assert len(steps) > 2
+    for step in steps:
+        handle = step.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 4:], cache=cache)
+        assert held_by(cache) == before
+        handle.remove()
     torch.testing.assert_close(model(ids[:, 4:], cache=cache), model(ids[:, 4:], cache=right))

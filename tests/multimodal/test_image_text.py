@@ -243,25 +243,38 @@ REFUSED = {
 }
 
 
-def cached_state(cache):
-    return [{name: value for name, value in vars(one).items() if not isinstance(value, torch.Tensor)} for one in cache]
-
-
 @each
 @pytest.mark.parametrize("case", REFUSED)
 @torch.no_grad()
-def test_what_cannot_be_read_is_one_clear_error_and_changes_no_cache(kind, case):
+def test_what_cannot_be_read_is_one_clear_error_and_changes_no_cache(kind, case, held_by):
     more, error, says = REFUSED[case]
     model = made(kind)
     given = dict(ids=text(MARKS), images=pictures(3)) | more
     cache = model.new_cache(2, 40)
     model(text([(0, 1), (1, 1)], n=2), pictures(2), cache=cache)
-    before = cached_state(cache)
+    before = held_by(cache)
     with pytest.raises(error, match=says):
         model(**given, cache=cache)
-    assert cached_state(cache) == before
+    assert held_by(cache) == before
     with pytest.raises(error, match=says):
         model.generate(given.pop("ids"), 3, given.pop("images"), **given)
+
+
+@each
+@pytest.mark.parametrize("name", ["norm_f", "layers.0.mixer.out_proj", "layers.1.feed_forward.linear2"])
+@torch.no_grad()
+def test_a_layer_that_raises_has_changed_no_cache(kind, name, held_by):
+    model, ids, images = made(kind), text([(0, 1), (1, 3)]), pictures(2)
+    cache, right = model.new_cache(2, 40), model.new_cache(2, 40)
+    for each_cache in (cache, right):
+        model(text([(0, 1), (1, 1)], n=2), pictures(2), cache=each_cache)
+    before = held_by(cache)
+    handle = model.language_model.get_submodule(name).register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids, images, cache=cache)
+    assert held_by(cache) == before
+    handle.remove()
+    torch.testing.assert_close(model(ids, images, cache=cache), model(ids, images, cache=right))
 
 
 @each
@@ -295,7 +308,7 @@ def test_labels_that_cannot_be(kind):
 
 @each
 @torch.no_grad()
-def test_caches_that_are_another_models_and_texts_that_are_too_long(kind):
+def test_caches_that_are_another_models_and_texts_that_are_too_long(kind, held_by):
     model = made(kind, positions=None, max_len=20)
     ids, images = text(MARKS), pictures(3)
     for cache in ("cache", [], model.language_model.new_cache(2)):
@@ -307,13 +320,13 @@ def test_caches_that_are_another_models_and_texts_that_are_too_long(kind):
     with pytest.raises(ValueError, match=r"ids, with their images, and n_new must be 20 positions or fewer, .*"):
         model.generate(ids, 21, images)
     model(ids, images, cache=cache)
-    before = cached_state(cache)
+    before = held_by(cache)
     with pytest.raises(ValueError, match=r"positions"):
         model(text([], batch=2, n=15), cache=cache)
-    assert cached_state(cache) == before
+    assert held_by(cache) == before
     with pytest.raises(ValueError):
         model(text([], batch=3, n=2), cache=cache)  # of another batch
-    assert cached_state(cache) == before
+    assert held_by(cache) == before
 
 
 @each

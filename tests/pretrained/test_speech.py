@@ -74,6 +74,24 @@ def test_no_score_depends_on_a_later_token_and_each_row_is_its_own():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["decoder", "decoder.norm", "decoder.layers.1.mixer.out_proj", "token", "position.table"]
+)
+def test_a_part_that_raises_leaves_the_cache_as_it_was(name, held_by):
+    model, ids = small(), tokens()
+    memory, cache = model.encode(mels()), model.new_cache(2)
+    model(ids[:, :4], memory, cache=cache)
+    before = held_by(cache)
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: 1 / 0)
+    for more in ({}, {"return_weights": True}):
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, 4:], memory, cache=cache, **more)
+        assert held_by(cache) == before
+    handle.remove()
+    torch.testing.assert_close(model(ids[:, 4:], memory, cache=cache), model(ids, memory)[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_call_that_raises_leaves_the_cache_as_it_was():
     model, ids = small(), tokens()
     memory, cache = model.encode(mels()), model.new_cache(2, 5)

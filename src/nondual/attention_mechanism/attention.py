@@ -15,12 +15,14 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nondual.attention_mechanism.scores import Weigh, around_median, attend, compare
 from nondual.ops.attention import masked_softmax
 from nondual.ops.checks import check_sizes, check_tensors
+from nondual.weights import matrix_and_bias
 
 
 class Attention(nn.Module):
@@ -208,6 +210,9 @@ class AdditiveAttention(Attention):
 class ConcatAttention(Attention):
     """Luong's "concat" score, e_ij = vᵀ tanh(W [s_i; h_j]): additive attention with one matrix for both.
 
+    Each part of W multiplies its own states, so that no pair is formed. What stands in the place of w, such as an
+    adapter, or what a hook makes of its output, must be linear too: its matrix is then computed at every call.
+
     Args:
         d_state: width S of the decoder's state.
         d_memory: width H of the encoder's states.
@@ -229,10 +234,15 @@ class ConcatAttention(Attention):
         return self.w.out_features
 
     def _project(self, h: Tensor) -> Tensor:
-        return h @ self.w.weight[:, self.d_state :].mT
+        matrix, _ = self._matrix_and_bias(h)
+        return h @ matrix[:, self.d_state :].mT
 
     def _scores(self, s: Tensor, projected: Tensor, past: Tensor | None) -> Tensor:
-        return compare(s @ self.w.weight[:, : self.d_state].mT, projected, self.v)
+        matrix, bias = self._matrix_and_bias(s)
+        return compare(F.linear(s, matrix[:, : self.d_state], bias), projected, self.v)
+
+    def _matrix_and_bias(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        return matrix_and_bias(self.w, self.d_state + self.d_memory, like)
 
 
 class DotAttention(Attention):

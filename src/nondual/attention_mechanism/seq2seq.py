@@ -52,6 +52,8 @@ class Seq2Seq(nn.Module):
         ValueError: a size below 1.
     """
 
+    source_vocabulary: int
+    target_vocabulary: int
     source_embeddings: nn.Embedding
     target_embeddings: nn.Embedding
     encoder: GRU
@@ -81,6 +83,7 @@ class Seq2Seq(nn.Module):
             d_embedding=d_embedding,
             d_output=d_output,
         )
+        self.source_vocabulary, self.target_vocabulary = source_vocabulary, target_vocabulary
         self.source_embeddings = nn.Embedding(source_vocabulary, d_embedding)
         self.target_embeddings = nn.Embedding(target_vocabulary, d_embedding)
         self.encoder = GRU(d_embedding, d_model, bidirectional=True)
@@ -102,7 +105,7 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: ids out of range or of another rank, a length below 1 or above M.
         """
-        source = check_ids("source", source, self.source_embeddings.num_embeddings)
+        source = check_ids("source", source, self.source_vocabulary)
         lengths = _lengths("source_lengths", source_lengths, source, at_least=1)
         h, _ = self.encoder(self.dropout(self.source_embeddings(source)), lengths=lengths)
         return self.decoder.memory(h, masks.padding(lengths, source.shape[1])[:, 0])
@@ -129,7 +132,7 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: ids out of range or of another rank, two batches, a length that does not fit.
         """
-        target = check_ids("target", target, self.target_embeddings.num_embeddings)
+        target = check_ids("target", target, self.target_vocabulary)
         _check_batch(source, target)
         memory = self.encode(source, source_lengths=source_lengths)
         y = self.dropout(self.target_embeddings(target))
@@ -158,7 +161,7 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: as `forward`; a target of fewer than 2 tokens, a label_smoothing out of range.
         """
         check_smoothing(label_smoothing)
-        target = check_ids("target", target, self.target_embeddings.num_embeddings)
+        target = check_ids("target", target, self.target_vocabulary)
         lengths = _lengths("target_lengths", target_lengths, target, at_least=2)
         scores, _ = self(source, target[:, :-1], source_lengths=source_lengths)
         real = torch.arange(1, target.shape[1], device=target.device) < lengths[:, None]
@@ -205,7 +208,7 @@ class Seq2Seq(nn.Module):
         """
         asked: dict[str, Any] = {"max_len": max_len, "beams": beams, "temperature": temperature}
         asked |= {"top_k": top_k, "top_p": top_p}
-        check_request(self.target_embeddings.num_embeddings, bos, eos, **asked)
+        check_request(self.target_vocabulary, bos, eos, **asked)
         training = self.training
         try:
             self.eval()

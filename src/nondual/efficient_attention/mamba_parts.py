@@ -5,20 +5,17 @@ Symbols: x (B, N, E) as in every mixer, D inner channels, K the convolution's wi
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from nondual.ops.causal_conv1d import causal_conv1d, other_sequence
 from nondual.ops.checks import check_kinds, check_shapes, check_tensors
 from nondual.ops.dtypes import at_least_float32
-
-M = TypeVar("M", bound=nn.Module)
+from nondual.weights import only_a_weight
 
 
 # --8<-- [start:cache]
@@ -61,24 +58,6 @@ class MambaCache:
                 )
             if own.device != x.device:
                 raise ValueError(f"cache.{name} must be on the device of x, {x.device}, got {own.device}")
-
-
-def only_a_weight(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
-
-    Not so for any other class (an adapter, a quantised layer, a subclass), where there are hooks, of the module or
-    global ones, and where the instance has a forward of its own (as accelerate gives it). A parametrization makes no
-    difference: it is computed whenever the weight is read.
-    """
-    return not (
-        type_before_parametrizations(module) is not kind
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in vars(module)
-        or _has_any_global_hook()
-    )
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

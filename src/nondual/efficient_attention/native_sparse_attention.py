@@ -354,7 +354,7 @@ class NativeSparseAttention(nn.Module):
         turned = q
         if self.positions is not None:
             turned, k_slc, k_win = (self.positions.turn(each, start) for each in (q, k_slc, k_win))
-        with as_before_if_raised(cache, *(() if cache is None else (cache.compressed, cache.selected))):
+        with as_before_if_raised(cache):
             if cache is not None:
                 k_slc, v_slc = cache.selected.append(k_slc, v_slc)
                 k_win, v_win = self._last(cache, k_win, v_win)

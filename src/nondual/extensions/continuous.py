@@ -22,8 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nondual.ops.attention import attention
+from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes, check_tensors
 from nondual.ops.dtypes import at_least_float32
+from nondual.weights import matrix_and_bias
 
 Velocity = Callable[[Tensor], Tensor]
 Solver = Callable[[Velocity, Tensor, float], Tensor]
@@ -137,6 +139,9 @@ class EnergyFlow(nn.Module):
     With `causal` a position may not be moved by a later one, which asks for it as a key. It then follows only its
     own part of the energy, i of the outer sum, and no one energy falls.
 
+    W_Q and W_K are used both ways. What stands in the place of q_proj or k_proj, such as an adapter, or what a hook
+    makes of their outputs, must be linear too, and without dropout: its matrix is then computed at every step.
+
     Args:
         d_model: E.
         n_heads: H.
@@ -222,10 +227,11 @@ class EnergyFlow(nn.Module):
         given = weights.diagonal(dim1=-2, dim2=-1)[..., None] * q if causal else weights.mT @ q
         # --8<-- [end:velocity]
         back = [rearrange(each.to(x.dtype), "b h n d -> b n (h d)") for each in (taken, given)]
-        return F.linear(back[0], self.q_proj.weight.mT) + F.linear(back[1], self.k_proj.weight.mT)
+        w_q, w_k = (matrix_and_bias(proj, x.shape[-1], self.shift)[0] for proj in (self.q_proj, self.k_proj))
+        return F.linear(back[0], w_q.mT) + F.linear(back[1], w_k.mT)
 
     def energy(self, x: Float[Tensor, "b n e"], *, mask: Tensor | None = None) -> Float[Tensor, " b"]:
-        """E at x, (B,), in float32 or better: what the flow without `causal` never lets rise.
+        """E at x, (B,), in float32 or better: what the flow without `causal` never lets rise. Autocast changes nothing.
 
         Args:
             x: (B, N, E).
@@ -236,8 +242,9 @@ class EnergyFlow(nn.Module):
             ValueError: as in `forward`.
         """
         self._check(x, mask)
-        q, k = (at_least_float32(each) for each in self._queries_and_keys(x))
-        scores = q @ k.mT / self.d_head**0.5
+        with autocast_off(x.device.type):  # it would project and multiply in half precision
+            q, k = (at_least_float32(each) for each in self._queries_and_keys(x.to(self.shift.dtype)))
+            scores = q @ k.mT / self.d_head**0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         found = scores.logsumexp(-1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nondual.chunking import ChunkingLayer, Cuts, DynamicChunking, ratio_loss
 from nondual.language_models.causal import CausalLM
-from nondual.mixers import new_caches
+from nondual.mixers import as_before_if_raised, new_caches
 from nondual.ops.checks import check_sizes
 from nondual.relative_positions import Rotary
 from nondual.self_attention import MultiHeadAttention
@@ -46,10 +46,16 @@ class Layers(nn.Module):
         self.layers, self.norm = nn.ModuleList(layers), norm(d_model)
 
     def forward(self, x: Float[Tensor, "b m f"], *, cache: list[Any] | None = None) -> Float[Tensor, "b m f"]:
-        """x (B, M, F) -> (B, M, F); with a list of caches, one a layer, it goes on from what these hold."""
-        for i, layer in enumerate(self.layers):
-            x = layer(x) if cache is None else layer(x, cache=cache[i])
-        return normed(self.norm, x)
+        """x (B, M, F) -> (B, M, F); with a list of caches, one a layer, it goes on from what these hold.
+
+        Args:
+            x: (B, M, F).
+            cache: from `new_cache`; it is brought up to date, unless this call raises.
+        """
+        with as_before_if_raised(cache):
+            for i, layer in enumerate(self.layers):
+                x = layer(x) if cache is None else layer(x, cache=cache[i])
+            return normed(self.norm, x)
 
     if TYPE_CHECKING:  # what nn.Module hands on to forward
 

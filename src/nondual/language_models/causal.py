@@ -25,6 +25,7 @@ from nondual.ops.dtypes import at_least_float32
 from nondual.positional_encoding import AddedPositions, LearnedPositions
 from nondual.token_ids import check_ids, has_values
 from nondual.transformer_layer import normed
+from nondual.weights import tied_scores
 
 # The projections of the library's mixers and feed-forward networks, by name: their biases start at 0.
 _PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2")
@@ -67,6 +68,7 @@ class CausalLM(nn.Module):
     """
 
     vocabulary: int
+    d_model: int
     residual_in_fp32: bool
     embeddings: nn.Embedding
     positions: AddedPositions | None
@@ -96,7 +98,7 @@ class CausalLM(nn.Module):
         elif max_len is not None:
             positions = LearnedPositions(max_len, d_model)
         _check_connection(connection)
-        self.vocabulary, self.residual_in_fp32 = vocabulary, residual_in_fp32
+        self.vocabulary, self.d_model, self.residual_in_fp32 = vocabulary, d_model, residual_in_fp32
         self.embeddings = nn.Embedding(vocabulary, d_model)
         self.positions = positions
         self.layers = nn.ModuleList(layer(i) for i in range(n_layers))
@@ -399,10 +401,7 @@ class CausalLM(nn.Module):
     def _scores(self, hidden: Tensor) -> Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        if isinstance(self.embeddings, nn.Embedding):
-            return F.linear(hidden, self.embeddings.weight)
-        rows = self.embeddings(torch.arange(self.vocabulary, device=hidden.device))
-        return F.linear(hidden, rows.to(hidden.dtype))
+        return tied_scores(self.embeddings, hidden, self.vocabulary)
 
     def _checked(self, ids: Tensor) -> Tensor:
         return check_ids("ids", ids, self.vocabulary).long()

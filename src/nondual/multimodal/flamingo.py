@@ -225,10 +225,11 @@ class Flamingo(ImageTextModel):
         self.before = tuple(range(0, n_layers, every) if before is None else before)
         if not self.before or not all(0 <= i < n_layers for i in self.before) or len({*self.before}) < len(self.before):
             raise ValueError(f"before must name layers of 0 to {n_layers - 1}, each once, got {list(self.before)}")
-        d_model = language_model.embeddings.embedding_dim
         self.resampler = resampler
         self.gated_layers = nn.ModuleList(
-            GatedCrossAttention(d_model, d_vision, n_heads=n_heads, d_head=d_head, d_ff=d_ff, gated=gated)
+            GatedCrossAttention(
+                language_model.d_model, d_vision, n_heads=n_heads, d_head=d_head, d_ff=d_ff, gated=gated
+            )
             for _ in self.before
         )
         self.freeze("vision", "language_model")

@@ -226,7 +226,7 @@ class Llava(ImageTextModel):
         """
         x = image_vectors(self.vision, images, self.d_vision)
         projected = self.projector(x)
-        expected = (*x.shape[:2], self.language_model.embeddings.embedding_dim)
+        expected = (*x.shape[:2], self.language_model.d_model)
         if tuple(projected.shape) != expected:
             raise ValueError(f"projector must give (I, S, E) = {expected}, got {tuple(projected.shape)}")
         return projected

@@ -92,6 +92,7 @@ class TextTower(nn.Module):
         op: what joins queries, keys and values, as in `nondual.self_attention.MultiHeadAttention`.
     """
 
+    vocabulary: int
     token: nn.Embedding
     position: LearnedPositions
     encoder: Encoder
@@ -115,6 +116,7 @@ class TextTower(nn.Module):
         op: Callable[..., Any] = attention,
     ):
         super().__init__()
+        self.vocabulary = vocabulary
         self.token = nn.Embedding(vocabulary, d_model)
         self.position = LearnedPositions(max_len, d_model)
         self.encoder = Encoder(
@@ -156,7 +158,7 @@ class TextTower(nn.Module):
         return self.encoder(self.token(ids) + self.position(ids.shape[1]))
 
     def _checked(self, ids: Tensor) -> Tensor:
-        ids = check_ids("ids", ids, self.token.num_embeddings)
+        ids = check_ids("ids", ids, self.vocabulary)
         longest = self.position.longest
         if not 1 <= ids.shape[1] <= longest:
             raise ValueError(f"ids must have 1 to {longest} tokens in a row, got {ids.shape[1]}: shorten the texts")

@@ -24,6 +24,7 @@ from nondual.pretrained.log_mel import N_MELS, RATE, SECONDS, log_mel
 from nondual.search import beam_search, greedy
 from nondual.token_ids import check_ids
 from nondual.transformer import Encoder
+from nondual.weights import tied_scores
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 class SpeechTransformer(nn.Module):
     """A spectrogram and the tokens so far to scores of the token after each, which are tied to the embeddings.
+
+    The scores use the embeddings as tied ones of `CausalLM` do, also where an adapter stands in their place.
 
     Args:
         vocabulary: V.
@@ -45,6 +48,8 @@ class SpeechTransformer(nn.Module):
         ValueError: an E that is odd or below 4, or that the heads do not divide.
     """
 
+    vocabulary: int
+    n_mels: int
     conv1: nn.Conv1d
     conv2: nn.Conv1d
     time: Sinusoidal
@@ -67,6 +72,7 @@ class SpeechTransformer(nn.Module):
         super().__init__()
         if d_model < 4 or d_model % 2:
             raise ValueError(f"d_model must be even and 4 or more, got {d_model}")
+        self.vocabulary, self.n_mels = vocabulary, n_mels
         self.conv1 = nn.Conv1d(n_mels, d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(d_model, d_model, 3, stride=2, padding=1)
         # Whisper's wavelengths go up to 10000 · 2π itself, where those of Vaswani et al. end one step before it
@@ -83,8 +89,8 @@ class SpeechTransformer(nn.Module):
             ValueError: not floating (B, 80, T), or no frame.
         """
         check_tensors({"mel": mel})
-        if mel.ndim != 3 or mel.shape[1] != self.conv1.in_channels or not mel.shape[2]:
-            raise ValueError(f"mel must be (B, {self.conv1.in_channels}, T), from log_mel, got {tuple(mel.shape)}")
+        if mel.ndim != 3 or mel.shape[1] != self.n_mels or not mel.shape[2]:
+            raise ValueError(f"mel must be (B, {self.n_mels}, T), from log_mel, got {tuple(mel.shape)}")
         # --8<-- [start:encode]
         x = F.gelu(self.conv2(F.gelu(self.conv1(mel)))).transpose(1, 2)  # (B, M, E)
         code = self.time(x.shape[1])
@@ -114,14 +120,14 @@ class SpeechTransformer(nn.Module):
                 not fit.
         """
         check_tensors({"ids": ids})
-        ids = check_ids("ids", ids, self.token.num_embeddings)
+        ids = check_ids("ids", ids, self.vocabulary)
         where, layers = (None, None) if cache is None else (cache[0], cache[1:])
-        with as_before_if_raised(where):
+        with as_before_if_raised(*(cache or ())):
             x = self.token(ids) + self.position.of_sequences(ids, cache=where)
             if return_weights:
                 x, weights = self.decoder(x, memory, cache=layers, return_weights=True)
-                return F.linear(x, self.token.weight), weights
-            return F.linear(self.decoder(x, memory, cache=layers), self.token.weight)
+                return tied_scores(self.token, x, self.vocabulary), weights
+            return tied_scores(self.token, self.decoder(x, memory, cache=layers), self.vocabulary)
 
     def new_cache(self, batch: int, max_len: int | None = None) -> list[Any]:
         """An empty cache for B texts of at most max_len tokens; of as many as there are positions where left out."""

@@ -26,6 +26,7 @@ from nondual.connections import LayerCall, branches_of, check_width
 from nondual.ops.autocast import autocast_off
 from nondual.ops.checks import check_sizes
 from nondual.ops.dtypes import at_least_float32
+from nondual.weights import only_a_weight
 
 
 class Maps(NamedTuple):
@@ -109,6 +110,9 @@ class DoublyStochasticMaps(nn.Module):
     and sigmoid(-1) of the others, and 1; the mixing matrix near the identity. As all streams are equal then, the model
     starts as the plain stream, up to a factor of what each branch reads, which its norm removes.
 
+    The maps are computed in float32 or better, whatever the weights are in. Where project has hooks, or something else
+    stands in its place, such as an adapter, it is called in the dtype of the weights.
+
     Args:
         d_model: width E.
         n: how many streams.
@@ -140,13 +144,19 @@ class DoublyStochasticMaps(nn.Module):
         n = self.n
         with autocast_off(streams.device.type):
             flat = at_least_float32(streams.flatten(-2))
-            weight, static, scale = (x.to(flat.dtype) for x in (self.project.weight, self.static, self.scale))
+            static, scale = (x.to(flat.dtype) for x in (self.static, self.scale))
             sizes = [n, n, n * n]
             scale = torch.repeat_interleave(scale, torch.tensor(sizes, device=scale.device), output_size=sum(sizes))
-            logits = scale * F.linear(F.rms_norm(flat, flat.shape[-1:], eps=1e-6), weight) + static
+            logits = scale * self._projected(F.rms_norm(flat, flat.shape[-1:], eps=1e-6)) + static
             read, write, mix = logits.split(sizes, -1)
             mix = sinkhorn(mix.unflatten(-1, (n, n)), self.iterations)
             return Maps(*(x.to(streams.dtype) for x in (read.sigmoid(), mix, 2 * write.sigmoid())))
+
+    def _projected(self, flat: Tensor) -> Tensor:
+        """project(flat), in the dtype of flat, which may be wider than that of the weights."""
+        if only_a_weight(self.project, nn.Linear):
+            return F.linear(flat, self.project.weight.to(flat.dtype))
+        return self.project(flat.to(self.static.dtype)).to(flat.dtype)
 
 
 # --8<-- [start:sinkhorn]

@@ -11,6 +11,7 @@ stopped. A job is one arm on one task.
     nox -s bench -- proposals --tasks=copy,Gita      on these tasks
     nox -s bench -- proposals --minutes=30           begin no job after half an hour
     nox -s bench -- proposals --left                 only tasks of which docs/measured has no runs, added to the others
+    nox -s bench -- proposals --longer               a few arms of the arc for ten times as many steps
     nox -s bench -- proposals --slurm=PARTITION      each job as one of a Slurm cluster, by submitit; the cache folder
                                                      must be one that all its machines see (NONDUAL_CACHE)
     nox -s bench -- proposals --tiny                 two arms, two tasks, a few steps; writes nothing
@@ -84,6 +85,11 @@ STEPS = (
     ("hybrid", "Mamba"),
 )
 """The steps of the history, each with what came before it: section 5 of the protocol."""
+
+
+LONGER = 3000
+"""Steps of the longer trainings of `--longer`, change 11 of the protocol; with the rates that were chosen for 300."""
+LONGER_TASKS, LONGER_ARMS = ("selective copy", "recall"), ("base", "linear", "delta rule", "Mamba", "Mamba-2")
 
 
 class Job(NamedTuple):
@@ -277,6 +283,9 @@ def main(options: list[str]) -> None:
         with tempfile.TemporaryDirectory() as apart:
             print([each["rate"] for each in done([job._replace(folder=Path(apart)) for job in plan], options)])
         return
+    if "--longer" in options:
+        write("proposals_longer", "nox -s bench -- proposals --longer", longer(folder, options))
+        return
     given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
     before = measured() if "--left" in options else {}
     have = {section: {job["task"] for job in jobs} for section, jobs in before.items()}
@@ -301,6 +310,14 @@ def main(options: list[str]) -> None:
             write(WRITTEN[section], f"nox -s bench -- proposals --section={section}", figures)
     if len(written := measured()) == len(SECTIONS):
         (MEASURED / "proposals.csv").write_text(as_csv(written))
+
+
+def longer(folder: Path, options: list[str]) -> dict[str, Any]:
+    """Two seeds of a few arms of the arc, trained for longer, with the rates that docs/measured has for them."""
+    rates = {(job["task"], job["arm"]): job["rate"] for job in measured()["arc"]}
+    pairs = product(LONGER_TASKS, LONGER_ARMS)
+    plan = [Job(*pair, folder, LONGER, (rates[pair],), SEEDS[:1], SEEDS[:2]) for pair in pairs]
+    return {"steps": LONGER, "jobs": [without_losses(each) for each in done(plan, options)]}
 
 
 def without_losses(job: dict[str, Any]) -> dict[str, Any]:

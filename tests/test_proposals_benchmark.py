@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,19 @@ def test_what_is_left_is_added_to_what_was_measured(tmp_path, monkeypatch):
         "copy": first["jobs"][0]["device"]
     }
     assert len(then["jobs"]) == len(TASKS) * 10 and list(then["compared"]["LSTM less base"]) == list(TASKS)
+
+
+def test_longer_trainings_take_the_rates_that_were_chosen(tmp_path, monkeypatch):
+    arc = [
+        {"task": t, "arm": a, "rate": 0.01 * i} for i, (t, a) in enumerate(product(TASKS, ("base", *proposals_run.ARC)))
+    ]
+    asked = []
+    monkeypatch.setattr(proposals, "measured", lambda: {"arc": arc})
+    monkeypatch.setattr(proposals, "done", lambda plan, _: asked.extend(plan) or [])
+    assert proposals.longer(tmp_path, []) == {"steps": 3000, "jobs": []}
+    chosen = {(job["task"], job["arm"]): job["rate"] for job in arc}
+    assert len(asked) == 10 and all(job.rates == (chosen[job[:2]],) and job.steps == 3000 for job in asked)
+    assert {(job.choosing, job.seeds) for job in asked} == {((1,), (1, 2))}  # nothing is chosen anew
 
 
 def test_a_job_chooses_its_rate_and_runs_its_seeds(tmp_path):

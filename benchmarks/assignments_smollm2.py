@@ -221,7 +221,7 @@ def shares(table: Tensor) -> Tensor:
 
 # --8<-- [start:tables]
 def low_rank(rank: int) -> Table:
-    """The best approximation of that rank, without what it has above the diagonal and below zero."""
+    """The best approximation of that rank; nothing above the diagonal, or below 0."""
 
     def change(P: Tensor) -> Tensor:
         U, S, V = torch.linalg.svd(P)

@@ -115,14 +115,23 @@ class selecting:
             del mixer.select
 
 
+Selection = tuple[Tensor, Tensor, Tensor]
+"""Δ before bias and softplus, B and C."""
+
+
 # --8<-- [start:still]
-def still(selection: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A selection that no longer follows the content: its means over the text; of the step, the mean length."""
+def still(selection: Selection, bias: Tensor) -> Selection:
+    """A selection that no longer follows the content: its means over the text.
+
+    Of the step, the mean length.
+    """
     delta, *BC = selection
     length = F.softplus(delta + bias).mean((0, 1))
-    means = [length + torch.log(-torch.expm1(-length)) - bias]  # softplus and bias undone
+    undone = length + torch.log(-torch.expm1(-length)) - bias  # softplus and bias
+    means = [undone]
     means += [each.mean((0, 1)) for each in BC]
-    return tuple(mean.expand_as(each).contiguous() for mean, each in zip(means, selection))  # type: ignore[return-value]
+    delta, B, C = (m.expand_as(x).contiguous() for m, x in zip(means, selection))
+    return delta, B, C
 
 
 # --8<-- [end:still]

@@ -1,9 +1,11 @@
 """Snippets that cannot rot: the guard over every page, and proof that each guard fails when it should."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,20 @@ def test_pytest_collects_exactly_the_snippets_that_we_count(page):
         assert block.code.split() == fence.code.split(), fence.where
         assert (block.expected_output or "").split() == (fence.output or "").split(), fence.where
         assert not block.expected_output_ignore_whitespace, fence.where
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT], ids=page_id)
+def test_the_lines_of_an_excerpt_fit_a_page(page):
+    """In 88 columns, which a desk shows without scrolling, counted from the excerpt's own margin."""
+    for path, section in re.findall(r'--8<-- "([^":]+):(\w+)"', page.read_text(encoding="utf-8")):
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        start, end = (
+            next(i for i, line in enumerate(lines) if line.strip().endswith(f"--8<-- [{edge}:{section}]"))
+            for edge in ("start", "end")
+        )
+        part = textwrap.dedent("\n".join(lines[start + 1 : end])).splitlines()
+        wide = [line for line in part if len(line) > 88]
+        assert not wide, f"{path}:{section}: {wide}"
 
 
 def test_the_readme_has_a_snippet():

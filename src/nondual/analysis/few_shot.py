@@ -90,10 +90,11 @@ def right_answers(answers: Sequence[str], generator: torch.Generator) -> list[st
 
 # --8<-- [start:shuffled_answers]
 def shuffled_answers(answers: Sequence[str], generator: torch.Generator) -> list[str]:
-    """The same answers at other questions: none keeps its own, where the answers allow it.
+    """The same answers at other questions; none keeps its own, if the answers allow it.
 
-    They change places within examples 0 to 1, 2 to 3, 4 to 7, 8 to 15 and so on. So the first 2, 4, 8 or 16 examples
-    have exactly their own answers, and that of the next question has not been shown.
+    They change places within examples 0 to 1, 2 to 3, 4 to 7, 8 to 15 and so on. So the
+    first 2, 4, 8 or 16 examples have exactly their own answers, and that of the next
+    question has not been shown.
     """
     ends = [0, *(2**i for i in range(1, len(answers).bit_length() + 1))]
     given: list[str] = []

@@ -175,7 +175,7 @@ class Mamba(nn.Module):
 
     # --8<-- [start:select]
     def select(self, u: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the content decides: Δ before bias and softplus (B, N, D), B and C (B, N, S).
+        """What the content decides: Δ before bias and softplus (B, N, D); B, C (B, N, S).
 
         A is not among them. A subclass that returns the same whatever u is, B and C as
         (D, S), is a time-invariant model.

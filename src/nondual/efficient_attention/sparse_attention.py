@@ -451,7 +451,7 @@ def reach(mask: Bool[Tensor, "n n"] | BlockMask, layers: int) -> Bool[Tensor, "n
         raise ValueError(f"layers must be 0 or more, got {layers}")
     # --8<-- [start:reach]
     result = torch.eye(len(step), device=step.device)
-    while layers:  # by squaring: step is the power of mask | I that two, four, ... layers give
+    while layers:  # by squaring: step is the power of mask | I of two, four, ... layers
         if layers % 2:
             result = (result @ step > 0).float()
         step, layers = (step @ step > 0).float(), layers // 2

@@ -183,7 +183,8 @@ class DecayingAttention(nn.Module):
             s = at_least_float32(q) @ at_least_float32(k).mT / self.d_head**0.5
             s = s if scores is None else scores(s)
             causal = masks.causal(s.shape[-1], device=s.device)
-            weights = masked_softmax(s, causal if self.forget is None else decay_between(log_forget))
+            mask = causal if self.forget is None else decay_between(log_forget)
+            weights = masked_softmax(s, mask)
             # --8<-- [end:decay]
             out = (weights @ at_least_float32(v)).to(v.dtype)
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
@@ -367,8 +368,10 @@ class CertifiedStream:
             decay, keys, values, held = zero, k, v, torch.ones_like(zero, dtype=torch.bool)
             missing = torch.zeros_like(zero[..., 0])
         # --8<-- [start:let_go]
-        bounds = (2 * at_least_float32(self.mixer.bound())[:, None] + decay).exp() * held  # (B, H, kept)
-        goes = held & (missing[..., None] + bounds.cumsum(2) <= self.epsilon)  # the oldest stand first
+        bound = at_least_float32(self.mixer.bound())[:, None]
+        bounds = (2 * bound + decay).exp() * held  # (B, H, kept)
+        # the oldest stand first
+        goes = held & (missing[..., None] + bounds.cumsum(2) <= self.epsilon)
         goes[..., -1] = False  # a query sees itself
         missing = missing + (bounds * goes).sum(2)
         held = held & ~goes

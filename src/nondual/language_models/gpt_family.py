@@ -192,7 +192,8 @@ def log_likelihood(model: CausalLM, ids: Int[Tensor, "b n"], k: int, *, rows: in
         raise ValueError(f"k and rows must be 1 or more, got {k} and {rows}")
     model.check_longest(min(k, n - 1), "k", "give a smaller k")
     # --8<-- [start:log_likelihood]
-    found = [_logarithms(model(ids[:, :k][:, : n - 1]), ids[:, 1 : k + 1])]  # the first k: fewer precede them
+    # the first k: fewer precede them
+    found = [_logarithms(model(ids[:, :k][:, : n - 1]), ids[:, 1 : k + 1])]
     if n - 1 > k:
         windows = ids[:, :-1].unfold(1, k, 1)[:, 1:].flatten(0, 1)  # (B (N - 1 - k), k)
         following = ids[:, k + 1 :].reshape(-1, 1)

@@ -53,7 +53,13 @@ class HybridLM(CausalLM):
         def layer(i: int) -> MixerBlock:
             if i % every < every - 1:
                 return MixerBlock(mixer(d_model), d_model)
-            attends = MultiHeadAttention(d_model, n_heads, n_kv_heads=n_kv_heads, causal=True, op=op)
+            attends = MultiHeadAttention(
+                d_model,
+                n_heads,
+                n_kv_heads=n_kv_heads,
+                causal=True,
+                op=op,
+            )
             return MixerBlock(attends, d_model)
 
         # --8<-- [end:layer]

@@ -134,7 +134,8 @@ class PrefixLM(nn.Module):
         """The vector of each position after the last norm (B, N, E)."""
         # --8<-- [start:prefix]
         mask = masks.prefix(ids.shape[1], prefix, device=ids.device)
-        return self.model.hidden(self.model.embeddings(ids), mixing={"mask": mask, "causal": False})
+        mixing = {"mask": mask, "causal": False}
+        return self.model.hidden(self.model.embeddings(ids), mixing=mixing)
         # --8<-- [end:prefix]
 
     def _checked(self, ids: Tensor) -> Tensor:

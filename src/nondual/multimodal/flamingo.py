@@ -121,20 +121,26 @@ def _through(gate: Tensor | None, x: Tensor) -> Tensor:
 
 
 # --8<-- [start:last_image]
-def last_image(marked: Bool[Tensor, "b n"], reset: Bool[Tensor, "b n"] | None = None) -> Int[Tensor, "b n"]:
-    """For each position the number of the last image up to it, from 1 in its row; 0 where its sequence has had none.
+def last_image(
+    marked: Bool[Tensor, "b n"],
+    reset: Bool[Tensor, "b n"] | None = None,
+) -> Int[Tensor, "b n"]:
+    """For each position the number of the last image up to it, from 1 in its row.
+
+    0 where its sequence has had none.
 
         ids         the   *   is   a  cat   *  and   a  dog
         last_image    0   1    1   1    1   2    2   2    2
 
     Args:
         marked: True where an image stands.
-        reset: True where a packed sequence begins: no image before it is seen by what follows.
+        reset: True where a packed sequence begins: no image before it is seen.
     """
     count = marked.cumsum(1)
     if reset is None:
         return count
-    before = torch.where(reset, count - marked.long(), 0).cummax(1).values  # images of earlier sequences
+    # images of earlier sequences
+    before = torch.where(reset, count - marked.long(), 0).cummax(1).values
     return torch.where(count > before, count, 0)
 
 

@@ -47,7 +47,10 @@ class FrozenParts(nn.Module):
 
     # --8<-- [start:train]
     def train(self: Model, mode: bool = True) -> Model:
-        """Training mode, or evaluation mode, for all but the frozen parts: those are in evaluation mode always."""
+        """Training mode, or evaluation mode, for all but the frozen parts.
+
+        Those are in evaluation mode always.
+        """
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()

@@ -140,7 +140,9 @@ class PatchFeatures(nn.Module):
 def places(
     marked: Bool[Tensor, "b n"], n_vectors: int, length: int
 ) -> tuple[Int[Tensor, "b m"], Int[Tensor, "b n"], Int[Tensor, " b"]]:
-    """Where everything goes when each mark becomes S vectors: rows of M positions, shorter ones filled on the left.
+    """Where everything goes when each mark becomes S vectors.
+
+    Rows have M positions; shorter ones are filled on the left.
 
         ids       the  *  is          S = 3
                   how  is  it
@@ -153,20 +155,23 @@ def places(
         length: M, that of the longest row.
 
     Returns:
-        source (B, M): which of the B N embeddings, followed by the I S vectors of the images, each position is;
-        end (B, N): the position of each id, of a mark that of its last vector; and how many positions each row is
-        filled with (B,).
+        source (B, M): which of the B N embeddings, followed by the I S vectors of the
+        images, each position is; end (B, N): the position of each id, of a mark that of
+        its last vector; and how many positions each row is filled with (B,).
     """
     (batch, n), device = marked.shape, marked.device
     width = torch.where(marked, n_vectors, 1)
     end = width.cumsum(1)  # of each id, if its row were not filled
     fill = length - end[:, -1]
-    at = torch.arange(length, device=device) - fill[:, None]  # (B, M), below 0 where filled
-    which = torch.searchsorted(end, at, right=True)  # the id that each position belongs to
+    # (B, M), below 0 where filled
+    at = torch.arange(length, device=device) - fill[:, None]
+    which = torch.searchsorted(end, at, right=True)  # the id of each position
     step = at - (end - width).gather(1, which)  # how far into it
-    image = (marked.flatten().cumsum(0) - 1).view(batch, n).gather(1, which)  # the number of the image, if it is one
+    # the number of the image, if it is one
+    image = (marked.flatten().cumsum(0) - 1).view(batch, n).gather(1, which)
     row = torch.arange(batch, device=device)[:, None] * n
-    source = torch.where(marked.gather(1, which), batch * n + image * n_vectors + step, row + which)
+    of_image = batch * n + image * n_vectors + step
+    source = torch.where(marked.gather(1, which), of_image, row + which)
     return torch.where(at < 0, row, source), end + fill[:, None] - 1, fill
 
 
@@ -243,7 +248,8 @@ class Llava(ImageTextModel):
             vectors = self.tokens(images).to(x.dtype)  # (I, S, E)
             # --8<-- [start:splice]
             length = _longest(marked, vectors.shape[0], vectors.shape[1])
-            model.check_longest(read.length + length, "ids with their images", "shorten the text, or use fewer images")
+            remedy = "shorten the text, or use fewer images"
+            model.check_longest(read.length + length, "ids with their images", remedy)
             source, end, fill = places(marked, vectors.shape[1], length)
             x = torch.cat([x.flatten(0, 1), vectors.flatten(0, 1)])[source]  # (B, M, E)
             # --8<-- [end:splice]

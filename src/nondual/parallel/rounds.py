@@ -83,7 +83,10 @@ class Ring(NamedTuple):
 
     # --8<-- [start:round]
     def blocks(self, k: Tensor, v: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Keys and values of one rank after another, own ones first. While one is used the next is under way."""
+        """Keys and values of one rank after another, own ones first.
+
+        While one is used the next is under way.
+        """
         source, block = self.ranks.rank, [k.contiguous(), v.contiguous()]
         for step in range(self.ranks.size):
             last = step == self.ranks.size - 1
@@ -102,7 +105,8 @@ def forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor) -> Partial:
     for source, k_s, v_s in ring.blocks(k, v):
         for pair in ring.pairs(source):
             rows, keys = as_slice(pair.rows), as_slice(pair.keys)
-            part = ring.engine.forward(q[:, :, rows], k_s[:, :, keys], v_s[:, :, keys], pair.causal, ring.scale)
+            own, given = q[:, :, rows], (k_s[:, :, keys], v_s[:, :, keys])
+            part = ring.engine.forward(own, *given, pair.causal, ring.scale)
             add_(whole.rows(rows), part, ring.engine.unit)
     return whole
 

@@ -56,7 +56,8 @@ class DepthAttention(nn.Module):
             ValueError: no vectors, or another number of keys.
         """
         if not vectors or len(vectors) != len(keys):
-            raise ValueError(f"vectors must be one or more with a key for each, got {len(vectors)} and {len(keys)}")
+            got = f"got {len(vectors)} and {len(keys)}"
+            raise ValueError(f"vectors must be one or more with a key for each, {got}")
         weights = self.weights(keys)[..., None]  # (L, B, N, 1)
         mean = weights[0] * vectors[0]
         for weight, vector in zip(weights[1:], vectors[1:]):
@@ -64,7 +65,7 @@ class DepthAttention(nn.Module):
         return mean
 
     def weights(self, keys: Sequence[Tensor]) -> Float[Tensor, "l *shape"]:
-        """How much each of L vectors counts at each position: (L, B, N), summing to 1 over them.
+        """How much each of L vectors counts at each position: (L, B, N), sums of 1 over L.
 
         Args:
             keys: L of (B, N, E).
@@ -133,7 +134,8 @@ class AttentionResiduals(nn.Module):
         # --8<-- [start:branches]
         reads = x
         vectors, keys = [at_least_float32(x)], [keys_of(at_least_float32(x), self.eps)]
-        for i, (branch, average) in enumerate(zip(branches_of(layers, self.n_branches), self.averages)):
+        branches = branches_of(layers, self.n_branches)
+        for i, (branch, average) in enumerate(zip(branches, self.averages)):
             added = at_least_float32(branch(reads))
             if i % self.block:  # within a block: one sum
                 added = vectors.pop() + added

@@ -221,9 +221,11 @@ class ContinuousThoughtMachine(nn.Module):
         asked, action = self.action(state.neurons, state.action)
         query = self.to_query(asked)[:, None]  # (B, 1, d_input)
         seen = self.attention(query, state.features, return_weights=return_attention)
-        seen, weights = seen if isinstance(seen, tuple) else (seen, None)  # weights (B, H, 1, N)
+        # weights (B, H, 1, N)
+        seen, weights = seen if isinstance(seen, tuple) else (seen, None)
         pre_activation = self.synapses(torch.cat([seen[:, 0], state.neurons], -1))  # (B, D)
-        history = torch.cat([state.history[..., 1:], pre_activation[..., None]], -1)  # (B, D, M)
+        # (B, D, M)
+        history = torch.cat([state.history[..., 1:], pre_activation[..., None]], -1)
         neurons = self.neurons(history)  # (B, D)
         answered, output = self.output(neurons, state.output)
         prediction = self.to_prediction(answered).unflatten(-1, self.out)
@@ -283,7 +285,8 @@ class ContinuousThoughtMachine(nn.Module):
         state = self.begin(x)
         going = torch.arange(len(state.neurons), device=state.neurons.device)
         found = self.tick(state)
-        predictions, certainties, taken = found.prediction.clone(), found.certainty.clone(), torch.ones_like(going)
+        predictions, certainties = found.prediction.clone(), found.certainty.clone()
+        taken = torch.ones_like(going)
         for tick in range(2, ticks + 1):
             on = ~(found.certainty >= threshold)
             going = going[on]

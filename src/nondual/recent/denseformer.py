@@ -67,7 +67,8 @@ class DenseFormer(nn.Module):
             x = layer(x)
             given.append(x)
             if i % self.period == 0:
-                chosen = given[i % self.dilation :: self.dilation]  # ..., X_(i - 2k), X_(i - k), X_i
+                # ..., X_(i - 2k), X_(i - k), X_i
+                chosen = given[i % self.dilation :: self.dilation]
                 x = weighted_sum(self.weights[i // self.period - 1], chosen)
         return x
         # --8<-- [end:averages]

@@ -227,7 +227,14 @@ def resampled(
     if is_grid(grid, to):
         return positions
     # --8<-- [start:resampled]
-    table = at_least_float32(positions).mT.unflatten(-1, grid)[None]  # (1, E, rows, columns)
-    table = F.interpolate(table, to, mode="bicubic", align_corners=False, antialias=antialias)
+    # (1, E, rows, columns)
+    table = at_least_float32(positions).mT.unflatten(-1, grid)[None]
+    table = F.interpolate(
+        table,
+        to,
+        mode="bicubic",
+        align_corners=False,
+        antialias=antialias,
+    )
     return table[0].flatten(1).mT.to(positions.dtype)
     # --8<-- [end:resampled]

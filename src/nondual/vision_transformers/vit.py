@@ -211,7 +211,8 @@ class VisionTransformer(nn.Module):
         check_finite(images)
         # --8<-- [start:embed]
         x = self.patches(images)  # (B, N, E)
-        tokens = [token.expand(x.shape[0], 1, -1) for token in self._before() if token is not None]
+        before = [token for token in self._before() if token is not None]
+        tokens = [token.expand(x.shape[0], 1, -1) for token in before]
         x = torch.cat([*tokens, x], 1) + self.positions_at(*self.patches.grid(images))
         if self.registers is not None:  # they have no place in the image
             registers = self.registers.expand(x.shape[0], -1, -1)

@@ -56,7 +56,8 @@ def gather_dkdv(
         b_q = load_tile(p_q, o_q, s_qn, n, D, BLOCK_D, MASKED)  # (BLOCK_Q, BLOCK_D)
         b_top = load_top(p_top, o_q, n)  # (BLOCK_Q,)
         b_total = tl.load(p_total + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # (BLOCK_KV, BLOCK_Q)
+        # (BLOCK_KV, BLOCK_Q)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale
         if FORGETS:
             at_q = load_gates(gates, (o_q + shift)[None, :], m)
             b_s += decay_between(at_q, at_kv, at_last, o_kv[:, None], last, MASKED)
@@ -70,7 +71,8 @@ def gather_dkdv(
         b_delta = tl.load(p_delta + o_q, mask=o_q < n, other=0.0)  # (BLOCK_Q,)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # (BLOCK_KV, BLOCK_Q)
         b_ds = b_p * (b_dp - b_delta[None, :])
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # (BLOCK_KV, BLOCK_D)
+        # (BLOCK_KV, BLOCK_D)
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
         if FORGETS:
             b_dc += tl.sum(b_ds, 1)
     return b_dk, b_dv, b_dc

@@ -25,17 +25,19 @@ def attend(
 ):  # fmt: skip
     """Attention of the queries b_q over the keys lo..hi, tile by tile, added to the sums so far."""
     unit = 1.0 if FORGETS else scale  # what scores are still to be multiplied by
+    GUARD: tl.constexpr = MASKED or FORGETS
     # --8<-- [start:attend]
     for start in tl.range(lo, hi, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         b_k = load_tile(p_k, o_kv, s_kn, m, D, BLOCK_D, MASKED)  # (BLOCK_KV, BLOCK_D)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BLOCK_Q, BLOCK_KV)
         if FORGETS:
-            b_s = b_s * scale + decay_of_keys(gates, at_q, o_kv, start + BLOCK_KV - 1, m, MASKED)
+            end = start + BLOCK_KV - 1
+            b_s = b_s * scale + decay_of_keys(gates, at_q, o_kv, end, m, MASKED)
         if MASKED:
             m_qk = visible(o_q[:, None], o_kv[None, :], m, shift, window, CAUSAL, WINDOWED)
             b_s = tl.where(m_qk, b_s, float("-inf"))
-        b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, unit, MASKED or FORGETS)
+        b_p, b_rescale, b_l, b_m = online_softmax_update(b_s, b_l, b_m, unit, GUARD)
         b_v = load_tile(p_v, o_kv, s_vn, m, DV, BLOCK_DV, MASKED)  # (BLOCK_KV, BLOCK_DV)
         b_acc = b_acc * b_rescale[:, None]  # (BLOCK_Q, BLOCK_DV)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")

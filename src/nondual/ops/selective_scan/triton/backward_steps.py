@@ -10,14 +10,14 @@ from nondual.ops.selective_scan.triton.primitives import LN_2, load_steps, sigmo
 
 # --8<-- [start:tile]
 # The backward kernel's tile is (D_LO, N_HI, D_HI, N_LO): channel d_lo * D_HI + d_hi,
-# state n_hi * N_LO + n_lo. The threads of a warp lie along N_HI and D_HI, and each holds
-# D_LO x N_LO numbers. So sums over channels and sums over states both begin in a thread's
-# own registers, and end with an exchange among 8 threads, or 4.
+# state n_hi * N_LO + n_lo. The threads of a warp lie along N_HI and D_HI, and each
+# holds D_LO x N_LO numbers. So sums over channels and sums over states both begin in a
+# thread's own registers, and end with an exchange among 8 threads, or 4.
 
 
 @triton.jit
 def spread(b_x, D_LO: tl.constexpr, D_HI: tl.constexpr):
-    """One number a channel (BLOCK_D,), as (D_LO, 1, D_HI, 1): it broadcasts over the tile."""
+    """One number a channel (BLOCK_D,), as (D_LO, 1, D_HI, 1), for the whole tile."""
     return tl.reshape(b_x, [D_LO, D_HI])[:, None, :, None]
 
 

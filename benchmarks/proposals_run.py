@@ -208,6 +208,14 @@ def opened(fusion: HeadFusion) -> HeadFusion:
     return fusion
 
 
+def lstm(_: int, __: bool) -> nn.Module:
+    return Recurrent(WIDTH, LSTM(WIDTH, WIDTH))
+
+
+def mamba2(_: int, __: bool) -> nn.Module:
+    return Mamba2(WIDTH, d_state=64, d_head=HEAD)
+
+
 def hybrid(i: int, _: bool) -> nn.Module:
     """Mamba first, attention after it."""
     return Mamba(WIDTH) if i == 0 else MultiHeadAttention(WIDTH, HEADS, bias=False, causal=True)
@@ -245,14 +253,14 @@ LIBERATING = {  # queries and keys are normalised in all of them, so that the fi
 }
 # --8<-- [start:arc]
 ARC = {
-    "LSTM": Arm(mixer=lambda _, __: Recurrent(WIDTH, LSTM(WIDTH, WIDTH)), places="none", as_wide=True),
+    "LSTM": Arm(mixer=lstm, places="none", as_wide=True),
     "additive": Arm(mixer=Additive, as_wide=True),
     "window of 16": Arm(lambda: SparseAttention(local(16), block=16)),
     "fixed, stretches of 16": Arm(lambda: SparseAttention(fixed(16), block=16)),
     "linear": Arm(mixer=lambda _, __: LinearAttentionMixer(WIDTH, HEADS), as_wide=True),
     "delta rule": Arm(mixer=lambda _, __: DeltaNet(WIDTH, HEADS), as_wide=True),
     "Mamba": Arm(mixer=lambda _, __: Mamba(WIDTH), places="none", as_wide=True),
-    "Mamba-2": Arm(mixer=lambda _, __: Mamba2(WIDTH, d_state=64, d_head=HEAD), places="none", as_wide=True),
+    "Mamba-2": Arm(mixer=mamba2, places="none", as_wide=True),
     "hybrid": Arm(mixer=hybrid, as_wide=True),
 }
 # --8<-- [end:arc]

@@ -1,0 +1,91 @@
+"""What each step won and lost: the claim that sums the history up, and the table of every run that readers download."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.proposals import STEPS, WRITTEN, as_csv, compared, measured
+from benchmarks.proposals_run import MADE_UP, SECTIONS, TASKS
+from nondual.efficient_attention.linear_attention import LinearAttentionMixer
+from nondual.efficient_attention.mamba import Mamba
+from nondual.self_attention import MultiHeadAttention
+
+MEASURED = ROOT / "docs/measured"
+
+
+def jobs(name="proposals_arc"):
+    found = json.loads((MEASURED / f"{name}.json").read_text())["figures"]["jobs"]
+    return {(job["arm"], job["task"]): job for job in found}
+
+
+def test_the_csv_has_every_run_of_every_section():
+    left = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["left"]
+    assert set(measured()) == set(WRITTEN) == set(SECTIONS)
+    assert (MEASURED / "proposals.csv").read_text() == as_csv(measured())
+    rows = list(csv.DictReader((MEASURED / "proposals.csv").read_text().splitlines()))
+    arc = [row for row in rows if row["section"] == "arc"]
+    assert len(arc) == 8 * (len(TASKS) - len(left)) * (len(SECTIONS["arc"]) + 1)
+    assert {row["seed"] for row in rows} == set("12345678")
+
+
+def test_what_the_page_shows_follows_from_the_runs():
+    """The interval of each step on each task, computed anew from the outcomes of its paired runs."""
+    found, told = jobs(), json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["compared"]
+    for after, before in STEPS:
+        for task in told[f"{after} less {before}"]:
+            ours, others = ([run["outcome"] for run in found[arm, task]["runs"]] for arm in (after, before))
+            row = told[f"{after} less {before}"][task]
+            assert compared(ours, others, task not in MADE_UP).items() <= row.items(), (after, before, task)
+
+
+def test_all_models_are_of_one_size_and_the_rates_were_chosen():
+    found = jobs()
+    for (arm, task), job in found.items():
+        (size,) = {run["parameters"] for run in job["runs"]}
+        assert abs(size / found["base", task]["runs"][0]["parameters"] - 1) < 0.015, (arm, task)
+        assert job["rate"] == float(max(job["rates"], key=lambda rate: job["rates"][rate])) or task not in MADE_UP
+
+
+def brought(after, before):
+    """By the protocol's change 10: tasks done better, with Holm's correction; done worse as named; newly able."""
+    figures = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]
+    ends = {(job["arm"], job["task"]): mean(run["curve"][-1] for run in job["runs"]) for job in figures["jobs"]}
+    rows = figures["compared"][f"{after} less {before}"]
+    better = [task for task, row in rows.items() if "better" in row["is"] and row["remains with Holm"]]
+    worse = [task for task, row in rows.items() if row["is"] == "worse as named"]
+    new = [task for task in rows if task in MADE_UP and ends[after, task] >= 0.9 and ends[before, task] < 0.5]
+    return better, worse, new
+
+
+def kept(layer, n=64):
+    """How many numbers a layer of width 64 keeps for the next token, after n of them."""
+    cache = layer.new_cache(1, n)
+    with torch.no_grad():
+        layer(torch.randn(1, n, 64), cache=cache)
+    return sum(x.numel() for x in vars(cache).values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.claim("A4.15", "holds if")
+def test_each_step_brought_something_and_lost_something():
+    """Against the step before: answers, what must be kept or multiplied, and what was not possible; and the losses."""
+    attends, sums = MultiHeadAttention(64, 4, causal=True), LinearAttentionMixer(64, 4)
+    assert kept(attends) == 2 * 64 * 64 and kept(sums) == 64 * 17 and kept(Mamba(64)) == 2 * 64 * 19
+    seen = 16 + 4096 // 16  # of 4,096 positions: the own stretch, and one position of each earlier one
+    assert 32 * kept(sums) == 2 * 64 * seen
+    assert 4 * 64**2 + 2 * 64 * 4096 == 16 * (4 * 64**2 + 64 * seen)  # multiply-adds: self-attention's, and the pattern's
+
+    steps = {"base": "additive", "fixed, stretches of 16": "base", "linear": "fixed, stretches of 16", "Mamba": "linear"}
+    found = {after: brought(after, before) for after, before in steps.items()}
+    counted = {after: (len(better), len(worse)) for after, (better, worse, _) in found.items()}
+    assert counted == {"base": (3, 2), "fixed, stretches of 16": (1, 7), "linear": (7, 1), "Mamba": (1, 7)}
+    assert found["fixed, stretches of 16"][0] == found["Mamba"][0] == ["Shakespeare"]
+    assert all(worse for _, worse, _ in found.values())  # none without a loss
+    assert any(len(worse) > len(better) for better, worse, _ in found.values())  # so not each performs better

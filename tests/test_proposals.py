@@ -9,8 +9,7 @@ from statistics import mean
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.proposals import STEPS, WRITTEN, as_csv, compared, measured
 from benchmarks.proposals_run import MADE_UP, SECTIONS, TASKS
@@ -18,7 +17,7 @@ from nondual.efficient_attention.linear_attention import LinearAttentionMixer
 from nondual.efficient_attention.mamba import Mamba
 from nondual.self_attention import MultiHeadAttention
 
-MEASURED = ROOT / "docs/measured"
+MEASURED = Path(__file__).parent.parent / "docs/measured"
 
 
 def jobs(name="proposals_arc"):
@@ -80,9 +79,14 @@ def test_each_step_brought_something_and_lost_something():
     assert kept(attends) == 2 * 64 * 64 and kept(sums) == 64 * 17 and kept(Mamba(64)) == 2 * 64 * 19
     seen = 16 + 4096 // 16  # of 4,096 positions: the own stretch, and one position of each earlier one
     assert 32 * kept(sums) == 2 * 64 * seen
-    assert 4 * 64**2 + 2 * 64 * 4096 == 16 * (4 * 64**2 + 64 * seen)  # multiply-adds: self-attention's, and the pattern's
+    assert 4 * 64**2 + 2 * 64 * 4096 == 16 * (4 * 64**2 + 64 * seen)  # multiply-adds a position
 
-    steps = {"base": "additive", "fixed, stretches of 16": "base", "linear": "fixed, stretches of 16", "Mamba": "linear"}
+    steps = {
+        "base": "additive",
+        "fixed, stretches of 16": "base",
+        "linear": "fixed, stretches of 16",
+        "Mamba": "linear",
+    }
     found = {after: brought(after, before) for after, before in steps.items()}
     counted = {after: (len(better), len(worse)) for after, (better, worse, _) in found.items()}
     assert counted == {"base": (3, 2), "fixed, stretches of 16": (1, 7), "linear": (7, 1), "Mamba": (1, 7)}

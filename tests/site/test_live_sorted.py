@@ -17,7 +17,8 @@ def cell(value, unit):
     if value is None:
         return None
     text = f"{value:.0%}" if unit == "points" else f"{value:.1f}"
-    return {"value": value, "text": text, "is": "better" if value > 0.8 else "worse", "more": f"{value} of eight seeds"}
+    word = "control" if value == 3.4 else "better" if value > 0.8 else "worse"
+    return {"value": value, "text": text, "is": word, "more": f"{value} of eight seeds"}
 
 
 @pytest.fixture
@@ -76,6 +77,14 @@ def test_a_word_says_what_the_colour_shows(opened):
         and cells.first.get_attribute("title") == "0.7 of eight seeds"
     )
     assert page.locator("tbody tr").nth(2).locator("td").first.inner_text() == "–"
+
+
+@pytest.mark.browser
+def test_the_row_that_others_are_compared_with_is_a_row_like_the_others(opened):
+    page = opened()
+    cells = page.locator("tbody tr").nth(1).locator("td")
+    assert cells.nth(1).inner_text().split() == ["3.4", "control"]
+    assert cells.nth(1).evaluate("(node) => getComputedStyle(node).display") == "table-cell"
 
 
 @pytest.mark.browser

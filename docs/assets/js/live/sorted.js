@@ -27,7 +27,8 @@ export default function begin(stage, { corner, columns, groups, rows }) {
 
   const line = (row) => el("tr", {}, el("th", { scope: "row" }, row.name), ...row.cells.map((cell) => {
     if (!cell) return el("td", {}, "–");
-    return el("td", { class: cell.is, title: cell.more }, cell.text,
+    const look = cell.is === "control" ? {} : { class: cell.is }; // `.control` is a control of a figure
+    return el("td", { ...look, title: cell.more }, cell.text,
       el("span", { "aria-hidden": "true" }, ` ${MARKS[cell.is]}`), el("span", { class: "spoken" }, ` ${cell.is}`));
   }));
 

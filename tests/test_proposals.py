@@ -93,3 +93,10 @@ def test_each_step_brought_something_and_lost_something():
     assert found["fixed, stretches of 16"][0] == found["Mamba"][0] == ["Shakespeare"]
     assert all(worse for _, worse, _ in found.values())  # none without a loss
     assert any(len(worse) > len(better) for better, worse, _ in found.values())  # so not each performs better
+
+
+def test_the_numbers_that_the_page_computes_with_are_those_of_the_runs():
+    page = (Path(__file__).parent.parent / "docs/essay/proposals.md").read_text(encoding="utf-8")
+    found = jobs()
+    for arm, task in (("base", "recall"), ("additive", "recall"), ("base", "induction"), ("window of 16", "induction")):
+        assert str([round(run["outcome"], 4) for run in found[arm, task]["runs"]]) in page, (arm, task)

@@ -100,3 +100,27 @@ def test_the_numbers_that_the_page_computes_with_are_those_of_the_runs():
     found = jobs()
     for arm, task in (("base", "recall"), ("additive", "recall"), ("base", "induction"), ("window of 16", "induction")):
         assert str([round(run["outcome"], 4) for run in found[arm, task]["runs"]]) in page, (arm, task)
+
+
+def test_what_stands_out_in_the_table():
+    found = jobs()
+    mean_of = {pair: mean(run["outcome"] for run in job["runs"]) for pair, job in found.items()}
+    ends = {pair: mean(run["curve"][-1] for run in job["runs"]) for pair, job in found.items()}
+    arms, made_up = ("base", *SECTIONS["arc"]), [task for task in MADE_UP if ("base", task) in found]
+    best = {task: max(arms, key=lambda arm, task=task: mean_of[arm, task]) for task in made_up}
+    assert list(best.values()).count("base") == 5 and len(made_up) == 7
+    assert (best["selective copy"], best["induction"]) == ("hybrid", "window of 16")
+    far = ("copy", "reverse", "recall", "long range")
+    assert all(ends[arm, task] >= 0.989 for arm in ("base", "additive", "hybrid") for task in far)
+    assert all(ends["linear", task] > 0.98 for task in far)
+    assert ends["delta rule", "copy"] > 0.99 and ends["delta rule", "recall"] < 0.25
+    assert all(
+        ends[arm, task] < 0.25 for arm in ("Mamba", "Mamba-2") for task in ("induction", "recall", "conjunction")
+    )
+    assert sum(ends["LSTM", task] < 0.25 for task in made_up) == 6
+    ranked = sorted(arms, key=lambda arm: mean_of[arm, "Shakespeare"])
+    assert ranked[:3] == ["LSTM", "Mamba-2", "Mamba"]
+    for arm, worse, better in (("window of 16", 5, 2), ("fixed, stretches of 16", 7, 1)):
+        told = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["compared"][f"{arm} less base"]
+        words = [row["is"] for row in told.values()]
+        assert [sum(word in each for each in words) for word in ("worse", "better")] == [worse, better]

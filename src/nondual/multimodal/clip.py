@@ -253,7 +253,7 @@ def zero_shot_weights(model: CLIP, prompts: Sequence[Any]) -> Float[Tensor, "c d
         prompts: for each of C classes what the text tower takes: several texts that name the class.
 
     Returns:
-        (C, D). A class whose prompts point in opposite ways, so that nothing is left, is 0.
+        (C, D). A class whose prompts point in opposite ways, so that only rounding is left, is 0.
 
     Raises:
         TypeError: prompts is one tensor or string.
@@ -275,7 +275,10 @@ def zero_shot_weights(model: CLIP, prompts: Sequence[Any]) -> Float[Tensor, "c d
 def _class_vector(model: CLIP, number: int, prompts: Any) -> Tensor:
     # --8<-- [start:class_vector]
     z = model.encode_texts(prompts)  # (P, D), a unit vector for each prompt
-    row = z[0] if len(z) == 1 else unit_vectors(z.sum(0))  # in the direction of their mean
+    total = z.sum(0)  # in the direction of their mean
+    rounding = 64 * len(z) * torch.finfo(z.dtype).eps
+    total = total.masked_fill(total.norm() < rounding, 0)
+    row = z[0] if len(z) == 1 else unit_vectors(total)
     # --8<-- [end:class_vector]
     if not len(z):
         raise ValueError(f"prompts must have a text or more for each class, got none for class {number}")

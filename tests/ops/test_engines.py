@@ -389,6 +389,7 @@ def test_without_triton_auto_takes_what_is_there(pytestconfig):
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert ran.stdout.splitlines() == [
-        "flash_attention sdpa", "flash_attention True", "selective_scan torch", "selective_scan True",
+        "flash_attention sdpa", "flash_attention True", "linear_attention torch", "linear_attention True",
+        "selective_scan torch", "selective_scan True",
         "sparse_attention torch", "sparse_attention True", "ssd torch", "ssd True", "True",
     ]  # fmt: skip

@@ -53,7 +53,7 @@ from benchmarks.proposals_run import (
     carry_out,
     control_of,
 )
-from benchmarks.record import MEASURED, processor, write
+from benchmarks.record import MEASURED, processor, values_of, write
 from benchmarks.sweeps import grown, highest, lowest
 from nondual.store import cache_folder
 
@@ -224,7 +224,7 @@ def pairs_of(arms: Iterable[str], tasks: Iterable[str] = TASKS) -> list[tuple[st
 
 def jobs(options: list[str], folder: Path) -> list[Job]:
     """The jobs that the options ask for."""
-    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    given = values_of(options)
     tasks = given["tasks"].split(",") if "tasks" in given else list(TASKS)
     if unknown := set(tasks) - set(TASKS):
         raise SystemExit(f"there is no task {', '.join(sorted(unknown))}; there are: {', '.join(TASKS)}")
@@ -247,7 +247,7 @@ def jobs(options: list[str], folder: Path) -> list[Job]:
 
 def done(plan: list[Job], options: list[str]) -> list[dict[str, Any]]:
     """Carry out the jobs on this machine's cores or on a cluster; what was not begun in time is left out."""
-    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    given = values_of(options)
     until = time.monotonic() + 60 * float(given.get("minutes", "inf"))
     if "slurm" in given:
         from submitit import AutoExecutor
@@ -286,26 +286,25 @@ def main(options: list[str]) -> None:
     if "--longer" in options:
         write("proposals_longer", "nox -s bench -- proposals --longer", longer(folder, options))
         return
-    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
-    before = measured() if "--left" in options else {}
-    have = {section: {job["task"] for job in jobs} for section, jobs in before.items()}
+    given = values_of(options)
+    before: dict[str, dict[tuple[str, str], Any]] = {section: {} for section in SECTIONS}
+    if "--left" in options:
+        before |= {name: {(job["task"], job["arm"]): job for job in each} for name, each in measured().items()}
     wanted = {
-        (task, arm)
+        pair
         for section, arms in SECTIONS.items()
         if section == given.get("section", section)
-        for task, arm in pairs_of(arms)
-        if task not in have.get(section, ())
+        for pair in pairs_of(arms)
+        if pair not in before[section]
     }
     plan = [job for job in plan if (job.task, job.arm) in wanted]
     found = {(each["task"], each["arm"]): {**each, "device": processor()} for each in done(plan, options)}
     print(f"{len(found)} of {len(plan)} jobs done")
     for section, arms in SECTIONS.items():
-        kept = {(job["task"], job["arm"]): job for job in before.get(section, ())}
-        part, left = whole_tasks(found, arms)
-        if part and (not left or "--left" in options):  # a part of a section does not take the place of the whole
-            part = {pair: (kept | part)[pair] for pair in pairs_of(arms) if pair in kept or pair in part}
+        part, left = whole_tasks(found | before[section], arms)
+        is_more = part.keys() > before[section].keys()
+        if is_more and (not left or "--left" in options):  # a part of a section does not take the place of the whole
             jobs_of = [without_losses(each) for each in part.values()]
-            left = [task for task in left if task not in have.get(section, ())]
             figures = {"jobs": jobs_of, "left": left, "compared": judged(part)}
             write(WRITTEN[section], f"nox -s bench -- proposals --section={section}", figures)
     if len(written := measured()) == len(SECTIONS):

@@ -45,7 +45,7 @@ from benchmarks.recognition_aim_run import (
     corners,
     table,
 )
-from benchmarks.record import write
+from benchmarks.record import values_of, write
 from benchmarks.sweeps import grown, lowest
 from nondual.extensions import zipf
 from nondual.language_models.in_context_learning import errors, optimal_matrix
@@ -256,7 +256,7 @@ def predictors(seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def main(options: list[str]) -> None:
-    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    given = values_of(options)
     torch.set_num_threads(1)
     if "--tiny" in options:
         with tempfile.TemporaryDirectory() as folder:

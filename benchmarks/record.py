@@ -52,6 +52,11 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     }
 
 
+def values_of(options: list[str]) -> dict[str, str]:
+    """The options of a benchmark that have a value, `--name=value`, by name."""
+    return dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+
+
 def run_file(folder: Path, *parts: object) -> Path:
     """Where one run is kept: what tells it from other runs, joined by underscores, without spaces and commas."""
     name = "_".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)

@@ -28,7 +28,7 @@ from benchmarks.intervals import by_seeds
 from benchmarks.proposals import CHOOSING, RATES, SEEDS, compared
 from benchmarks.proposals_run import Run as Training
 from benchmarks.proposals_run import carry_out as trained
-from benchmarks.record import write
+from benchmarks.record import values_of, write
 from benchmarks.self_liberating_run import ARMS, EPSILONS, LONG, STREAM, STREAMED, STRETCH, Run, carry_out
 from benchmarks.sweeps import grown, lowest
 from nondual.store import cache_folder
@@ -139,7 +139,7 @@ def promises(runs: dict[str, list[dict[str, Any]]], epsilons: Sequence[float]) -
 
 def main(options: list[str]) -> None:
     torch.set_num_threads(1)
-    given = dict(option.removeprefix("--").split("=", 1) for option in options if "=" in option)
+    given = values_of(options)
     if "--tiny" in options:
         with tempfile.TemporaryDirectory() as apart:
             small = {"steps": 3, "long": 256, "rows": 2, "stream": 40, "epsilons": (1e-1, 1e-3)}

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.proposals import STEPS, WRITTEN, as_csv, compared, measured
 from benchmarks.proposals_run import MADE_UP, SECTIONS, TASKS
+from benchmarks.sweeps import highest, lowest
 from nondual.efficient_attention.linear_attention import LinearAttentionMixer
 from nondual.efficient_attention.mamba import Mamba
 from nondual.self_attention import MultiHeadAttention
@@ -20,13 +21,16 @@ from nondual.self_attention import MultiHeadAttention
 MEASURED = Path(__file__).parent.parent / "docs/measured"
 
 
-def jobs(name="proposals_arc"):
-    found = json.loads((MEASURED / f"{name}.json").read_text())["figures"]["jobs"]
-    return {(job["arm"], job["task"]): job for job in found}
+def figures():
+    return json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]
+
+
+def jobs():
+    return {(job["arm"], job["task"]): job for job in figures()["jobs"]}
 
 
 def test_the_csv_has_every_run_of_every_section():
-    left = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["left"]
+    left = figures()["left"]
     assert set(measured()) == set(WRITTEN) == set(SECTIONS)
     assert (MEASURED / "proposals.csv").read_text() == as_csv(measured())
     rows = list(csv.DictReader((MEASURED / "proposals.csv").read_text().splitlines()))
@@ -37,7 +41,7 @@ def test_the_csv_has_every_run_of_every_section():
 
 def test_what_the_page_shows_follows_from_the_runs():
     """The interval of each step on each task, computed anew from the outcomes of its paired runs."""
-    found, told = jobs(), json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["compared"]
+    found, told = jobs(), figures()["compared"]
     for after, before in STEPS:
         for task in told[f"{after} less {before}"]:
             ours, others = ([run["outcome"] for run in found[arm, task]["runs"]] for arm in (after, before))
@@ -50,14 +54,14 @@ def test_all_models_are_of_one_size_and_the_rates_were_chosen():
     for (arm, task), job in found.items():
         (size,) = {run["parameters"] for run in job["runs"]}
         assert abs(size / found["base", task]["runs"][0]["parameters"] - 1) < 0.015, (arm, task)
-        assert job["rate"] == float(max(job["rates"], key=lambda rate: job["rates"][rate])) or task not in MADE_UP
+        best = highest if task in MADE_UP else lowest
+        assert job["rate"] == best({float(rate): value for rate, value in job["rates"].items()}), (arm, task)
 
 
 def brought(after, before):
     """By the protocol's change 10: tasks done better, with Holm's correction; done worse as named; newly able."""
-    figures = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]
-    ends = {(job["arm"], job["task"]): mean(run["curve"][-1] for run in job["runs"]) for job in figures["jobs"]}
-    rows = figures["compared"][f"{after} less {before}"]
+    ends = {pair: mean(run["curve"][-1] for run in job["runs"]) for pair, job in jobs().items()}
+    rows = figures()["compared"][f"{after} less {before}"]
     better = [task for task, row in rows.items() if "better" in row["is"] and row["remains with Holm"]]
     worse = [task for task, row in rows.items() if row["is"] == "worse as named"]
     new = [task for task in rows if task in MADE_UP and ends[after, task] >= 0.9 and ends[before, task] < 0.5]
@@ -121,6 +125,5 @@ def test_what_stands_out_in_the_table():
     ranked = sorted(arms, key=lambda arm: mean_of[arm, "Shakespeare"])
     assert ranked[:3] == ["LSTM", "Mamba-2", "Mamba"]
     for arm, worse, better in (("window of 16", 5, 2), ("fixed, stretches of 16", 7, 1)):
-        told = json.loads((MEASURED / "proposals_arc.json").read_text())["figures"]["compared"][f"{arm} less base"]
-        words = [row["is"] for row in told.values()]
+        words = [row["is"] for row in figures()["compared"][f"{arm} less base"].values()]
         assert [sum(word in each for each in words) for word in ("worse", "better")] == [worse, better]

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nondual.attention_mechanism.attention import ConcatAttention
@@ -223,6 +224,37 @@ def test_an_adapter_acts_as_it_does_when_merged_and_is_trained(kind, name):
     adapted.merge_and_unload()
     for way, call in WAYS[kind].items():
         torch.testing.assert_close(found[way], call(model), atol=1e-6, rtol=1e-6, msg=way)
+
+
+class Operations(TorchDispatchMode):
+    """Which matrix products torch runs. Not the short convolutions: one position is a sum, or their layer's call."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.split("::")[1] in ("mm", "bmm", "addmm", "baddbmm", "linear"):
+            self.products.append((func._schema.name, *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_profilers_global_hook_does_not_change_what_is_multiplied(kind):
+    """torch's FlopCounterMode and its profilers set such hooks: they must count what runs without them."""
+
+    def products(call, model):
+        with Operations() as run:
+            call(model)
+        return run.products
+
+    for way, call in WAYS[kind].items():
+        alone = products(call, make(kind))
+        listening = torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+        try:
+            assert products(call, make(kind)) == alone, way
+        finally:
+            listening.remove()
 
 
 # --- what is used in place of a weight -----------------------------------------------------------------------------

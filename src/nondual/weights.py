@@ -18,18 +18,25 @@ M = TypeVar("M", bound=nn.Module)
 def only_a_weight(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
 
-    Not so for any other class (an adapter, a quantised layer, a subclass), where there are hooks, of the module or
-    global ones, and where the instance has a forward of its own (as accelerate gives it). A parametrization makes no
-    difference: it is computed whenever the weight is read.
+    Not so where it acts otherwise by itself, and where there are global hooks, which expect its call.
     """
-    return not (
+    return not (_has_any_global_hook() or _acts_otherwise(module, kind))
+
+
+def _acts_otherwise(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module itself makes something else of its weight and bias than `kind` does.
+
+    So does any other class (an adapter, a quantised layer, a subclass), one with hooks, and an instance with a forward
+    of its own (as accelerate gives it). A parametrization makes no difference: it is computed whenever the weight is
+    read.
+    """
+    return bool(
         type_before_parametrizations(module) is not kind
         or module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
         or "forward" in vars(module)
-        or _has_any_global_hook()
     )
 
 
@@ -37,14 +44,15 @@ def matrix_and_bias(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor
     """The matrix (out, width) by which a linear layer multiplies, and what it adds (out,), or None.
 
     They are its weight and bias. Where a call does something else, such as an adapter's, they are what the layer gives
-    for the unit vectors and for zero: right for all that is linear, and for no more than that.
+    for the unit vectors and for zero: right for all that is linear, and for no more than that. Global hooks, which
+    torch keeps for profiling, do not count: what a profiler measures is what runs without it.
 
     Args:
         linear: an nn.Linear, or what stands in its place.
         width: of what it is given.
         like: a tensor of the dtype and on the device of what it is given.
     """
-    if only_a_weight(linear, nn.Linear):
+    if isinstance(linear, nn.Linear) and not _acts_otherwise(linear, nn.Linear):
         return linear.weight, linear.bias
     given = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the unit vectors, and zero
     made = linear(given)

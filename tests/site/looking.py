@@ -10,6 +10,7 @@ from axe import faults_by_axe, load_axe
 from documents import SITE
 from pages.downloads import FOLDERS
 
+SMALLEST = 10.95  # pixels: the letters of a figure, 11 but for rounding
 HEAVIEST = 400  # kB for a first visit, fonts included, as gzip packs them
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
@@ -32,8 +33,17 @@ LOOK = r"""() => {
     const wide = [...document.querySelectorAll("body *")].filter(sticksOut).pop();
     faults.push("scrolls sideways, for one: " + (wide ? wide.outerHTML.slice(0, 90) : "?"));
   }
+  for (const text of document.querySelectorAll("figure svg text")) {
+    const seen = text.checkVisibility() && text.getScreenCTM(), said = text.textContent.trim().slice(0, 60);
+    const letters = (node) => node.nodeType === 3 && node.data.trim();
+    const parts = [text, ...text.querySelectorAll("tspan")].filter((part) => [...part.childNodes].some(letters));
+    if (!seen || !parts.length) continue;
+    const largest = Math.max(...parts.map((part) => parseFloat(getComputedStyle(part).fontSize)));  // not an index
+    const size = largest * Math.hypot(seen.a, seen.b);
+    if (size < SMALLEST) faults.push(`letters of ${size.toFixed(1)} pixels in a figure: ${said}`);
+  }
   return faults;
-}"""
+}""".replace("SMALLEST", str(SMALLEST))
 
 # What the page's policy forbids it to load or run is heard from its first moment on.
 LISTEN = """

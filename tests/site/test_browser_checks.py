@@ -26,6 +26,10 @@ LINK = "a long line of words and <a href='#top'>a link</a> within it"
         ("<p>\\(x\\)</p>", "mathematics not set"),
         ('<p style="width: 900px">wide</p>', "scrolls sideways"),
         (
+            '<figure><svg viewBox="0 0 20 20" width="10"><text y="9" font-size="15">x</text></svg></figure>',
+            "letters of 7.5",
+        ),
+        (
             f"<p id='late'></p><p>{'moved ' * 300}</p>"
             "<script>onload = () => setTimeout(() => { late.style.height = '300px' }, 50)</script>",
             "moves by ",

@@ -96,6 +96,9 @@ def test_each_step_brought_something_and_lost_something():
     assert counted == {"base": (4, 2), "fixed, stretches of 16": (2, 8), "linear": (7, 3), "Mamba": (2, 7)}
     assert found["fixed, stretches of 16"][0] == found["Mamba"][0] == ["Shakespeare", "Gita"]
     assert all(worse for _, worse, _ in found.values())  # none without a loss
+    rows = [figures()["compared"][f"{after} less {before}"].values() for after, before in steps.items()]
+    held = [sum("worse" in row["is"] and row["remains with Holm"] for row in each) for each in rows]
+    assert held == [3, 8, 3, 8]  # by the bar that "better" has
     assert any(len(worse) > len(better) for better, worse, _ in found.values())  # so not each performs better
 
 
@@ -116,7 +119,7 @@ def test_what_stands_out_in_the_table():
     assert (best["selective copy"], best["induction"]) == ("hybrid", "window of 16")
     far = ("copy", "reverse", "recall", "long range")
     assert all(ends[arm, task] >= 0.989 for arm in ("base", "additive", "hybrid") for task in far)
-    assert all(ends["linear", task] > 0.98 for task in far)
+    assert all(ends["linear", task] > 0.985 for task in far)
     assert ends["delta rule", "copy"] > 0.99 and ends["delta rule", "recall"] < 0.25
     assert all(
         ends[arm, task] < 0.25 for arm in ("Mamba", "Mamba-2") for task in ("induction", "recall", "conjunction")
@@ -124,6 +127,14 @@ def test_what_stands_out_in_the_table():
     assert sum(ends["LSTM", task] < 0.25 for task in MADE_UP) == 7
     turned = {arm: round(ends[arm, "direction"], 2) for arm in ("base", "hybrid", "window of 16", "additive", "linear")}
     assert turned == {"base": 1, "hybrid": 1, "window of 16": 0.96, "additive": 0.77, "linear": 0.09}
+    assert all(ends[arm, "direction"] < 0.1 for arm in ("linear", "LSTM", "Mamba"))
+    assert ends["Mamba", "long range"] < 0.16 and round(ends["Mamba-2", "direction"], 2) == 0.59
+    lowest_of = {arm: min(run["curve"][-1] for run in found[arm, "direction"]["runs"]) for arm in arms}
+    assert max(lowest_of["delta rule"], lowest_of["additive"]) < 0.25
+    lead = {"direction": "hybrid", "long range": "delta rule"}
+    for task, next_best in lead.items():
+        pairs = [[run["outcome"] for run in found[arm, task]["runs"]] for arm in ("base", next_best)]
+        assert compared(*pairs, False)["is"] == "not decided"
     ranked = sorted(arms, key=lambda arm: mean_of[arm, "Shakespeare"])
     assert ranked[:3] == ["LSTM", "Mamba-2", "Mamba"] and min(arms, key=lambda arm: mean_of[arm, "Gita"]) == "LSTM"
     for arm, worse, better in (("window of 16", 6, 3), ("fixed, stretches of 16", 8, 2)):

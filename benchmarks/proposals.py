@@ -27,6 +27,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -250,7 +251,10 @@ def done(plan: list[Job], options: list[str]) -> list[dict[str, Any]]:
     given = values_of(options)
     until = time.monotonic() + 60 * float(given.get("minutes", "inf"))
     if "slurm" in given:
-        from submitit import AutoExecutor
+        try:
+            from submitit import AutoExecutor
+        except ImportError:
+            sys.exit("--slurm needs submitit in this environment: pip install submitit")
 
         executor = AutoExecutor(folder=plan[0].folder / "slurm")
         executor.update_parameters(slurm_partition=given["slurm"], cpus_per_task=1, timeout_min=480)

@@ -8,7 +8,8 @@ stopped. A job is one arm on one task.
     nox -s bench -- proposals --jobs=2               on two of them
     nox -s bench -- proposals --section=continuous   of one section: continuous, self_liberating, head_fusion or arc
     nox -s bench -- proposals --only=fusion          arms with this in their name, and what they are compared with
-    nox -s bench -- proposals --tasks=copy,Gita      on these tasks
+    nox -s bench -- proposals --tasks=copy,Gita      on these tasks; what each job ends with is printed, and, where a
+                                                     section is named, what docs/measured has for it
     nox -s bench -- proposals --minutes=30           begin no job after half an hour
     nox -s bench -- proposals --left                 only tasks of which docs/measured has no runs, added to the others
     nox -s bench -- proposals --longer               a few arms of the arc for ten times as many steps
@@ -304,6 +305,8 @@ def main(options: list[str]) -> None:
     plan = [job for job in plan if (job.task, job.arm) in wanted]
     found = {(each["task"], each["arm"]): {**each, "device": processor()} for each in done(plan, options)}
     print(f"{len(found)} of {len(plan)} jobs done")
+    stored = measured().get(given.get("section", ""), [])
+    print("\n".join(beside(found, {(job["task"], job["arm"]): job for job in stored})))
     for section, arms in SECTIONS.items():
         part, left = whole_tasks(found | before[section], arms)
         is_more = part.keys() > before[section].keys()
@@ -313,6 +316,18 @@ def main(options: list[str]) -> None:
             write(WRITTEN[section], f"nox -s bench -- proposals --section={section}", figures)
     if len(written := measured()) == len(SECTIONS):
         (MEASURED / "proposals.csv").write_text(as_csv(written))
+
+
+def beside(found: Mapping[tuple[str, str], Any], known: Mapping[tuple[str, str], Any]) -> list[str]:
+    """A line for each job: the mean outcome of its seeds and the rate, and those of docs/measured where it has them."""
+
+    def told(job: dict[str, Any]) -> str:
+        return f"{mean(run['outcome'] for run in job['runs']):.4f} at a rate of {job['rate']}"
+
+    return [
+        f"{task}, {arm}: {told(job)}" + (f" (docs/measured: {told(known[task, arm])})" if (task, arm) in known else "")
+        for (task, arm), job in found.items()
+    ]
 
 
 def longer(folder: Path, options: list[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.proposals import STEPS, WRITTEN, as_csv, compared, measured
+from benchmarks.proposals import STEPS, WRITTEN, as_csv, beside, compared, measured
 from benchmarks.proposals_run import MADE_UP, SECTIONS, TASKS
 from benchmarks.sweeps import highest, lowest
 from nondual.efficient_attention.linear_attention import LinearAttentionMixer
@@ -47,6 +47,16 @@ def test_what_the_page_shows_follows_from_the_runs():
             ours, others = ([run["outcome"] for run in found[arm, task]["runs"]] for arm in (after, before))
             row = told[f"{after} less {before}"][task]
             assert compared(ours, others, task not in MADE_UP).items() <= row.items(), (after, before, task)
+
+
+def test_what_a_run_again_ends_with_is_printed_beside_what_is_measured():
+    again = {("copy", "base"): jobs()["base", "copy"], ("none", "base"): jobs()["base", "copy"]}
+    first, second = beside(again, {("copy", "base"): jobs()["base", "copy"]})
+    assert (
+        first
+        == f"copy, base: {second.removeprefix('none, base: ')} (docs/measured: {second.removeprefix('none, base: ')})"
+    )
+    assert second == "none, base: 0.9666 at a rate of 0.04"
 
 
 def test_all_models_are_of_one_size_and_the_rates_were_chosen():

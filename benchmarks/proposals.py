@@ -292,9 +292,8 @@ def main(options: list[str]) -> None:
         write("proposals_longer", "nox -s bench -- proposals --longer", longer(folder, options))
         return
     given = values_of(options)
-    before: dict[str, dict[tuple[str, str], Any]] = {section: {} for section in SECTIONS}
-    if "--left" in options:
-        before |= {name: {(job["task"], job["arm"]): job for job in each} for name, each in measured().items()}
+    known = {name: {(job["task"], job["arm"]): job for job in each} for name, each in measured().items()}
+    before = {section: known.get(section, {}) if "--left" in options else {} for section in SECTIONS}
     wanted = {
         pair
         for section, arms in SECTIONS.items()
@@ -305,8 +304,7 @@ def main(options: list[str]) -> None:
     plan = [job for job in plan if (job.task, job.arm) in wanted]
     found = {(each["task"], each["arm"]): {**each, "device": processor()} for each in done(plan, options)}
     print(f"{len(found)} of {len(plan)} jobs done")
-    stored = measured().get(given.get("section", ""), [])
-    print("\n".join(beside(found, {(job["task"], job["arm"]): job for job in stored})))
+    print("\n".join(beside(found, known.get(given.get("section", ""), {}))))
     for section, arms in SECTIONS.items():
         part, left = whole_tasks(found | before[section], arms)
         is_more = part.keys() > before[section].keys()

@@ -18,19 +18,19 @@ M = TypeVar("M", bound=nn.Module)
 def only_a_weight(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of this module does no more than `kind` does with its weight and bias: these may be used directly.
 
-    Not so where it acts otherwise by itself, and where there are global hooks, which expect its call.
+    Not so where the module itself does more, and where there are global hooks, which expect its call.
     """
-    return not (_has_any_global_hook() or _acts_otherwise(module, kind))
+    return not _has_any_global_hook() and _does_no_more(module, kind)
 
 
-def _acts_otherwise(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module itself makes something else of its weight and bias than `kind` does.
+def _does_no_more(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
+    """Whether the module itself makes nothing else of its weight and bias than `kind` does.
 
-    So does any other class (an adapter, a quantised layer, a subclass), one with hooks, and an instance with a forward
-    of its own (as accelerate gives it). A parametrization makes no difference: it is computed whenever the weight is
-    read.
+    Not so for any other class (an adapter, a quantised layer, a subclass), where it has hooks, and where the instance
+    has a forward of its own (as accelerate gives it). A parametrization makes no difference: it is computed whenever
+    the weight is read.
     """
-    return bool(
+    return not (
         type_before_parametrizations(module) is not kind
         or module._forward_pre_hooks
         or module._forward_hooks
@@ -52,7 +52,7 @@ def matrix_and_bias(linear: nn.Module, width: int, like: Tensor) -> tuple[Tensor
         width: of what it is given.
         like: a tensor of the dtype and on the device of what it is given.
     """
-    if isinstance(linear, nn.Linear) and not _acts_otherwise(linear, nn.Linear):
+    if _does_no_more(linear, nn.Linear):
         return linear.weight, linear.bias
     given = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the unit vectors, and zero
     made = linear(given)
